@@ -1,0 +1,97 @@
+"""Exit codes and messages of whatever a user can type wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args: str, module: str = "vitcls.main") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_help_explains_and_exits_0_without_importing_jax():
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vitcls.main", "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert "--workdir" in result.stdout and "Fine-tunes" in result.stdout
+    assert "| jax\n" not in result.stderr
+
+
+CONFIG = "--config=configs/quickstart.py"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "--config is missing"),
+        ((CONFIG,), "--workdir is missing"),
+        (("--wrkdir=x",), "Did you mean: workdir"),
+        ((CONFIG, "--workdir=x", "--profile=many"), "--profile=many"),
+        ((CONFIG, "--workdir=x", "more"), "Unexpected argument 'more'"),
+        (("--config=configs/quikstart.py", "--workdir=x"), "configs/quikstart.py"),
+        ((CONFIG, "--workdir=x", "--config.optim.lrr=1"), "Did you mean 'lr'?"),
+        ((CONFIG, "--workdir=x", "--config.optm.lr=1"), "Did you mean 'optim'?"),
+        ((CONFIG, "--workdir=x", "--config.optim.lr=fast"), "fast"),
+        ((CONFIG, "--workdir=x", "--config.optim.name=adamv"), "Did you mean 'adam"),
+        ((CONFIG, "--workdir=x", "--config.optim.args.b3=1"), "Did you mean 'b"),
+        ((CONFIG + ":init=scrath", "--workdir=x"), "Did you mean 'scratch'?"),
+        ((CONFIG + ":int=scratch", "--workdir=x"), "Did you mean 'init'?"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mistakes_exit_2_with_one_message(args, message):
+    result = run(*args)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_mistake_inside_a_config_file_names_its_line(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from vitcls.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.optm.lr = 1.0\n"
+        "    return config\n"
+    )
+    result = run(f"--config={path}", "--workdir=x")
+    assert result.returncode == 2
+    assert "recipe.py, line 4" in result.stderr and "optim" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "expected"),
+    [
+        ("UserError('mend it')", 2, "ERROR: mend it"),
+        ("StorageError('no space')", 74, "ERROR: no space"),
+        ("OSError(28, 'No space left on device')", 74, "No space left"),
+        ("Interrupted('saved')", 75, "saved"),
+        ("NonFiniteLoss('nan')", 87, "ERROR: nan"),
+        ("RuntimeError('a bug')", 1, "Traceback"),
+    ],
+)
+def test_every_way_to_fail_has_its_code(tmp_path, raised, code, expected):
+    (tmp_path / "command.py").write_text(
+        "from vitcls import cli\n"
+        "from vitcls.errors import *\n"
+        f"def main():\n    raise {raised}\n"
+        "cli.run(main)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    result = subprocess.run(
+        [sys.executable, "-m", "command"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == code
+    assert expected in result.stderr
+    assert ("Traceback" in result.stderr) == (code == 1)

@@ -1,0 +1,129 @@
+"""Every mistake in a config gets its own message, and no field is without effect."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from vitcls import config as config_lib
+from vitcls.config import check_config, check_same_run, default_config, flatten, parse_arg
+from vitcls.errors import UserError
+
+
+def valid_config() -> ConfigDict:
+    config = default_config()
+    config.data.source = "digits"
+    config.data.image_size = (32, 32)
+    config.model.arch = "vit_nano4"
+    config.train.total_steps = 10
+    return config
+
+
+def with_field(field: str, value) -> ConfigDict:
+    config = valid_config()
+    group, name = field.split(".")
+    config[group][name] = value
+    return config
+
+
+def test_valid_config_passes():
+    check_config(valid_config())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("optim.lrr", 1.0, "Unknown field of config.optim 'lrr'. Did you mean 'lr'?"),
+        ("data.crop", "inceptoin", "Did you mean 'inception'?"),
+        (
+            "data.holdout",
+            1.0,
+            "data.holdout=1.0 is out of range: it must be at least 0 and below 1",
+        ),
+        ("data.per_class", -1, "data.per_class=-1 is out of range"),
+        ("data.num_threads", 0, "data.num_threads=0 is out of range: it must be at least 1."),
+        ("optim.lr", float("nan"), "optim.lr=nan is out of range"),
+        ("optim.decay", "[", "optim.decay='[' is no regular expression"),
+        ("data.image_size", (32,), r"data.image_size=(32,) must be (height, width)"),
+        ("data.crop_scale", (0.5, 1.5), "data.crop_scale=(0.5, 1.5) must be"),
+        ("data.crop_ratio", (2.0, 1.0), "data.crop_ratio=(2.0, 1.0) must be"),
+        ("data.source", "", "data.source is empty"),
+        ("data.crop", "resmall", "needs data.resize"),
+        ("data.holdout", 0.0, "eval.select_split='holdout' but data.holdout=0"),
+        ("data.eval_splits", ("holdout",), "a split that chooses the checkpoint cannot measure it"),
+        ("model.pretrained", "some/model", "set exactly one"),
+        ("model.arch", "", "set exactly one"),
+        ("model.head", "keep", "model.head='keep' needs model.pretrained"),
+        ("model.head", "old", "Unknown value of model.head 'old'"),
+        ("data.image_size", None, "data.image_size must be set when model.arch"),
+        ("train.total_epochs", 2.0, "exactly one must be positive"),
+        ("train.total_steps", 0, "exactly one must be positive"),
+        ("optim.warmup_steps", 11, "optim.warmup_steps=11 is more than train.total_steps=10"),
+        ("eval.select_metric", "acuracy", "Did you mean 'accuracy'?"),
+    ],
+)
+def test_each_mistake_has_its_message(field, value, message):
+    with pytest.raises(UserError) as error:
+        check_config(with_field(field, value))
+    assert message in str(error.value)
+
+
+def test_unknown_group_suggests_the_nearest():
+    config = valid_config()
+    config.optm = ConfigDict({"lr": 0.1})
+    with pytest.raises(UserError, match="Unknown config group 'optm'. Did you mean 'optim'?"):
+        check_config(config)
+
+
+def test_group_replaced_by_a_value_is_refused():
+    config = valid_config()
+    with config.ignore_type():
+        config.optim = 3
+    with pytest.raises(UserError, match="config.optim is a group of fields"):
+        check_config(config)
+
+
+def test_tables_name_existing_fields():
+    fields = flatten(default_config())
+    for table in (config_lib.RUN_FIELDS, config_lib._CHOICES, config_lib._RANGES):
+        assert set(table) <= set(fields)
+
+
+def test_parse_arg_reads_pairs_and_keeps_defaults():
+    assert parse_arg("data=tfds:cifar100", data="", size="16") == {
+        "data": "tfds:cifar100",
+        "size": "16",
+    }
+    with pytest.raises(UserError, match="Did you mean 'data'?"):
+        parse_arg("dta=x", data="")
+    with pytest.raises(UserError, match="not of the form name=value"):
+        parse_arg("data", data="")
+
+
+def saved(config: ConfigDict, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    return path
+
+
+def test_continuing_with_the_same_or_run_fields_is_allowed(tmp_path):
+    path = saved(valid_config(), tmp_path)
+    config = valid_config()
+    config.log.every_steps = 3
+    config.data.num_workers = 2
+    config.train.total_steps = 20
+    check_same_run(config, path)
+
+
+def test_continuing_with_other_identity_fields_lists_them(tmp_path):
+    path = saved(valid_config(), tmp_path)
+    config = valid_config()
+    config.optim.lr = 0.5
+    config.optim.args.b1 = 0.8
+    config.train.total_steps = 5
+    with pytest.raises(UserError) as error:
+        check_same_run(config, path)
+    message = str(error.value)
+    assert "optim.lr: 0.0001 there, 0.5 asked for" in message
+    assert "optim.args.b1: None there, 0.8 asked for" in message
+    assert "train.total_steps: 10 there, 5 asked for" in message

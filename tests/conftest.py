@@ -1,0 +1,29 @@
+"""Settings and data shared by all tests: 8 simulated CPU devices, strict ranks, no user folders."""
+
+import os
+
+import pytest
+from absl import flags
+
+# Read when a test module imports jax; commands that tests start inherit all of it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps tests out of the user's cache folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tfds data folder in which `digits` is prepared, which takes a few seconds."""
+    from vitcls.data import prepare  # tfds costs half a second, which few tests need
+
+    data_dir = str(tmp_path_factory.mktemp("tfds"))
+    prepare.prepare_once("digits", data_dir=data_dir)
+    return data_dir

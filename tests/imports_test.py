@@ -1,0 +1,98 @@
+"""Imports go down only, and a training process stays free of TensorFlow."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From bottom to top; a module may import from its own level and from those below.
+LEVELS = [
+    {"errors"},
+    {"augment", "losses", "metrics", "sharding"},
+    {"train_step", "models", "images", "adapt", "optim"},
+    {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"},
+    {"config", "records", "evaluate", "train_setup", "train"},
+    {"cli", "main"},
+]
+# What a machine without the data stack can import.
+LIGHT = {"train_step", "models", "optim", "adapt", "augment", "losses", "metrics", "sharding"}
+LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
+HEAVY = {"tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu"}
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(ROOT / "vitcls").with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all that a file imports; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+SOURCES = sorted((ROOT / "vitcls").rglob("*.py"))
+
+
+def test_every_module_has_a_level():
+    assert {module_of(path) for path in SOURCES} - {"__init__"} == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    level_of = {name: level for level, names in enumerate(LEVELS) for name in names}
+    own = module_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "vitcls" and parts[1] in level_of and own != "__init__":
+            assert level_of[parts[1]] <= level_of[own], f"{own} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if module_of(path) in LIGHT],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_the_core_needs_jax_flax_optax_numpy_only(path):
+    assert {name.split(".")[0] for name in imports(path)} <= LIGHT_PACKAGES
+
+
+def test_only_commands_touch_flags():
+    with_flags = {
+        module_of(path)
+        for path in SOURCES
+        if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
+    }
+    # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
+    assert with_flags <= {"main", "cli", "data"}
+
+
+def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):
+    program = f"""
+import json, sys
+from vitcls import train
+from vitcls.config import default_config
+config = default_config()
+config.data.update(source="digits", data_dir={digits_dir!r}, image_size=(8, 8))
+config.model.arch = "vit_nano4"
+config.train.update(total_steps=1, global_batch_size=8)
+config.eval.batch_size = 512
+train.train_and_evaluate(config, {str(tmp_path / "run")!r})
+print(json.dumps(sorted(sys.modules)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    modules = json.loads(result.stdout.splitlines()[-1])
+    assert "vitcls.train" in modules and "grain" in modules
+    assert not {name for name in modules if name in HEAVY}

@@ -1,0 +1,179 @@
+"""Properties of the step: device count, overfitting, freezing, averaging, per-image randomness."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vitcls import adapt, augment, optim, sharding
+from vitcls import train_step as steps
+from vitcls.models import vit
+
+NUM_CLASSES = 5
+NORMALISE = functools.partial(augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.25,) * 3)
+CONFIG = vit.ViTConfig(
+    image_size=(8, 12),
+    patch_size=(4, 4),
+    width=32,
+    depth=2,
+    num_heads=2,
+    mlp_dim=64,
+    num_classes=NUM_CLASSES,
+)
+
+
+def make_batch(size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (size, 8, 12, 3), np.uint8),
+        "targets": np.eye(NUM_CLASSES, dtype=np.float32)[rng.integers(0, NUM_CLASSES, size)],
+        "mask": np.ones(size, np.float32),
+    }
+
+
+class Run:
+    """A state and a compiled step on a mesh."""
+
+    def __init__(
+        self, *, data=1, fsdp=1, dropout=0.0, freeze="", ema_decay=0.0, lr=1e-2, name="adamw"
+    ):
+        self.mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+        model = vit.ViT(CONFIG, dropout_rate=dropout, drop_path_rate=dropout)
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 12, 3)), train=False)
+        # A random head: with the zero head all images get the same logits at first.
+        head = variables["params"]["classifier"]
+        head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
+        tx = optim.make_optimizer(
+            name,
+            optax.constant_schedule(lr),
+            params=adapt.split(variables["params"], freeze)[0],
+            weight_decay=0.01,
+            decay=".*/kernel",
+            clip_norm=1.0,
+            args={},
+        )
+        state = steps.init_state(variables, tx, freeze=freeze, use_ema=ema_decay > 0)
+        shardings = sharding.state_shardings(state, self.mesh)
+        self.state = jax.device_put(state, shardings)
+        self.num_traces = 0
+        prepare = augment.make_prepare(NORMALISE, flip=True, label_smoothing=0.1)
+        step = steps.make_train_step(
+            prepare,
+            steps.make_loss_fn(model.apply),
+            tx,
+            key=jax.random.key(2),
+            ema_decay=ema_decay,
+        )
+
+        def counted(state, batch):
+            self.num_traces += 1
+            return step(state, batch)
+
+        self._step = jax.jit(counted, out_shardings=(shardings, sharding.replicated(self.mesh)))
+
+    def steps(self, batch, num_steps: int) -> list[float]:
+        batch = sharding.to_global(batch, self.mesh)
+        losses = []
+        for _ in range(num_steps):
+            self.state, metrics = self._step(self.state, batch)
+            losses.append(float(metrics["loss"]))
+        return losses
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_losses_do_not_depend_on_the_devices(data, fsdp, dropout, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    batch = make_batch(16)
+    one = Run(dropout=dropout, lr=1e-3).steps(batch, 10)
+    many = Run(data=data, fsdp=fsdp, dropout=dropout, lr=1e-3).steps(batch, 10)
+    np.testing.assert_allclose(many[0], one[0], atol=1e-6)
+    np.testing.assert_allclose(many, one, atol=1e-4)
+
+
+def test_one_batch_overfits_and_the_step_compiles_once():
+    run = Run()
+    losses = run.steps(make_batch(16), 60)
+    assert run.num_traces == 1
+    smoothed_floor = -np.log(0.92) * 0.92 - 4 * 0.02 * np.log(0.02)
+    assert losses[-1] < smoothed_floor + 0.1 < losses[0]
+
+
+def test_masked_rows_do_not_count():
+    batch = make_batch(16)
+    half = {name: array[:8] for name, array in batch.items()}
+    batch["mask"][8:] = 0
+    batch["image"][8:] = 255
+    full, alone = Run(), Run()
+    np.testing.assert_allclose(full.steps(batch, 3), alone.steps(half, 3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_frozen_params_do_not_change(ema_decay):
+    run = Run(freeze="embeddings/.*|encoder/layer_0/.*", ema_decay=ema_decay)
+    before = jax.device_get(run.state.frozen)
+    trained_before = jax.device_get(run.state.params)
+    run.steps(make_batch(16), 3)
+    assert set(before) == {"embeddings", "encoder"}
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(run.state.frozen))
+    moved = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), trained_before, jax.device_get(run.state.params)
+    )
+    assert all(jax.tree.leaves(moved["encoder"]["layer_1"]["mlp"]))
+    variables = run.state.eval_variables()["params"]
+    assert set(adapt.names(variables)) == set(adapt.names(run.state.variables()["params"]))
+
+
+def test_ema_warms_up_and_follows():
+    average = {"w": jnp.zeros(())}
+    values = []
+    for step in range(3):
+        average = steps.update_ema(average, {"w": jnp.ones(())}, jnp.asarray(step), 0.5)
+        values.append(float(average["w"]))
+    # decays 1/10, 2/11, 3/12
+    np.testing.assert_allclose(values, [0.9, 1 - 0.1 * 2 / 11, 1 - 0.1 * 2 / 11 / 4], rtol=1e-6)
+    late = steps.update_ema({"w": jnp.zeros(())}, {"w": jnp.ones(())}, jnp.asarray(10**6), 0.5)
+    assert float(late["w"]) == 0.5
+
+
+def test_ema_is_what_is_evaluated():
+    run = Run(ema_decay=0.99)
+    run.steps(make_batch(16), 5)
+    kernel = run.state.eval_variables()["params"]["classifier"]["kernel"]
+    np.testing.assert_array_equal(kernel, run.state.ema["params"]["classifier"]["kernel"])
+    assert not np.array_equal(kernel, run.state.params["classifier"]["kernel"])
+
+
+def test_sample_keys_depend_on_step_and_row_only():
+    key = jax.random.key(0)
+    keys = jax.random.key_data(steps.sample_keys(key, jnp.asarray(3), 16))
+    fewer = jax.random.key_data(steps.sample_keys(key, jnp.asarray(3), 8))
+    later = jax.random.key_data(steps.sample_keys(key, jnp.asarray(4), 16))
+    np.testing.assert_array_equal(keys[:8], fewer)
+    assert len({tuple(k) for k in np.concatenate([keys, later]).tolist()}) == 32
+
+
+def test_first_loss_of_a_new_head_is_ln_k():
+    model = vit.ViT(CONFIG)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 12, 3)), train=False)
+    loss_fn = steps.make_loss_fn(model.apply)
+    batch = make_batch(8)
+    loss_sum, (weight_sum, _) = loss_fn(
+        variables["params"], {}, {}, NORMALISE(batch["image"]), batch["targets"], batch["mask"],
+        jax.random.split(jax.random.key(0), 8),
+    )  # fmt: skip
+    assert float(loss_sum / weight_sum) == pytest.approx(np.log(NUM_CLASSES), rel=1e-6)
+
+
+def test_gradient_of_frozen_parameters_is_not_computed():
+    """The compiled step of a frozen backbone costs less than half of the full one."""
+
+    def flops(freeze):
+        run = Run(freeze=freeze)
+        batch = sharding.to_global(make_batch(16), run.mesh)
+        return run._step.lower(run.state, batch).compile().cost_analysis()["flops"]
+
+    assert flops("(embeddings|encoder)/.*") < 0.5 * flops("")

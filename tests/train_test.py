@@ -1,0 +1,189 @@
+"""Whole runs: what they leave, how they stop, continue and end."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from vitcls import train
+from vitcls.checkpoint import Checkpoints
+from vitcls.config import default_config
+from vitcls.errors import Interrupted, NonFiniteLoss, UserError
+from vitcls.metric_writers import LateMetrics
+
+NUM_TEST = 360
+
+
+@pytest.fixture
+def config(digits_dir):
+    """A short run with everything random switched on."""
+    config = default_config()
+    config.data.source = "digits"
+    config.data.data_dir = digits_dir
+    config.data.image_size = (8, 8)
+    config.data.num_threads = 2
+    config.model.arch = "vit_nano4"
+    config.model.dropout = 0.1
+    config.model.drop_path = 0.1
+    config.optim.lr = 1e-3
+    config.optim.ema_decay = 0.9
+    config.train.total_steps = 8
+    config.train.global_batch_size = 16
+    config.eval.every_steps = 4
+    config.eval.batch_size = 128
+    config.log.every_steps = 2
+    return config
+
+
+def interrupt_at(step: int, monkeypatch) -> None:
+    """Sends this process SIGTERM once `step` has been done."""
+    add = LateMetrics.add
+
+    def add_and_interrupt(self, number, metrics):
+        add(self, number, metrics)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LateMetrics, "add", add_and_interrupt)
+
+
+def metric_lines(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_items(workdir, step) -> dict:
+    """All arrays of a checkpoint, as numpy."""
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    restored = checkpoints._manager.restore(step)
+    return {name: jax.device_get(restored[name]) for name in ("params", "opt_state", "ema")}
+
+
+def test_a_run_leaves_what_the_contract_says(config, tmp_path, capsys):
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    run = tmp_path / "run"
+    assert json.loads((run / "results.json").read_text()) == results
+    assert results["step"] == 8 and results["selected_step"] in (4, 8)
+    assert set(results["splits"]) == {"test", "holdout"}
+    assert results["splits"]["test"]["num_examples"] == NUM_TEST
+    assert results["images_per_second"] > 0 and results["seconds"] > 0
+
+    predictions = np.load(run / "predictions/test.npz")
+    assert predictions["logits"].shape == (NUM_TEST, 10)
+    assert predictions["logits"].dtype == np.float32
+    assert len(set(predictions["ids"].tolist())) == NUM_TEST
+    accuracy = (predictions["logits"].argmax(-1) == predictions["labels"]).mean()
+    assert results["splits"]["test"]["accuracy"] == pytest.approx(accuracy)
+
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["data"]["image_size"] == [8, 8] and saved["train"]["total_steps"] == 8
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert manifest["data"]["test"]["num_examples"] == NUM_TEST
+    assert manifest["devices"]["count"] == 8 and manifest["pretrained"] is None
+    assert json.loads((run / "model/config.json").read_text())["model_type"] == "vit"
+    assert (run / "model/preprocessor_config.json").exists()
+
+    lines = metric_lines(run)
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "holdout/accuracy" in line] == [4, 8]
+    assert [line["step"] for line in lines if "test/accuracy" in line] == [8]
+    assert list(run.glob("events.out.tfevents.*"))
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith(f"test accuracy {results['splits']['test']['accuracy']:.4f} (360")
+
+
+def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, monkeypatch):
+    whole = train.train_and_evaluate(config, tmp_path / "whole")
+    for step in (3, 4):  # between evaluations, and at one
+        with monkeypatch.context() as patch:
+            interrupt_at(step, patch)
+            with pytest.raises(Interrupted, match=f"SIGTERM: saved after step {step} of 8"):
+                train.train_and_evaluate(config, tmp_path / "parts")
+    parts = train.train_and_evaluate(config, tmp_path / "parts")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_items(tmp_path / "whole", 8),
+        final_items(tmp_path / "parts", 8),
+    )
+    assert parts["splits"] == whole["splits"]
+    assert parts["selected_step"] == whole["selected_step"]
+
+    def losses(name):
+        return [
+            (line["step"], line["holdout/loss"])
+            for line in metric_lines(tmp_path / name)
+            if "holdout/loss" in line
+        ]
+
+    assert losses("parts") == losses("whole")
+
+
+def test_a_finished_run_says_so_and_can_be_lengthened(config, tmp_path, capsys):
+    config.train.total_steps = 2
+    first = train.train_and_evaluate(config, tmp_path)
+    capsys.readouterr()
+    assert train.train_and_evaluate(config, tmp_path) == first
+    assert capsys.readouterr().out.startswith("test accuracy")
+    config.train.total_steps = 4
+    assert train.train_and_evaluate(config, tmp_path)["step"] == 4
+
+
+def test_a_workdir_of_another_config_is_refused(config, tmp_path):
+    config.train.total_steps = 2
+    train.train_and_evaluate(config, tmp_path)
+    config.optim.lr = 0.5
+    with pytest.raises(UserError, match="optim.lr: 0.001 there, 0.5 asked for"):
+        train.train_and_evaluate(config, tmp_path)
+
+
+def test_a_diverging_run_stops_and_saves_nothing_of_it(config, tmp_path):
+    config.optim.lr = 1e30
+    config.optim.name = "sgd"
+    config.optim.clip_norm = 0.0
+    config.checkpoint.every_steps = 1
+    with pytest.raises(NonFiniteLoss, match="diverged"):
+        train.train_and_evaluate(config, tmp_path)
+    latest = Checkpoints(tmp_path / "checkpoints").latest_step()
+    assert not (tmp_path / "results.json").exists()
+    if latest is not None:
+        items = final_items(tmp_path, latest)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(items["params"]))
+
+
+def test_batch_that_the_devices_do_not_divide_is_refused(config, tmp_path):
+    config.train.global_batch_size = 20
+    with pytest.raises(UserError, match="=20 is not divisible by 8 devices; use 16 or 24."):
+        train.train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_profile_leaves_a_trace(config, tmp_path):
+    config.train.total_steps = 4
+    train.train_and_evaluate(config, tmp_path, num_profiled_steps=2)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_selection_never_looks_at_the_test_split(config, tmp_path, monkeypatch):
+    """Until the last step only the hold-out is read."""
+    names = []
+    evaluate = train.evaluate
+
+    def recorded(*args, name, **kwargs):
+        names.append(name)
+        return evaluate(*args, name=name, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", recorded)
+    train.train_and_evaluate(config, tmp_path)
+    assert names == ["holdout", "holdout", "test", "holdout"]
+
+
+@pytest.mark.parametrize("crop", ["inception", "resmall", "none"])
+def test_every_crop_trains(config, tmp_path, crop):
+    config.data.crop = crop
+    config.data.resize = 10
+    config.train.total_steps = 1
+    config.eval.every_steps = 0
+    assert train.train_and_evaluate(config, tmp_path)["step"] == 1

@@ -1,0 +1,202 @@
+"""Checkpoints of a run: a thin layer over Orbax.
+
+A step directory holds the items `params` (variables of the network as trained), `opt_state`,
+`ema` (variables to evaluate, if averaged) and `meta` (JSON), so that each can be read alone.
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from vitcls import adapt
+from vitcls.errors import StorageError, UserError
+from vitcls.train_step import TrainState
+
+PyTree = Any
+
+
+class Checkpoints:
+    """The checkpoints below one directory: the newest few, and the best one."""
+
+    def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
+        """Opens the directory, which is made if needed and not `read_only`.
+
+        Args:
+          keep: Number of newest checkpoints to keep; the one with the highest score stays besides.
+        """
+        if read_only and not directory.is_dir():
+            raise UserError(f"{directory} does not exist: no checkpoint has been saved there.")
+        policies = [
+            checkpoint_managers.LatestN(keep),
+            checkpoint_managers.BestN(
+                get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=_score,  # without it the scores never reach the disk
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            enable_background_delete=False,
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the highest score, the latest of equals; None if no score was saved."""
+        scored = {
+            step: _score(metrics)
+            for step in self._manager.all_steps()
+            if (metrics := self._manager.metrics(step)) is not None
+        }
+        return max(scored, key=lambda step: (scored[step], step), default=None)
+
+    def has(self, step: int) -> bool:
+        return step in self._manager.all_steps()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, items: dict[str, PyTree], *, meta: dict[str, Any], score: float | None
+    ) -> None:
+        """Starts to save; returns once the arrays are copied, the files are written behind.
+
+        Args:
+          items: Name -> tree of arrays.
+          meta: What JSON can hold.
+          score: Higher is better; None for a checkpoint that was not evaluated.
+
+        Raises:
+          StorageError: this or the previous save failed.
+        """
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
+        if score is not None and not math.isfinite(score):
+            score = -sys.float_info.max
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args),
+                metrics=None if score is None else {"score": score},
+                force=True,
+            )
+        except Exception as error:
+            raise self._failure("could not be saved", step, error) from error
+
+    def wait(self) -> None:
+        """Returns once what was saved is on disk; raises `StorageError` if it could not be."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure("could not be saved", self.latest_step(), error) from error
+
+    def restore(self, step: int, items: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Returns the named items of `step`.
+
+        Args:
+          items: Name -> tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          UserError: a dtype differs, which Orbax would cast without a word.
+          StorageError: a file is missing or damaged.
+        """
+        try:
+            saved = self._manager.item_metadata(step)
+            for name, tree in items.items():
+                _check_dtypes(f"{self._manager.directory}/{step}/{name}", saved[name], tree)
+            args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._failure("could not be read", step, error) from error
+        return {name: restored[name] for name in items}
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Returns what `save` was given as `meta`."""
+        try:
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=args)["meta"]
+        except Exception as error:
+            raise self._failure("could not be read", step, error) from error
+
+    def item_names(self, step: int) -> set[str]:
+        return {
+            name for name, item in self._manager.item_metadata(step).items() if item is not None
+        }
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _failure(self, what: str, step: int | None, error: Exception) -> StorageError:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        return StorageError(
+            f"The checkpoint of step {step} in {self._manager.directory} {what}: {first_line}"
+        )
+
+
+def state_items(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint: whole networks, so that each can be read without this run."""
+    items = {"params": state.variables(), "opt_state": state.opt_state}
+    return items | ({} if state.ema is None else {"ema": state.eval_variables()})
+
+
+def restore_state(
+    checkpoints: Checkpoints, step: int, shapes: TrainState, shardings: TrainState
+) -> TrainState:
+    """Returns the state after `step`, bit for bit as it was saved."""
+    target = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    items = checkpoints.restore(step, state_items(target))
+
+    def trained(variables):  # the part of the network that `target` says is trained
+        return {
+            "params": adapt.subtree(variables["params"], target.params),
+            "batch_stats": variables.get("batch_stats", {}),
+        }
+
+    return TrainState(
+        step=jax.device_put(np.int32(step), shardings.step),
+        frozen=adapt.subtree(items["params"]["params"], target.frozen),
+        opt_state=items["opt_state"],
+        ema=None if target.ema is None else trained(items["ema"]),
+        **trained(items["params"]),
+    )
+
+
+def restore_eval_variables(checkpoints: Checkpoints, step: int, state: TrainState) -> Any:
+    """Returns the variables to evaluate as they were after `step`, placed like `state`'s."""
+    name = "params" if state.ema is None else "ema"
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        state.eval_variables(),
+    )
+    return checkpoints.restore(step, {name: target})[name]
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
+def _check_dtypes(where: str, saved: PyTree, wanted: PyTree) -> None:
+    saved = dict(
+        jax.tree_util.tree_leaves_with_path(saved.tree if hasattr(saved, "tree") else saved)
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        there = saved.get(path)
+        if there is not None and there.dtype != leaf.dtype:
+            raise UserError(
+                f"{where}{jax.tree_util.keystr(path)} is {there.dtype}, but {leaf.dtype} is wanted."
+            )

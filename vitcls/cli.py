@@ -1,0 +1,123 @@
+"""What all commands share: flags, help, logging, and the exit code of every way to end."""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from vitcls.errors import UserError
+
+FLAGS = flags.FLAGS
+
+# Errors of the file system that no change of the command line would mend.
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG}
+
+log = logging.getLogger("vitcls")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, calls `main()` and exits with the code that DESIGN's table gives.
+
+    0 finished or `--help`; 2 the user's mistake, one message without a traceback; 74 storage;
+    75 stopped by a signal after saving; 87 non-finite loss; 1 anything else.
+    """
+    main_module = sys.modules["__main__"]
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
+        print(_help(main_module))
+        sys.exit(0)
+    start_logging()
+    try:
+        _parse_flags(sys.argv)
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was being trained, so nothing was saved.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `| head` closed our output: nothing left to tell anyone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        sys.exit(_report(error))
+
+
+def start_logging() -> None:
+    """Sends the package's log lines to standard error; other libraries only their warnings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _report(error: Exception) -> int:
+    """Prints what a user should read about `error`; returns the exit code."""
+    code = getattr(error, "exit_code", None)
+    if code is None and isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        code = 74
+    if code is None:
+        traceback.print_exception(error)
+        return 1
+    print(f"{'ERROR: ' if code != 75 else ''}{error}", file=sys.stderr)
+    return code
+
+
+def _help(main_module) -> str:
+    lines = [(main_module.__doc__ or "").strip(), "", "Flags:"]
+    for flag in sorted(
+        FLAGS.get_flags_for_module(main_module.__name__), key=lambda flag: flag.name
+    ):
+        lines.append(f"  --{flag.name}: {flag.help}")
+        if flag.default not in (None, ""):
+            lines[-1] += f" (default: {flag.default})"
+    return "\n".join(lines)
+
+
+def config_value(flag: flags.FlagHolder) -> Any:
+    """Returns the config that a `--config` flag loaded.
+
+    Raises:
+      UserError: the flag is missing, or its file is.
+    """
+    if flag.value is None:
+        raise UserError(f"--{flag.name} is missing. Try --help.")
+    try:
+        flag.value.keys()  # ml_collections reports a missing file at the first access only
+    except OSError as error:
+        path = FLAGS[flag.name].config_filename.split(":")[0]
+        raise UserError(
+            f"--{flag.name}={path} cannot be read; it names a Python file such as "
+            "configs/quickstart.py."
+        ) from error
+    return flag.value
+
+
+def _parse_flags(argv: list[str]) -> None:
+    try:
+        rest = FLAGS(argv)
+    except Exception as error:  # flags.Error, or whatever running a config file raises
+        raise UserError(_explain(error)) from error
+    if len(rest) > 1:
+        raise UserError(
+            f"Unexpected argument {rest[1]!r}: every option starts with --. Try --help."
+        )
+
+
+def _explain(error: Exception) -> str:
+    """The message of an error that came up while flags were parsed and the config file was run."""
+    root = error  # absl and ml_collections wrap what a config file raises, with its traceback
+    while root.__context__ is not None:
+        root = root.__context__
+    if isinstance(root, UserError):
+        return str(root)
+    for frame in reversed(traceback.extract_tb(root.__traceback__)):
+        if frame.name == "get_config" or frame.filename.startswith(f"configs{os.sep}"):
+            return f"{frame.filename}, line {frame.lineno}: {type(root).__name__}: {root}"
+    if isinstance(error, flags.Error):
+        return f"{error}\nTry --help."
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    return f"--config has no such field: {text}"

@@ -1,0 +1,322 @@
+"""The configuration: every field with its default and meaning, and the check of all of them.
+
+A recipe (`configs/*.py`) starts from `default_config()` and sets what it needs. `check_config`
+finds every mistake that can be found without data, weights or devices.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from vitcls.errors import UserError, unknown
+
+
+def default_config() -> ConfigDict:
+    """Returns every field with its default; recipes fill in what they need."""
+    c = ConfigDict()
+
+    c.data = ConfigDict()
+    # What to train on: "digits", "glyphs" or "tfds:NAME[/CONFIG]".
+    c.data.source = ""
+    # Where prepared data sets are kept; "" is tensorflow_datasets' own default.
+    c.data.data_dir = ""
+    # Split to train on; tfds' slices work, for example "train[:90%]".
+    c.data.train_split = "train"
+    # Splits evaluated once, at the end, with the selected weights.
+    c.data.eval_splits = ("test",)
+    # Share of the training split held out (stratified, seeded) as the split "holdout"; 0: none.
+    c.data.holdout = 0.1
+    # Training images per class, drawn with train.seed after the hold-out; 0: all.
+    c.data.per_class = 0
+    # (height, width) the network sees, in pixels; unset: the checkpoint's.
+    c.data.image_size = placeholder(tuple)
+    # Random crop for training: "inception" (random area and aspect), "resmall" (shorter side to
+    # data.resize, then a random window) or "none" (the evaluation's pixels).
+    c.data.crop = "inception"
+    # Share of the area that an inception crop covers, (smallest, largest).
+    c.data.crop_scale = (0.05, 1.0)
+    # Width / height of an inception crop, (smallest, largest), relative to the image's own.
+    c.data.crop_ratio = (3 / 4, 4 / 3)
+    # Shorter side in pixels before cropping, in evaluation (central crop) and for "resmall";
+    # 0: evaluate as the checkpoint's preprocessing says.
+    c.data.resize = 0
+    # Threads that read and decode, per process.
+    c.data.num_threads = 8
+    # Worker processes beside the training process; 0: threads only, which is mostly enough.
+    c.data.num_workers = 0
+
+    c.augment = ConfigDict()
+    # Mirror left and right with probability 1/2; leave off where mirrored classes differ.
+    c.augment.flip = True
+
+    c.model = ConfigDict()
+    # Checkpoint to start from: Hugging Face id with optional @revision, or a folder; "": random
+    # weights of model.arch.
+    c.model.pretrained = ""
+    # Architecture for random weights, such as "vit_b16"; must be "" when model.pretrained is set.
+    c.model.arch = ""
+    # "new": zero head for the data's classes; "keep": the checkpoint's head and class names.
+    c.model.head = "new"
+    # Type of the computation: "float32" or "bfloat16"; parameters are always float32.
+    c.model.dtype = "float32"
+    # Dropout rate of the token stream.
+    c.model.dropout = 0.0
+    # Stochastic depth: rate at which the last block's branches are dropped, rising from 0.
+    c.model.drop_path = 0.0
+
+    c.optim = ConfigDict()
+    # An optimizer of optax: see OPTIMIZERS in vitcls/optim.py.
+    c.optim.name = "adamw"
+    # Peak learning rate.
+    c.optim.lr = 1e-4
+    # Decoupled for optimizers that have it (adamw, lion, ...), otherwise added to the gradient.
+    c.optim.weight_decay = 0.0
+    # Regular expression for the names of the parameters that weight_decay applies to.
+    c.optim.decay = r".*/kernel"
+    # Global norm that gradients are clipped to; 0: no clipping.
+    c.optim.clip_norm = 1.0
+    # After the warm-up: "cosine" or "linear" to 0, or "constant".
+    c.optim.schedule = "cosine"
+    # Steps of linear warm-up from 0.
+    c.optim.warmup_steps = 0
+    # Decay of the exponential moving average of the weights, which is then what is evaluated;
+    # 0: no average.
+    c.optim.ema_decay = 0.0
+    # Further arguments of the optax optimizer, for example momentum = 0.9 for sgd.
+    c.optim.args = ConfigDict()
+
+    c.loss = ConfigDict()
+    # Share of the target spread evenly over all classes.
+    c.loss.label_smoothing = 0.0
+
+    c.adapt = ConfigDict()
+    # Regular expression for the names of the parameters that stay as they are; "": none.
+    c.adapt.freeze = ""
+
+    c.train = ConfigDict()
+    # Length of training: exactly one of the two is positive.
+    c.train.total_steps = 0
+    c.train.total_epochs = 0.0
+    # Images per step over all devices.
+    c.train.global_batch_size = 128
+    # Seed of everything random: hold-out, order, crops, augmentation, dropout, new weights.
+    c.train.seed = 0
+
+    c.eval = ConfigDict()
+    # Steps between evaluations of select_split, each with a checkpoint; 0: only at the end.
+    c.eval.every_steps = 0
+    # Split that chooses the best checkpoint: "holdout", or a split of the source that is not
+    # in data.eval_splits; "": no choice, the last step is final.
+    c.eval.select_split = "holdout"
+    # Metric that chooses: see SELECT_METRICS below.
+    c.eval.select_metric = "accuracy"
+    # Images per evaluation step over all devices; 0: train.global_batch_size.
+    c.eval.batch_size = 0
+
+    c.checkpoint = ConfigDict()
+    # Steps between checkpoints, beside those at evaluations and at the end; 0: only those.
+    c.checkpoint.every_steps = 0
+    # Number of newest checkpoints to keep; the best one is kept besides.
+    c.checkpoint.keep = 1
+
+    c.mesh = ConfigDict()
+    # Devices along the data axis; -1: all that mesh.fsdp leaves.
+    c.mesh.data = -1
+    # Devices over which each large parameter is split (fully sharded data parallel).
+    c.mesh.fsdp = 1
+
+    c.log = ConfigDict()
+    # Steps between lines of metrics.
+    c.log.every_steps = 10
+    return c
+
+
+# Fields that may differ when a workdir is continued: they do not change what is computed
+# (train.total_steps may only grow, which train.py checks).
+RUN_FIELDS = (
+    "data.data_dir", "data.num_threads", "data.num_workers", "eval.batch_size",
+    "checkpoint.every_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp", "log.every_steps",
+)  # fmt: skip
+SELECT_METRICS = (
+    "accuracy",
+    "top5_accuracy",
+    "loss",
+    "macro_precision",
+    "macro_recall",
+    "macro_f1",
+)
+_CHOICES = {
+    "data.crop": ("inception", "resmall", "none"),
+    "model.head": ("new", "keep"),
+    "model.dtype": ("float32", "bfloat16"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "eval.select_metric": SELECT_METRICS,
+}
+# field -> (lowest, highest, whether the highest itself is allowed)
+_RANGES = {
+    "data.holdout": (0, 1, False),
+    "data.per_class": (0, math.inf, True),
+    "data.resize": (0, math.inf, True),
+    "data.num_threads": (1, math.inf, True),
+    "data.num_workers": (0, math.inf, True),
+    "model.dropout": (0, 1, False),
+    "model.drop_path": (0, 1, False),
+    "optim.lr": (0, math.inf, False),
+    "optim.weight_decay": (0, math.inf, False),
+    "optim.clip_norm": (0, math.inf, False),
+    "optim.warmup_steps": (0, math.inf, True),
+    "optim.ema_decay": (0, 1, False),
+    "loss.label_smoothing": (0, 1, False),
+    "train.total_steps": (0, math.inf, True),
+    "train.total_epochs": (0, math.inf, False),
+    "train.global_batch_size": (1, math.inf, True),
+    "train.seed": (0, 2**32, False),
+    "eval.every_steps": (0, math.inf, True),
+    "eval.batch_size": (0, math.inf, True),
+    "checkpoint.every_steps": (0, math.inf, True),
+    "checkpoint.keep": (1, math.inf, True),
+    "mesh.fsdp": (1, math.inf, True),
+    "log.every_steps": (1, math.inf, True),
+}
+
+
+def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
+    """Reads a config file's argument, `name=value,name=value`.
+
+    Args:
+      arg: What follows the colon in `--config=FILE.py:ARG`.
+      **defaults: The names that are known and their values when not given.
+    """
+    values = dict(defaults)
+    for item in filter(None, arg.split(",")):
+        name, equals, value = item.partition("=")
+        if name not in defaults:
+            raise unknown("argument of the config file", name, defaults)
+        if not equals:
+            raise UserError(f"The config file's argument {item!r} is not of the form name=value.")
+        values[name] = value
+    return values
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns `{"group.field": value}`; optimizer arguments as `optim.args.NAME`."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{name}.{key}": inner for key, inner in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises `UserError` for the first mistake that shows without data, weights or devices."""
+    _check_names(config)
+    flat = flatten(config)
+    for field, choices in _CHOICES.items():
+        if flat[field] not in choices:
+            raise unknown(f"value of {field}", flat[field], choices)
+    for field, (low, high, closed) in _RANGES.items():
+        value = flat[field]
+        if not low <= value <= high or (value == high and not closed):
+            bound = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
+            raise UserError(f"{field}={value} is out of range: it must be {bound}.")
+    _check_pairs(config)
+    for field in ("optim.decay", "adapt.freeze"):
+        try:
+            re.compile(flat[field])
+        except re.error as error:
+            raise UserError(
+                f"{field}={flat[field]!r} is no regular expression: {error}."
+            ) from error
+    _check_combinations(config)
+
+
+def _check_names(config: ConfigDict) -> None:
+    known = default_config()
+    for group in config:
+        if group not in known:
+            raise unknown("config group", group, known)
+        if not isinstance(config[group], ConfigDict):
+            raise UserError(f"config.{group} is a group of fields; set one of them.")
+        for field, value in config[group].items():
+            if field not in known[group]:
+                raise unknown(f"field of config.{group}", field, known[group])
+            default = known[group][field]
+            if default is not None and isinstance(default, str) != isinstance(value, str):
+                raise UserError(f"{group}.{field}={value!r} must be like {default!r}.")
+
+
+def _check_pairs(config: ConfigDict) -> None:
+    size = config.data.image_size
+    if size is not None and not (
+        len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    ):
+        raise UserError(f"data.image_size={size} must be (height, width) in pixels: (224, 224).")
+    for field, highest in [("crop_scale", 1.0), ("crop_ratio", math.inf)]:
+        pair = config.data[field]
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= highest:
+            raise UserError(
+                f"data.{field}={pair} must be (smallest, largest), both above 0"
+                + (f" and at most {highest}." if highest < math.inf else ".")
+            )
+
+
+def _check_combinations(config: ConfigDict) -> None:
+    data, model, train = config.data, config.model, config.train
+    if not data.source:
+        raise UserError('data.source is empty; set it, for example to "digits" or "tfds:cifar10".')
+    if bool(model.pretrained) == bool(model.arch):
+        raise UserError(
+            f"model.pretrained={model.pretrained!r} and model.arch={model.arch!r}: set exactly "
+            "one, pretrained to start from a checkpoint, arch to start from random weights."
+        )
+    if model.arch and model.head == "keep":
+        raise UserError("model.head='keep' needs model.pretrained: random weights have no head.")
+    if model.arch and data.image_size is None:
+        raise UserError("data.image_size must be set when model.arch starts from random weights.")
+    if bool(train.total_steps) == bool(train.total_epochs):
+        raise UserError(
+            f"train.total_steps={train.total_steps} and train.total_epochs={train.total_epochs}: "
+            "exactly one must be positive."
+        )
+    if train.total_steps and config.optim.warmup_steps > train.total_steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps} is more than "
+            f"train.total_steps={train.total_steps}."
+        )
+    if data.crop == "resmall" and not data.resize:
+        raise UserError("data.crop='resmall' needs data.resize, the shorter side before the crop.")
+    if config.eval.select_split == "holdout" and not data.holdout:
+        raise UserError(
+            "eval.select_split='holdout' but data.holdout=0: hold a share out, or name a "
+            "validation split, or set eval.select_split='' to keep the last step."
+        )
+    if config.eval.select_split in data.eval_splits:
+        raise UserError(
+            f"eval.select_split={config.eval.select_split!r} is also in data.eval_splits: a split "
+            "that chooses the checkpoint cannot measure it. Select on 'holdout'."
+        )
+
+
+def check_same_run(config: ConfigDict, path: Path) -> None:
+    """Raises `UserError` when the run saved at `path` was started with other identity fields."""
+    saved = flatten(ConfigDict(json.loads(path.read_text())))
+    asked = flatten(ConfigDict(json.loads(json.dumps(config.to_dict()))))
+    differences = [
+        f"  {field}: {saved.get(field)!r} there, {asked.get(field)!r} asked for"
+        for field in sorted(saved.keys() | asked.keys())
+        if field not in RUN_FIELDS and saved.get(field) != asked.get(field)
+        and not (field == "train.total_steps" and asked[field] > saved[field])
+    ]  # fmt: skip
+    if differences:
+        raise UserError(
+            f"{path.parent} holds a run of another config:\n"
+            + "\n".join(differences)
+            + "\nUse another --workdir, or the fields it was started with."
+        )

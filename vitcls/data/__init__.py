@@ -1,0 +1,1 @@
+"""Data sets: how they are prepared, which example comes when, and batches of them."""

@@ -1,0 +1,1 @@
+"""Handwritten digits as a tfds data set; `digits.py` holds the builder."""

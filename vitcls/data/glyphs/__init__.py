@@ -1,0 +1,1 @@
+"""Letters and digits drawn with many fonts and distorted: the quick start's pretraining data."""

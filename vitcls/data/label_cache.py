@@ -1,0 +1,32 @@
+"""Labels of splits that store them inside their records, kept from one run to the next."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def cached_labels(fingerprint: str, read: Callable[[], Sequence[int]]) -> np.ndarray:
+    """Labels kept under this fingerprint in the user's cache folder, else what `read` returns.
+
+    The folder is `$XDG_CACHE_HOME/vitcls/labels`, by default in `~/.cache`.
+
+    Returns:
+      int32 (N,).
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    path = cache / "vitcls" / "labels" / f"{fingerprint}.npy"
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError):  # none yet, or damaged
+        labels = np.asarray(read(), np.int32)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            np.save(pathlib.Path(folder) / path.name, labels)
+            os.replace(pathlib.Path(folder) / path.name, path)  # all of it or nothing
+    except OSError:
+        pass  # a cache that cannot be written only costs the next run the reading
+    return labels

@@ -1,0 +1,291 @@
+"""Batches of uint8 images from a split, read and transformed in threads or worker processes.
+
+Shapes: `B` rows of the global batch, `b` those of this process, `H W` pixels, `K` classes. A
+batch is a dict of
+
+  image    uint8 (b, H, W, 3)
+  targets  float32 (b, K), one-hot; zeros where the mask is 0
+  mask     float32 (b,), 0 for rows that only fill up the batch
+  index    int32 (b,), position in the split; -1 where the mask is 0
+
+and a pure function of its number: Grain, which runs ahead in threads and processes, only decides
+where and when it is made.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import multiprocessing.resource_tracker
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from vitcls import images
+from vitcls.data import order
+from vitcls.data.split import Split
+from vitcls.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def train_batches(
+    split: Split,
+    *,
+    global_batch_size: int,
+    start_step: int,
+    total_steps: int,
+    seed: int,
+    transform: Callable[[Image.Image, np.random.Generator], np.ndarray],
+    num_threads: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This process' rows of the batches of steps [start_step, total_steps).
+
+    Every epoch shows every example once, in an order of its own; batches go on across its end.
+    Starting at a later step costs nothing and gives the same batches from there on.
+
+    Args:
+      split: The examples.
+      global_batch_size: B, over all processes.
+      start_step: Number of steps already taken.
+      total_steps: Step at which the run ends.
+      seed: Of order and transforms.
+      transform: Image (RGB) and the sample's generator to uint8 (H, W, 3); picklable.
+      num_threads: Batches made at a time, in each worker where there are workers; 0: none ahead.
+      num_workers: Worker processes; 0: threads of this process only.
+      process_index: Which of the processes this one is.
+      process_count: Processes that share the global batch, evenly.
+
+    Raises:
+      UserError: The batch cannot be divided; while iterating: an image cannot be decoded or a
+        label is not a class.
+    """
+    source = _TrainSource(
+        split,
+        layout=_Layout(global_batch_size, process_index, process_count),
+        transform=transform,
+        start_step=start_step,
+        num_batches=total_steps - start_step,
+        seed=seed,
+    )
+    return _iterate(source, num_threads=num_threads, num_workers=num_workers)
+
+
+def eval_batches(
+    split: Split,
+    *,
+    global_batch_size: int,
+    transform: Callable[[Image.Image], np.ndarray],
+    num_threads: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "EvalBatches":
+    """This process' rows of one pass over the split, in its order.
+
+    The number of batches is the same on every process; the rows after the last example are black
+    images with mask 0.
+
+    Args and Raises: as for `train_batches`, but `transform` takes the image only.
+    """
+    source = _EvalSource(
+        split,
+        layout=_Layout(global_batch_size, process_index, process_count),
+        transform=transform,
+        num_batches=-(-len(split) // global_batch_size),
+    )
+    return EvalBatches(source, num_threads=num_threads, num_workers=num_workers)
+
+
+class EvalBatches:
+    """One pass over a split, each time it is iterated."""
+
+    def __init__(self, source: "_Source", *, num_threads: int, num_workers: int):
+        self._source = source
+        self._num_threads = num_threads
+        self._num_workers = num_workers
+
+    def __len__(self) -> int:
+        """Number of batches, the same on every process."""
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _iterate(self._source, num_threads=self._num_threads, num_workers=self._num_workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The rows of each global batch that this process makes."""
+
+    global_batch_size: int
+    process_index: int
+    process_count: int
+
+    def __post_init__(self) -> None:
+        self.sample_numbers(0)  # raises for a batch that cannot be divided
+
+    def sample_numbers(self, step: int) -> np.ndarray:
+        return order.sample_numbers(step, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Random access to batches, as Grain's sources have it. Picklable."""
+
+    split: Split
+    layout: _Layout
+    transform: Callable[..., np.ndarray]
+    num_batches: int
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainSource(_Source):
+    """Batches of steps start_step, start_step + 1, ..."""
+
+    start_step: int
+    seed: int
+
+    def __getitem__(self, batch_number: int) -> Batch:
+        numbers = self.layout.sample_numbers(self.start_step + batch_number)
+        indices = order.example_indices(numbers, num_examples=len(self.split), seed=self.seed)
+
+        def transform(image: Image.Image, row: int) -> np.ndarray:
+            return self.transform(image, order.sample_rng(self.seed, int(numbers[row])))
+
+        return _make_batch(self.split, indices, transform)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalSource(_Source):
+    """Batches of the split's examples in order, the last filled up."""
+
+    def __getitem__(self, batch_number: int) -> Batch:
+        numbers = self.layout.sample_numbers(batch_number)
+        indices = np.where(numbers < len(self.split), numbers, -1)
+        return _make_batch(self.split, indices, lambda image, row: self.transform(image))
+
+
+def _make_batch(
+    split: Split,
+    indices: np.ndarray,
+    transform: Callable[[Image.Image, int], np.ndarray],
+) -> Batch:
+    """Reads, decodes and transforms the examples at `indices` (b,); -1 leaves a row black.
+
+    An image that cannot be used leaves its row black, too, and a message under "errors": Grain
+    does not survive exceptions in its workers well, and only the consumer can decide what to do.
+
+    Args:
+      split: The examples.
+      indices: Integers (b,).
+      transform: Image (RGB) and row to uint8 (H, W, 3).
+
+    Returns:
+      A batch, with the additional entry "errors", a tuple of messages.
+    """
+    blank = transform(Image.new("RGB", (1, 1)), 0)  # black, and tells the shape
+    batch = {
+        "image": np.zeros((len(indices), *blank.shape), np.uint8),
+        "targets": np.zeros((len(indices), len(split.class_names)), np.float32),
+        "mask": np.zeros(len(indices), np.float32),
+        "index": np.full(len(indices), -1, np.int32),
+    }
+    errors = []
+    for row, index in enumerate(indices.tolist()):
+        if index < 0:
+            continue
+        try:
+            image, label = _read(split, index)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        batch["image"][row] = transform(image, row)
+        batch["targets"][row, label] = 1
+        batch["mask"][row] = 1
+        batch["index"][row] = index
+    return batch | {"errors": tuple(errors)}
+
+
+def _read(split: Split, index: int) -> tuple[Image.Image, int]:
+    """One example's image and label, or a `UserError` that names the example."""
+    data, label = split.read(index)
+    num_classes = len(split.class_names)
+    if not 0 <= label < num_classes:
+        raise UserError(
+            f"Example {split.id(index)} of split {split.name!r} has label {label}, not one of the "
+            f"{num_classes} classes 0..{num_classes - 1}; choose a split with labels."
+        )
+    try:
+        return images.decode(data), label
+    except images.ImageError as error:
+        raise UserError(
+            f"Example {split.id(index)} of split {split.name!r} cannot be used: {error} "
+            "Mend it or take it out of the data set."
+        ) from error
+
+
+def _iterate(source: _Source, *, num_threads: int, num_workers: int) -> Iterator[Batch]:
+    """Batches in order, made ahead of time. Closing the iterator ends the workers."""
+    # Two more than are in the making, so that one slow batch does not stop the threads.
+    buffer_size = num_threads + 2 if num_threads else 0
+    dataset = grain.MapDataset.source(source).to_iter_dataset(
+        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
+    )
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # as a library, where no command has parsed absl's flags
+            flags.FLAGS.mark_as_parsed()  # Grain passes its own on to the workers
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_end_with_parent
+        )
+    iterator = iter(dataset)
+    try:
+        with _holding_back_signals() if num_workers else contextlib.nullcontext():
+            first = list(itertools.islice(iterator, 1))
+        for batch in itertools.chain(first, iterator):
+            errors = batch.pop("errors")
+            if errors:
+                raise UserError(errors[0])
+            yield batch
+    finally:
+        iterator.close()
+
+
+@contextlib.contextmanager
+def _holding_back_signals() -> Iterator[None]:
+    """Workers started meanwhile never see a signal; this thread sees it afterwards.
+
+    A cluster signals the whole group, but this process needs its batches until it has saved.
+    Blocking is inherited by threads and processes, and so leaves no gap as a worker's own code
+    would, which comes seconds after its start.
+    """
+    # Would unblock the signals again, were it started along with the first worker.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """Called in each worker: lets the system kill it when its parent dies, however that dies."""
+    del worker_index, worker_count
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != multiprocessing.parent_process().pid:  # already gone
+            os._exit(1)

@@ -1,0 +1,126 @@
+"""One split of a data set with random access to its encoded images, and subsets of it."""
+
+import abc
+import hashlib
+
+import numpy as np
+
+from vitcls.data import order
+from vitcls.errors import UserError
+
+
+class Split(abc.ABC):
+    """A fixed sequence of (encoded image, label). Picklable: worker processes get a copy.
+
+    Attributes:
+      name: Its name, such as "test".
+      class_names: One per class, in the order of the labels.
+      fingerprint: Hash of whatever defines the content and the order; where the data lie does not.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    @abc.abstractmethod
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded image and the label of one example. Safe to call from many threads."""
+
+    @abc.abstractmethod
+    def id(self, index: int) -> str:
+        """A name that stays with the example wherever the data lie and however they are split."""
+
+    @abc.abstractmethod
+    def labels(self) -> np.ndarray:
+        """All labels, int32 (N,)."""
+
+
+class Subset(Split):
+    """Some examples of a split, in the order given by `indices`."""
+
+    def __init__(self, name: str, parent: Split, *, indices: np.ndarray):
+        self.name = name
+        self.class_names = parent.class_names
+        self._parent = parent
+        self._indices = np.asarray(indices, np.int64)
+        digest = hashlib.sha256(parent.fingerprint.encode() + self._indices.tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """See `Split`."""
+        return self._parent.read(int(self._indices[index]))
+
+    def id(self, index: int) -> str:
+        """See `Split`."""
+        return self._parent.id(int(self._indices[index]))
+
+    def labels(self) -> np.ndarray:
+        """See `Split`."""
+        return self._parent.labels()[self._indices]
+
+
+def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Subset, Subset]:
+    """Divides a split, stratified, into what remains and a part named "holdout".
+
+    Of every class the held-out part has its share to within one example. Both parts keep the
+    split's order.
+
+    Args:
+      split: What to divide.
+      fraction: Share of the examples to hold out, between 0 and 1.
+      seed: Which examples.
+
+    Returns:
+      (rest, held).
+
+    Raises:
+      UserError: The fraction leaves one of the parts empty.
+    """
+    num_examples = len(split)
+    num_held = round(fraction * num_examples)
+    if not 0 < num_held < num_examples:
+        raise UserError(
+            f"Holding out {fraction} of the {num_examples} examples in {split.name!r} leaves "
+            f"{num_held} and {num_examples - num_held}; both parts need at least one."
+        )
+    # A systematic sample: every (N / n)-th example when sorted by class, in random order within.
+    by_class = np.lexsort((_random_keys(num_examples, seed, order.HOLD_OUT), split.labels()))
+    positions = (2 * np.arange(num_held) + 1) * num_examples // (2 * num_held)
+    is_held = np.zeros(num_examples, bool)
+    is_held[by_class[positions]] = True
+    rest = Subset(split.name, split, indices=np.flatnonzero(~is_held))
+    return rest, Subset("holdout", split, indices=np.flatnonzero(is_held))
+
+
+def take_per_class(split: Split, num: int, *, seed: int) -> Subset:
+    """`num` random examples of every class, in the split's order.
+
+    With the same seed, a larger `num` adds to the examples of a smaller one.
+
+    Raises:
+      UserError: A class has fewer.
+    """
+    labels = split.labels()
+    counts = np.bincount(labels, minlength=len(split.class_names))
+    rarest = int(counts.argmin())
+    if not 0 < num <= counts[rarest]:
+        raise UserError(
+            f"Cannot take {num} examples of every class from {split.name!r}: class "
+            f"{split.class_names[rarest]!r} has {counts[rarest]}; "
+            f"choose between 1 and {counts[rarest]}."
+        )
+    by_class = np.lexsort((_random_keys(len(split), seed, order.TAKE), labels))
+    starts = np.cumsum(counts) - counts
+    chosen = by_class[(starts[:, np.newaxis] + np.arange(num)).ravel()]
+    return Subset(split.name, split, indices=np.sort(chosen))
+
+
+def _random_keys(num: int, seed: int, stream: int) -> np.ndarray:
+    return order.bit_generator(seed, 0, stream=stream).random_raw(num)

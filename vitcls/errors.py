@@ -1,0 +1,42 @@
+"""The errors that end a command with a message instead of a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend: a flag, a config field, a file. Names it and says what to do."""
+
+    exit_code = 2
+
+
+class StorageError(RuntimeError):
+    """The file system refused to take or to give back what a run needs."""
+
+    exit_code = 74
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop; its state is saved and the same command continues it."""
+
+    exit_code = 75
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged: the loss or the gradients are not finite."""
+
+    exit_code = 87
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a `name` that is none of the `known` ones; suggests the nearest.
+
+    Args:
+      what: What the name stands for, as it opens the message, such as "config field".
+      name: What the user wrote.
+      known: The names that would have been accepted.
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UserError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known)}.")

@@ -1,0 +1,56 @@
+"""Fine-tunes a pretrained image classifier, evaluates it and keeps its checkpoints.
+
+  python -m vitcls.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Run again with the same --workdir: an unfinished run continues exactly where it was saved, a
+finished one says so. Any field of the config can be overridden, for example
+
+  --config.optim.lr=1e-4 --config.train.global_batch_size=64
+
+and config files take arguments after a colon, for example
+
+  --config=configs/quickstart.py:init=scratch
+
+All fields, with their meaning, are listed in vitcls/config.py.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from vitcls import cli
+from vitcls.config import check_config
+from vitcls.errors import UserError
+
+# Unknown fields are accepted here and refused by `check_config`, which knows the nearest name;
+# this is also what lets `--config.optim.args.NAME=` through.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "File with the recipe, optionally with arguments: FILE.py or FILE.py:name=value,...",
+    lock_config=False,
+    accept_new_attributes=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics and results; made if it does not exist."
+)
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Trace this many training steps for TensorBoard's profiler into the workdir.",
+    lower_bound=0,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Checks the flags, then trains."""
+    config = cli.config_value(_CONFIG)
+    check_config(config)
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing. Try --help.")
+    from vitcls import START_TIME, train  # imports jax: only once the flags are known to be right
+
+    train.train_and_evaluate(
+        config, _WORKDIR.value, num_profiled_steps=_PROFILE.value, start_time=START_TIME
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,94 @@
+"""Where metrics go: `metrics.jsonl` for programs, TensorBoard's event files for people."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import optax
+from tensorboardX import SummaryWriter
+
+from vitcls.errors import NonFiniteLoss
+from vitcls.progress import Progress
+
+
+class MetricWriter:
+    """Writes scalars to both; after a restart it forgets what came after the restored step."""
+
+    def __init__(self, workdir: Path, *, start_step: int):
+        self._path = workdir / "metrics.jsonl"
+        _drop_lines_after(self._path, start_step)
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        line = {"step": step, "time": round(time.time(), 3), **scalars}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()  # a line is there for whoever follows the file, and after a kill
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self._events.close()
+
+
+class LateMetrics:
+    """Reads a step's metrics after the next one has been sent off, and writes their means."""
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        progress: Progress,
+        schedule: optax.Schedule,
+        *,
+        every_steps: int,
+    ):
+        self._writer, self._progress, self._schedule = writer, progress, schedule
+        self._every_steps = every_steps
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._window: list[dict[str, float]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the last step; raises `NonFiniteLoss` if it diverged."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not all(map(math.isfinite, metrics.values())):
+            raise NonFiniteLoss(
+                f"Step {step} diverged: loss {metrics['loss']}, gradient norm "
+                f"{metrics['grad_norm']}. Nothing of it was saved. Lower optim.lr, lengthen "
+                "optim.warmup_steps or lower optim.clip_norm."
+            )
+        self._window.append(metrics)
+        if step % self._every_steps == 0:
+            means = {
+                f"train/{name}": sum(m[name] for m in self._window) / len(self._window)
+                for name in metrics
+            }
+            means["train/lr"] = float(self._schedule(step - 1))
+            self._window.clear()
+            self._writer.write(step, means | self._progress.report(step, means))
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Removes the lines of steps that will be done again, and a last line cut by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    aside = path.with_suffix(".jsonl.tmp")
+    aside.write_text("".join(kept))
+    aside.replace(path)

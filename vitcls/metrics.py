@@ -1,0 +1,79 @@
+"""Classification metrics from sums: every example counts once, the division comes last.
+
+B batch, K classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def batch_sums(
+    logits: jax.Array, targets: jax.Array, loss: jax.Array, weights: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums over a batch all that `summarise` needs.
+
+    Args:
+      logits: float32 (B, K).
+      targets: float32 (B, K); the label is the largest entry.
+      loss: float32 (B,).
+      weights: float32 (B,), 1 for an example and 0 for padding.
+
+    Returns:
+      float32 scalars `num_examples`, `loss`, `correct`, `top5_correct`; float32 (K,)
+      `true_positives`, `predicted`, `labelled`. Counts of one batch are exact in float32.
+    """
+    # Padding may hold anything, and 0 * nan is nan.
+    loss = jnp.where(weights > 0, loss * weights, 0.0)
+    labels = jnp.argmax(targets, axis=-1)
+    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # Number of classes before the label, ties in the order of classes as argmax has them. Written
+    # so that a nan anywhere in a row leaves it outside the top.
+    classes = jnp.arange(logits.shape[-1])[None]
+    behind = (logits < label_logits) | ((logits == label_logits) & (classes >= labels[:, None]))
+    rank = jnp.sum(~behind, axis=-1)
+    num_classes = logits.shape[-1]
+    labels_one_hot = jax.nn.one_hot(labels, num_classes) * weights[:, None]
+    correct = (rank == 0) * weights
+    predictions = jnp.argmax(logits, axis=-1)
+    return {
+        "num_examples": jnp.sum(weights),
+        "loss": jnp.sum(loss),
+        "correct": jnp.sum(correct),
+        "top5_correct": jnp.sum((rank < 5) * weights),
+        "true_positives": jnp.sum(labels_one_hot * correct[:, None], axis=0),
+        "predicted": jnp.sum(jax.nn.one_hot(predictions, num_classes) * weights[:, None], axis=0),
+        "labelled": jnp.sum(labels_one_hot, axis=0),
+    }
+
+
+def add_sums(total: dict[str, np.ndarray] | None, new: dict[str, np.ndarray]) -> dict:
+    """Adds one batch's sums in float64, where counts stay exact."""
+    new = {name: np.asarray(value, np.float64) for name, value in new.items()}
+    return new if total is None else {name: total[name] + new[name] for name in total}
+
+
+def summarise(sums: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns the metrics of a whole split.
+
+    `macro_*` are means over the classes that occur as a label or as a prediction, a ratio 0 / 0
+    counting as 0, as scikit-learn defines them. `top5_accuracy` only with more than 5 classes.
+    """
+    num_examples = sums["num_examples"]
+    seen = (sums["labelled"] > 0) | (sums["predicted"] > 0)
+    hits = sums["true_positives"][seen]
+    predicted, labelled = sums["predicted"][seen], sums["labelled"][seen]
+    summary = {
+        "num_examples": int(num_examples),
+        "loss": sums["loss"] / num_examples,
+        "accuracy": sums["correct"] / num_examples,
+        "top5_accuracy": sums["top5_correct"] / num_examples,
+        "macro_precision": np.mean(hits / np.maximum(predicted, 1)),
+        "macro_recall": np.mean(hits / np.maximum(labelled, 1)),
+        "macro_f1": np.mean(2 * hits / (predicted + labelled)),
+    }
+    if len(seen) <= 5:  # every answer would be right
+        del summary["top5_accuracy"]
+    return {
+        name: value if name == "num_examples" else float(value) for name, value in summary.items()
+    }

@@ -1,0 +1,37 @@
+"""The parameter table that a run starts with."""
+
+import math
+import re
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+
+def parameter_table(params: Any, frozen: Any, batch_stats: Any) -> str:
+    """Returns a table of all parameters, one row for those that differ only by a number.
+
+    Args:
+      params: The trained parameters.
+      frozen: The parameters that stay as they are.
+      batch_stats: Running statistics.
+    """
+    rows: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for tree, kind in [(params, "trained"), (frozen, "frozen"), (batch_stats, "statistics")]:
+        for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
+            row = (re.sub(r"\d+", "*", name), leaf.shape, kind)
+            rows[row] = rows.get(row, 0) + 1
+    cells = [("name", "shape", "copies", "parameters", "")]
+    for (name, shape, kind), copies in rows.items():
+        size = copies * math.prod(shape)
+        cells.append((name, "x".join(map(str, shape)), str(copies), f"{size:,}", kind))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if index in (2, 3) else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (params, frozen))
+    return "\n".join([*lines, f"{trained:,} parameters are trained, {frozen:,} frozen."])

@@ -1,0 +1,104 @@
+"""What a run leaves beside its checkpoints and metrics: config, manifest, results, predictions."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vitcls import __version__, pretrained
+from vitcls.data.sources import Split
+from vitcls.errors import StorageError, UserError
+
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy",
+    "pillow", "ml_collections", "safetensors", "huggingface_hub",
+)  # fmt: skip
+
+
+def make(workdir: Path) -> None:
+    """Makes the folder; raises `UserError` or `StorageError` when that cannot be."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
+    except OSError as error:
+        raise StorageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes indented JSON aside and renames it, so that the file is always whole."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    aside.replace(path)
+
+
+def manifest(mesh: Mesh, splits: list[Split], files: pretrained.Files | None) -> dict[str, Any]:
+    """Returns where a run's numbers come from: command, code, versions, devices, data, weights."""
+    devices = mesh.devices.flatten()
+    versions = {"python": platform.python_version(), "vitcls": __version__}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "command": [sys.executable, *sys.argv],
+        "git_commit": _git_commit(),
+        "versions": versions,
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": mesh.size,
+            "processes": jax.process_count(),
+        },
+        "data": {
+            split.name: {"num_examples": len(split), "fingerprint": split.fingerprint}
+            for split in splits
+        },
+        "pretrained": files
+        and {
+            "source": files.source,
+            "revision": files.revision,
+            "sha256": files.sha256(),
+        },
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, "-dirty" appended if files differ from it; None outside git."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def save_predictions(path: Path, *, labels: np.ndarray, logits: np.ndarray, ids: list[str]) -> None:
+    """Writes `labels` int32 (N,), `logits` float32 (N, K) and `ids` (N,) to an npz file."""
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        np.savez_compressed(file, labels=labels, logits=logits, ids=np.asarray(ids))
+    aside.replace(path)
+
+
+def read_results(workdir: Path) -> dict[str, Any] | None:
+    """Returns `results.json`, or None when the run has not ended yet."""
+    path = workdir / "results.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def last_line(results: dict[str, Any], workdir: Path) -> str:
+    """Returns `test accuracy 0.9806 (360 images) in 61 s -> runs/quickstart`, for example."""
+    splits = ", ".join(
+        f"{name} accuracy {metrics['accuracy']:.4f} ({metrics['num_examples']} images)"
+        for name, metrics in results["splits"].items()
+    )
+    return f"{splits} in {results['seconds']:.0f} s -> {workdir}"

@@ -1,0 +1,283 @@
+"""Fine-tuning from start to end: set-up in order, then the loop, then the final evaluation."""
+
+import functools
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vitcls import adapt, augment, checkpoint, optim, pretrained, records, sharding, train_setup
+from vitcls import train_step as steps
+from vitcls.config import check_config, check_same_run
+from vitcls.data import loader
+from vitcls.errors import Interrupted
+from vitcls.evaluate import evaluate
+from vitcls.metric_writers import LateMetrics, MetricWriter
+from vitcls.parameters import parameter_table
+from vitcls.progress import Progress
+from vitcls.signals import StopRequest
+
+log = logging.getLogger("vitcls")
+
+
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    devices: list[jax.Device] | None = None,
+    num_profiled_steps: int = 0,
+    start_time: float | None = None,
+) -> dict[str, Any]:
+    """Trains as `config` says, or continues what `workdir` holds, and evaluates.
+
+    Args:
+      config: As `vitcls.config.default_config` lays it out.
+      workdir: Folder of the run.
+      devices: The devices to use; default all.
+      num_profiled_steps: Number of steps to trace with the profiler, after the first.
+      start_time: When the wall time that is reported began, as `time.time()`; default now.
+
+    Returns:
+      What `results.json` holds.
+
+    Raises:
+      UserError, StorageError, Interrupted, NonFiniteLoss: see `vitcls.errors`.
+    """
+    workdir, start_time = Path(workdir), start_time or time.time()
+
+    # Mistakes first: a field, a data set or a checkpoint that does not fit stops here.
+    check_config(config)
+    optim.check_args(config.optim.name, dict(config.optim.args))
+    train_split, eval_splits = train_setup.open_splits(config)
+    files, model_config, processor = train_setup.open_model(config, train_split.class_names)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
+    config = train_setup.resolve(
+        config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
+    )
+
+    # The workdir: finished, begun with this config, or new.
+    if (workdir / "config.json").exists():
+        check_same_run(config, workdir / "config.json")
+        results = records.read_results(workdir)
+        if results is not None and results["step"] == config.train.total_steps:
+            log.info("This run is finished; raise train.total_steps to continue it.")
+            print(records.last_line(results, workdir))
+            return results
+    if jax.process_index() == 0:
+        records.make(workdir)
+        records.write_json(workdir / "config.json", config.to_dict())
+        pretrained.write_config(workdir / "model", model_config, processor)
+        data = [train_split, *eval_splits.values()]
+        records.write_json(workdir / "manifest.json", records.manifest(mesh, data, files))
+
+    # The network, the optimizer and the two compiled steps.
+    model = pretrained.make_model(
+        model_config,
+        dtype=jnp.dtype(config.model.dtype),
+        dropout_rate=config.model.dropout,
+        drop_path_rate=config.model.drop_path,
+    )
+    init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
+    init = functools.partial(
+        model.init, init_key, jnp.zeros((1, *config.data.image_size, 3)), train=False
+    )
+    variable_shapes = jax.eval_shape(init)
+    schedule = optim.make_schedule(
+        config.optim.schedule,
+        lr=config.optim.lr,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=config.train.total_steps,
+    )
+    tx = optim.make_optimizer(
+        config.optim.name,
+        schedule,
+        params=adapt.split(variable_shapes["params"], config.adapt.freeze)[0],
+        weight_decay=config.optim.weight_decay,
+        decay=config.optim.decay,
+        clip_norm=config.optim.clip_norm,
+        args=dict(config.optim.args),
+    )
+    init_state = functools.partial(
+        steps.init_state, tx=tx, freeze=config.adapt.freeze, use_ema=config.optim.ema_decay > 0
+    )
+    state_shapes = jax.eval_shape(init_state, variable_shapes)
+    state_shardings = sharding.state_shardings(state_shapes, mesh)
+    normalise = functools.partial(
+        augment.normalise, rescale=processor.rescale, mean=processor.mean, std=processor.std
+    )
+    train_step = jax.jit(
+        steps.make_train_step(
+            augment.make_prepare(
+                normalise, flip=config.augment.flip, label_smoothing=config.loss.label_smoothing
+            ),
+            steps.make_loss_fn(model.apply),
+            tx,
+            key=step_key,
+            ema_decay=config.optim.ema_decay,
+        ),
+        donate_argnums=0,
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+    )
+    eval_step = jax.jit(
+        steps.make_eval_step(normalise, model.apply), out_shardings=sharding.replicated(mesh)
+    )
+
+    # Where the weights come from: 1. the workdir, 2. the pretrained checkpoint, 3. random.
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    start_step = checkpoints.latest_step() or 0
+    if start_step:
+        meta = checkpoints.meta(start_step)
+        train_setup.check_same_data(meta["data"], train_split)
+        state = checkpoint.restore_state(checkpoints, start_step, state_shapes, state_shardings)
+        log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
+    else:
+        meta = {"seconds": 0.0, "images_per_second": None}
+        variable_shardings = sharding.state_shardings(variable_shapes, mesh)
+        if files is not None:
+            params = pretrained.read_params(
+                files, model_config, new_head=config.model.head == "new"
+            )
+            variables = jax.device_put({"params": params}, variable_shardings)
+        else:
+            variables = jax.jit(init, out_shardings=variable_shardings)()
+        state = jax.jit(init_state, out_shardings=state_shardings)(variables)
+        del variables
+    if jax.process_index() == 0:
+        log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
+
+    # Data: local uint8 batches, one ahead on the devices.
+    loading = dict(
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    batches = sharding.prefetch(
+        loader.train_batches(
+            train_split,
+            global_batch_size=config.train.global_batch_size,
+            start_step=start_step,
+            total_steps=config.train.total_steps,
+            seed=config.train.seed,
+            transform=train_setup.train_transform(config, processor),
+            **loading,
+        ),
+        mesh,
+    )
+
+    def evaluate_split(name: str, variables: Any, **kwargs) -> tuple[dict, dict]:
+        split_batches = loader.eval_batches(
+            eval_splits[name],
+            global_batch_size=config.eval.batch_size,
+            transform=processor.pixels,
+            **loading,
+        )
+        return evaluate(
+            eval_step, variables, split_batches,
+            mesh=mesh, name=name, num_examples=len(eval_splits[name]), **kwargs,
+        )  # fmt: skip
+
+    def seconds() -> float:
+        return meta["seconds"] + time.time() - start_time
+
+    # The loop. `step` counts finished steps: what is evaluated and saved is the state after it.
+    total_steps, select = config.train.total_steps, config.eval.select_split
+    with (
+        StopRequest() as stop,
+        MetricWriter(workdir, start_step=start_step) as writer,
+        Progress(
+            start_step, total_steps, global_batch_size=config.train.global_batch_size
+        ) as progress,
+    ):
+        metrics = LateMetrics(writer, progress, schedule, every_steps=config.log.every_steps)
+        for step in range(start_step + 1, total_steps + 1):
+            _profile(step - start_step - 1, num_profiled_steps, workdir / "profile")
+            with progress.waiting():
+                batch = next(batches)
+            state, step_metrics = train_step(state, batch)
+            metrics.add(step, step_metrics)
+            progress.step_done()
+            is_evaluated = select and _is_due(step, config.eval.every_steps, total_steps)
+            is_saved = _is_due(step, config.checkpoint.every_steps, total_steps)
+            if not (is_evaluated or is_saved or stop.name):
+                continue
+            metrics.flush()
+            with progress.paused():
+                score = None
+                if is_evaluated:
+                    summary, _ = evaluate_split(select, state.eval_variables())
+                    score = _score(summary, config.eval.select_metric)
+                    writer.write(step, {f"{select}/{name}": x for name, x in summary.items()})
+                    _log_summary(f"step {step}: {select}", summary)
+                meta_now = {
+                    "data": train_split.fingerprint,
+                    "seconds": seconds(),
+                    "images_per_second": progress.images_per_second(),
+                }
+                checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
+            if stop.name and step < total_steps:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"{stop.name}: saved after step {step} of {total_steps}; "
+                    "run the same command again to continue."
+                )
+        checkpoints.wait()
+
+        # The final evaluation, of the weights that select_split chose.
+        selected_step = checkpoints.best_step() if select else total_steps
+        variables = state.eval_variables()
+        if selected_step != total_steps:
+            variables = checkpoint.restore_eval_variables(checkpoints, selected_step, state)
+        summaries = {}
+        for name in dict.fromkeys([*config.data.eval_splits, *filter(None, [select])]):
+            summaries[name], predictions = evaluate_split(
+                name, variables, keep_predictions=True, stop=stop
+            )
+            if jax.process_index() == 0:
+                ids = [eval_splits[name].id(i) for i in range(len(eval_splits[name]))]
+                records.save_predictions(
+                    workdir / f"predictions/{name}.npz", ids=ids, **predictions
+                )
+            if name != select:
+                writer.write(total_steps, {f"{name}/{k}": x for k, x in summaries[name].items()})
+    checkpoints.close()
+    results = {
+        "step": total_steps,
+        "seconds": seconds(),
+        "images_per_second": progress.images_per_second() or meta["images_per_second"],
+        "selected_step": selected_step,
+        "splits": summaries,
+    }
+    if jax.process_index() == 0:
+        records.write_json(workdir / "results.json", results)
+        print(records.last_line(results, workdir))
+    return results
+
+
+def _is_due(step: int, every_steps: int, total_steps: int) -> bool:
+    return step == total_steps or bool(every_steps and step % every_steps == 0)
+
+
+def _score(summary: dict[str, float], metric: str) -> float:
+    """Higher is better."""
+    return -summary[metric] if metric == "loss" else summary[metric]
+
+
+def _log_summary(what: str, summary: dict[str, float]) -> None:
+    log.info(
+        "%s accuracy %.4f, loss %.4f (%d images)",
+        what, summary["accuracy"], summary["loss"], summary["num_examples"],
+    )  # fmt: skip
+
+
+def _profile(index: int, num_steps: int, directory: Path) -> None:
+    """Traces `num_steps` steps, leaving out the first, which compiles."""
+    if num_steps and index == 1:
+        jax.profiler.start_trace(directory)
+    if num_steps and index == 1 + num_steps:
+        jax.profiler.stop_trace()
+        log.info("Traced %d steps into %s.", num_steps, directory)

@@ -1,0 +1,144 @@
+"""What a run is made from: splits, network, processor, and the fields that follow from them."""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vitcls import images, pretrained
+from vitcls.data import sources
+from vitcls.errors import UserError
+from vitcls.models import vit
+
+log = logging.getLogger("vitcls")
+
+
+def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Split]]:
+    """Returns the split to train on, and by name those that are evaluated."""
+    data, seed = config.data, config.train.seed
+    open_split = functools.partial(sources.open_split, data.source, data_dir=data.data_dir or None)
+    train = open_split(data.train_split)
+    evaluated = {}
+    if data.holdout:
+        train, evaluated["holdout"] = sources.hold_out(train, data.holdout, seed=seed)
+    if data.per_class:
+        train = sources.take_per_class(train, data.per_class, seed=seed)
+    for name in [config.eval.select_split, *data.eval_splits]:
+        if name and name not in evaluated:
+            evaluated[name] = open_split(name)
+    return train, evaluated
+
+
+def open_model(
+    config: ConfigDict, class_names: tuple[str, ...]
+) -> tuple[pretrained.Files | None, vit.ViTConfig, pretrained.Processor]:
+    """Returns the checkpoint's files (None without one), the network's config and the processor.
+
+    The last two are made for the classes and the image size of this run.
+    """
+    image_size = config.data.image_size
+    if not config.model.pretrained:
+        files = None
+        model_config = vit.vit_config(
+            config.model.arch, num_classes=len(class_names), image_size=image_size
+        )
+        processor = pretrained.Processor(size=image_size)
+    else:
+        files = pretrained.find(config.model.pretrained)
+        model_config, processor = pretrained.read_config(files)
+        if config.model.head == "keep":
+            _check_kept_head(model_config, processor, class_names)
+            class_names = tuple(processor.id2label.values())
+        model_config = dataclasses.replace(
+            model_config,
+            num_classes=len(class_names),
+            image_size=image_size or model_config.image_size,
+        )
+        processor = dataclasses.replace(processor, size=model_config.image_size)
+    return (
+        files,
+        model_config,
+        dataclasses.replace(
+            processor,
+            resize=config.data.resize or processor.resize,
+            id2label=dict(enumerate(class_names)),
+        ),
+    )
+
+
+def _check_kept_head(
+    model_config: vit.ViTConfig, processor: pretrained.Processor, class_names: tuple[str, ...]
+) -> None:
+    kept = tuple(processor.id2label.values())
+    if model_config.num_classes != len(class_names):
+        raise UserError(
+            f"model.head='keep' keeps {model_config.num_classes} classes, but the data has "
+            f"{len(class_names)}; use model.head='new'."
+        )
+    if set(kept) == set(class_names) and kept != class_names:
+        raise UserError(
+            "model.head='keep': the checkpoint has the data's classes in another order: "
+            f"{kept[:5]} ... there, {class_names[:5]} ... in the data."
+        )
+    if kept != class_names:
+        log.warning(
+            "model.head='keep': class names differ (%s ... kept, %s ... in the data); classes are "
+            "matched by position.", kept[:3], class_names[:3],
+        )  # fmt: skip
+
+
+def resolve(
+    config: ConfigDict, *, num_train: int, image_size: tuple[int, int], num_devices: int
+) -> ConfigDict:
+    """Returns a copy with what follows from data, checkpoint and devices filled in."""
+    config = ConfigDict(config.to_dict())
+    batch_size = config.train.global_batch_size
+    if batch_size % num_devices:
+        below = batch_size // num_devices * num_devices
+        use = f"{below} or {below + num_devices}" if below else f"{num_devices}"
+        raise UserError(
+            f"train.global_batch_size={batch_size} is not divisible by {num_devices} devices; "
+            f"use {use}."
+        )
+    if config.train.total_epochs:
+        total_steps = math.ceil(config.train.total_epochs * num_train / batch_size)
+        config.train.update(total_steps=total_steps, total_epochs=0.0)
+        if config.optim.warmup_steps > total_steps:
+            raise UserError(
+                f"optim.warmup_steps={config.optim.warmup_steps} is more than the {total_steps} "
+                "steps that train.total_epochs makes."
+            )
+    eval_batch_size = config.eval.batch_size or batch_size
+    config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
+    config.data.image_size = tuple(image_size)
+    return config
+
+
+def train_transform(config: ConfigDict, processor: pretrained.Processor) -> Callable:
+    """Returns the host's part of the training pixels, `(image, rng) -> uint8 (H, W, 3)`."""
+    sized = dict(size=processor.size, resample=processor.resample)
+    if config.data.crop == "inception":
+        return functools.partial(
+            images.random_resized_crop,
+            scale=config.data.crop_scale, ratio=config.data.crop_ratio, **sized,
+        )  # fmt: skip
+    if config.data.crop == "resmall":
+        return functools.partial(images.resize_and_random_crop, resize=config.data.resize, **sized)
+    return functools.partial(_fixed_pixels, processor=processor)
+
+
+def _fixed_pixels(image, rng, *, processor: pretrained.Processor) -> np.ndarray:
+    return processor.pixels(image)
+
+
+def check_same_data(fingerprint: str, split: sources.Split) -> None:
+    """Raises `UserError` when the split is not the one with this fingerprint."""
+    if fingerprint != split.fingerprint:
+        raise UserError(
+            f"The training data ({split.name}, {len(split)} images) is not what this run began "
+            "with: files or labels changed. Use another --workdir, or restore the data."
+        )

@@ -1,0 +1,170 @@
+"""The training step and the evaluation step, made of plain callables: no I/O, no config.
+
+B batch, H W pixels, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vitcls import adapt, losses, metrics
+from vitcls.augment import Batch, Prepare
+
+PyTree = Any
+# (trained, frozen, batch_stats, images, targets, weights, keys) ->
+#   weighted sum of the loss (), (sum of weights (), new batch_stats)
+LossFn = Callable[..., tuple[jax.Array, tuple[jax.Array, PyTree]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes while training, and the frozen parameters.
+
+    Attributes:
+      step: int32 (), the number of finished steps.
+      params: The trained parameters.
+      frozen: The parameters that stay; `adapt.merge(params, frozen)` is the whole network.
+      batch_stats: Running statistics of BatchNorm; empty without it.
+      opt_state: State of the optimizer.
+      ema: Moving averages of `params` and `batch_stats`, or None.
+    """
+
+    step: jax.Array
+    params: PyTree
+    frozen: PyTree
+    batch_stats: PyTree
+    opt_state: optax.OptState
+    ema: PyTree | None
+
+    def variables(self) -> PyTree:
+        """The variables of the network as trained."""
+        return _variables(self.params, self.frozen, self.batch_stats)
+
+    def eval_variables(self) -> PyTree:
+        """The variables to evaluate and to export: the moving averages if there are any."""
+        if self.ema is None:
+            return self.variables()
+        return _variables(self.ema["params"], self.frozen, self.ema["batch_stats"])
+
+
+def _variables(params: PyTree, frozen: PyTree, batch_stats: PyTree) -> PyTree:
+    variables = {"params": adapt.merge(params, frozen)}
+    return variables | ({"batch_stats": batch_stats} if batch_stats else {})
+
+
+def init_state(
+    variables: PyTree, tx: optax.GradientTransformation, *, freeze: str, use_ema: bool
+) -> TrainState:
+    """Returns the state before the first step; the average starts as the weights themselves."""
+    params, frozen = adapt.split(variables["params"], freeze)
+    batch_stats = variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen=frozen,
+        batch_stats=batch_stats,
+        opt_state=tx.init(params),
+        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+        if use_ema
+        else None,
+    )
+
+
+def make_loss_fn(apply: Callable[..., Any]) -> LossFn:
+    """Returns the loss of a network, summed over a batch.
+
+    Args:
+      apply: A flax module's `apply`. BatchNorm's statistics come back as the mutable collection
+        `batch_stats`, if there are any.
+    """
+
+    def loss_fn(params, frozen, batch_stats, images, targets, weights, keys):
+        logits, updated = apply(
+            _variables(params, frozen, batch_stats),
+            images,
+            train=True,
+            keys=keys,
+            mutable=["batch_stats"],
+        )
+        loss_sum = jnp.sum(losses.cross_entropy(logits, targets) * weights)
+        return loss_sum, (jnp.sum(weights), updated.get("batch_stats", batch_stats))
+
+    return loss_fn
+
+
+def sample_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
+    """Returns one key per image of the global batch, (B,): a function of (key, step, row) only."""
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(batch_size))
+
+
+def make_train_step(
+    prepare: Prepare,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    key: jax.Array,
+    ema_decay: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns `(state, batch) -> (new state, {"loss", "grad_norm"})`, for the caller to compile."""
+    # Sums, divided once: the mean does not depend on how a batch is split.
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def train_step(state, batch):
+        keys = sample_keys(key, state.step, batch["image"].shape[0])
+        keys = jax.vmap(lambda k: jax.random.split(k, 2), out_axes=1)(keys)
+        images, targets, weights = prepare(keys[0], batch)
+        (loss_sum, (weight_sum, batch_stats)), grads = grad_fn(
+            state.params, state.frozen, state.batch_stats, images, targets, weights, keys[1]
+        )
+        grads = jax.tree.map(lambda g: g / weight_sum, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = update_ema(
+                ema, {"params": params, "batch_stats": batch_stats}, state.step, ema_decay
+            )
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=ema,
+        )
+        return state, {"loss": loss_sum / weight_sum, "grad_norm": optax.tree.norm(grads)}
+
+    return train_step
+
+
+def update_ema(average: PyTree, new: PyTree, step: jax.Array, decay: float) -> PyTree:
+    """Moves the average towards `new`.
+
+    The decay warms up as `min(decay, (1 + step) / (10 + step))`, so that the first weights are
+    forgotten within a few steps (the rule of TensorFlow's ExponentialMovingAverage).
+    """
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, n: a + (1.0 - decay) * (n - a), average, new)
+
+
+def make_eval_step(
+    normalise: Callable[[jax.Array], jax.Array], apply: Callable[..., jax.Array]
+) -> Callable[[PyTree, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """Returns `(variables, batch) -> (sums, predictions)`, to be compiled by the caller.
+
+    The sums are those of `metrics.batch_sums`; the predictions are `labels` int32 (B,) and
+    `logits` float32 (B, K).
+    """
+
+    def eval_step(variables, batch):
+        targets = batch["targets"]
+        logits = apply(variables, normalise(batch["image"]), train=False)
+        loss = losses.cross_entropy(logits, targets)
+        predictions = {"labels": jnp.argmax(targets, axis=-1), "logits": logits}
+        return metrics.batch_sums(logits, targets, loss, batch["mask"]), predictions
+
+    return eval_step
