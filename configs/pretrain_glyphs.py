@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.optim.warmup_steps = 200
     config.loss.label_smoothing = 0.1
     config.train.global_batch_size = 128
-    config.train.total_steps = 4000
+    config.train.total_steps = 2500
     config.eval.every_steps = 500
     config.eval.batch_size = 256
     config.log.every_steps = 50

@@ -1,6 +1,9 @@
 """Settings and data shared by all tests: 8 simulated CPU devices, strict ranks, no user folders."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 from absl import flags
@@ -9,6 +12,11 @@ from absl import flags
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+# The same step is compiled by many tests, and by the commands that they start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vitcls-jax-cache-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 flags.FLAGS.mark_as_parsed()
 

@@ -18,7 +18,7 @@ from vitcls.signals import StopRequest
 
 @pytest.fixture(scope="module")
 def model_and_variables():
-    model = vit.ViT(vit.vit_config("vit_nano4", num_classes=10, image_size=(8, 8)))
+    model = vit.ViT(vit.vit_config("vit_mu4", num_classes=10, image_size=(8, 8)))
     variables = jax.jit(functools.partial(model.init, train=False))(
         jax.random.key(0), jnp.zeros((1, 8, 8, 3))
     )

@@ -83,7 +83,7 @@ from vitcls import train
 from vitcls.config import default_config
 config = default_config()
 config.data.update(source="digits", data_dir={digits_dir!r}, image_size=(8, 8))
-config.model.arch = "vit_nano4"
+config.model.arch = "vit_mu4"
 config.train.update(total_steps=1, global_batch_size=8)
 config.eval.batch_size = 512
 train.train_and_evaluate(config, {str(tmp_path / "run")!r})

@@ -34,6 +34,12 @@ def make_batch(size: int) -> dict[str, np.ndarray]:
     }
 
 
+def init(model: vit.ViT) -> dict:
+    return jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(0), jnp.zeros((1, 8, 12, 3))
+    )
+
+
 class Run:
     """A state and a compiled step on a mesh."""
 
@@ -42,7 +48,7 @@ class Run:
     ):
         self.mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
         model = vit.ViT(CONFIG, dropout_rate=dropout, drop_path_rate=dropout)
-        variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 12, 3)), train=False)
+        variables = init(model)
         # A random head: with the zero head all images get the same logits at first.
         head = variables["params"]["classifier"]
         head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
@@ -158,7 +164,7 @@ def test_sample_keys_depend_on_step_and_row_only():
 
 def test_first_loss_of_a_new_head_is_ln_k():
     model = vit.ViT(CONFIG)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 12, 3)), train=False)
+    variables = init(model)
     loss_fn = steps.make_loss_fn(model.apply)
     batch = make_batch(8)
     loss_sum, (weight_sum, _) = loss_fn(

@@ -25,7 +25,7 @@ def config(digits_dir):
     config.data.data_dir = digits_dir
     config.data.image_size = (8, 8)
     config.data.num_threads = 2
-    config.model.arch = "vit_nano4"
+    config.model.arch = "vit_mu4"
     config.model.dropout = 0.1
     config.model.drop_path = 0.1
     config.optim.lr = 1e-3

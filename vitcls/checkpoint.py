@@ -4,6 +4,7 @@ A step directory holds the items `params` (variables of the network as trained),
 `ema` (variables to evaluate, if averaged) and `meta` (JSON), so that each can be read alone.
 """
 
+import logging
 import math
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from vitcls.errors import StorageError, UserError
 from vitcls.train_step import TrainState
 
 PyTree = Any
+
+# Orbax warns at every save without a score, although most checkpoints are not evaluated.
+logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
 
 
 class Checkpoints:

@@ -109,14 +109,16 @@ def _parse_flags(argv: list[str]) -> None:
 
 def _explain(error: Exception) -> str:
     """The message of an error that came up while flags were parsed and the config file was run."""
-    root = error  # absl and ml_collections wrap what a config file raises, with its traceback
-    while root.__context__ is not None:
-        root = root.__context__
-    if isinstance(root, UserError):
-        return str(root)
-    for frame in reversed(traceback.extract_tb(root.__traceback__)):
-        if frame.name == "get_config" or frame.filename.startswith(f"configs{os.sep}"):
-            return f"{frame.filename}, line {frame.lineno}: {type(root).__name__}: {root}"
+    chain = [error]  # absl and ml_collections wrap what a config file raises, with its traceback
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    if isinstance(chain[-1], UserError):
+        return str(chain[-1])
+    for cause in reversed(chain):
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if frame.name == "get_config":
+                text = f"{type(cause).__name__}: {cause}"
+                return f"{frame.filename}, line {frame.lineno}: {text}"
     if isinstance(error, flags.Error):
         return f"{error}\nTry --help."
     text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)

@@ -2,15 +2,22 @@
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
 import jax
 import optax
-from tensorboardX import SummaryWriter
 
 from vitcls.errors import NonFiniteLoss
 from vitcls.progress import Progress
+
+# tensorboardX imports torch where it is installed, for seconds and gigabytes; None stops that.
+_torch = sys.modules.setdefault("torch", None)
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if _torch is None:
+    del sys.modules["torch"]
 
 
 class MetricWriter:

@@ -65,7 +65,7 @@ def train_and_evaluate(
         results = records.read_results(workdir)
         if results is not None and results["step"] == config.train.total_steps:
             log.info("This run is finished; raise train.total_steps to continue it.")
-            print(records.last_line(results, workdir))
+            print(records.last_line(results, workdir, splits=config.data.eval_splits))
             return results
     if jax.process_index() == 0:
         records.make(workdir)
@@ -254,7 +254,7 @@ def train_and_evaluate(
     }
     if jax.process_index() == 0:
         records.write_json(workdir / "results.json", results)
-        print(records.last_line(results, workdir))
+        print(records.last_line(results, workdir, splits=config.data.eval_splits))
     return results
 
 

@@ -58,7 +58,7 @@ def open_model(
             num_classes=len(class_names),
             image_size=image_size or model_config.image_size,
         )
-        processor = dataclasses.replace(processor, size=model_config.image_size)
+        processor = processor.resized(model_config.image_size)
     return (
         files,
         model_config,

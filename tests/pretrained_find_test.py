@@ -1,0 +1,145 @@
+import hashlib
+import types
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from vitcls.errors import UserError
+from vitcls.pretrained import find
+
+NAMES = ("config.json", "preprocessor_config.json", "model.safetensors")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write(folder, names=NAMES):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with one model; assign `error` or `names` to change what it answers."""
+    hub = types.SimpleNamespace(error=None, names=NAMES, cached=False, asked=[])
+    snapshot = write(tmp_path / "cache" / "snapshots" / COMMIT)
+
+    def model_info(self, repo_id, *, revision=None):
+        hub.asked.append((repo_id, revision))
+        if hub.error is not None:
+            raise hub.error
+        files = [types.SimpleNamespace(rfilename=name) for name in hub.names]
+        return types.SimpleNamespace(sha=COMMIT, siblings=files)
+
+    def snapshot_download(repo_id, *, revision, allow_patterns=None, local_files_only=False):
+        if local_files_only and not hub.cached:
+            raise errors.LocalEntryNotFoundError("not cached")
+        assert local_files_only or revision == COMMIT
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return hub
+
+
+def hub_error(kind):
+    return kind.__new__(kind)  # without the response that its constructor wants
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path):
+    folder = write(tmp_path / "model")
+    for checkpoint in (folder, str(folder)):
+        files = find(checkpoint)
+        assert (files.directory, files.source, files.revision) == (folder, str(folder), None)
+
+
+def test_every_file_that_is_read_has_a_digest(tmp_path):
+    folder = write(tmp_path, (*NAMES[:2], "model.safetensors.index.json", "model-1.safetensors"))
+    write(tmp_path, ("README.md", "other.safetensors"))
+    digests = find(folder).sha256()
+    assert set(digests) == {
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors.index.json",
+        "model-1.safetensors",
+    }
+    assert digests["config.json"] == hashlib.sha256(b"config.json").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [("owner/name", ("owner/name", None)), ("owner/name@v1.0", ("owner/name", "v1.0"))],
+)
+def test_a_hub_id_is_resolved_to_a_commit(hub, source, asked):
+    files = find(source)
+    assert hub.asked == [asked]
+    assert files.revision == files.directory.name == COMMIT
+    assert files.source == source
+
+
+def test_a_cached_model_is_found_without_a_network(hub):
+    hub.error, hub.cached = ConnectionError("no route to host"), True
+    assert find("owner/name").revision == COMMIT
+
+
+def test_offline_without_a_cached_copy(hub):
+    hub.error = ConnectionError("no route to host")
+    with pytest.raises(UserError, match=r"cannot be reached \(no route to host\). Download it whe"):
+        find("owner/name")
+
+
+def test_missing_id(hub):
+    hub.error = hub_error(errors.RepositoryNotFoundError)
+    with pytest.raises(UserError, match="no folder and no hub model 'owner/nme'; check the spelli"):
+        find("owner/nme")
+
+
+def test_missing_revision(hub):
+    hub.error = hub_error(errors.RevisionNotFoundError)
+    with pytest.raises(UserError, match="hub model 'owner/name' has no revision 'v9'"):
+        find("owner/name@v9")
+
+
+def test_gated_id(hub):
+    hub.error = hub_error(errors.GatedRepoError)
+    with pytest.raises(UserError, match="'owner/name' is gated: accept its terms"):
+        find("owner/name")
+
+
+@pytest.mark.parametrize("source", ["google/vit base", "a/b/c", "owner/-name", ""])
+def test_misspelt_id(source):
+    with pytest.raises(UserError, match="is neither a folder nor a hub id such as google/vit-base"):
+        find(source)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./model", "~/model/x"])
+def test_missing_folder(source):
+    with pytest.raises(UserError, match=f"There is no folder '{source}'"):
+        find(source)
+
+
+def test_folder_without_a_config(tmp_path):
+    with pytest.raises(UserError, match=r"has no config.json, so it is no checkpoint"):
+        find(write(tmp_path, NAMES[1:]))
+
+
+def test_folder_without_preprocessing(tmp_path):
+    with pytest.raises(UserError, match=r"has no preprocessor_config.json, which says how images"):
+        find(write(tmp_path, ("config.json", "model.safetensors")))
+
+
+def test_folder_without_weights(tmp_path):
+    with pytest.raises(UserError, match=r"has no weights: neither model.safetensors nor"):
+        find(write(tmp_path, NAMES[:2]))
+
+
+def test_pickle_only_folder(tmp_path):
+    with pytest.raises(UserError, match=r"as a pickle only \(pytorch_model.bin\), which can run"):
+        find(write(tmp_path, (*NAMES[:2], "pytorch_model.bin")))
+
+
+def test_pickle_only_hub_model(hub):
+    hub.names = (*NAMES[:2], "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"'owner/name' has its weights as a pickle only"):
+        find("owner/name")

@@ -1,0 +1,125 @@
+"""Where a checkpoint's files are: a folder as it is, or a model of the Hugging Face hub."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from vitcls.errors import UserError
+from vitcls.pretrained import formats
+
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+_PATTERNS = (CONFIG, PREPROCESSOR, formats.SINGLE, formats.INDEX, formats.SHARDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files of one checkpoint, on this machine."""
+
+    directory: Path
+    source: str  # what the user named: a folder, or a hub id with its revision
+    revision: str | None = None  # commit of the hub's repository; None for a folder
+
+    def sha256(self) -> dict[str, str]:
+        """Hexadecimal digest of every file that is read, by name."""
+        digests = {}
+        for path in sorted(p for pattern in _PATTERNS for p in self.directory.glob(pattern)):
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return digests
+
+
+def find(checkpoint: str | Path) -> Files:
+    """Finds a checkpoint, downloading what is not in the hub's cache.
+
+    Args:
+      checkpoint: A folder in Hugging Face format, or a hub id: `OWNER/NAME` or
+        `OWNER/NAME@REVISION`, the revision a branch, a tag or a commit. A folder comes first.
+
+    Raises:
+      UserError: nothing there, or nothing there that can be read; says which.
+    """
+    source = str(checkpoint)
+    folder = Path(source).expanduser()
+    if source and folder.is_dir():  # Path("") would be the current folder
+        _check_names(source, [path.name for path in folder.iterdir()])
+        return Files(folder, source)
+    if isinstance(checkpoint, Path) or source.startswith(("/", ".", "~")):
+        raise UserError(f"There is no folder {source!r}.")
+    return _from_hub(source)
+
+
+def _check_names(source: str, names: Iterable[str]) -> None:
+    """Raises unless these file names of a folder or repository make a checkpoint we read."""
+    names = set(names)
+    if CONFIG not in names:
+        raise UserError(
+            f"{source!r} has no {CONFIG}, so it is no checkpoint in Hugging Face format."
+        )
+    if PREPROCESSOR not in names:
+        raise UserError(
+            f"{source!r} has no {PREPROCESSOR}, which says how images are prepared for the "
+            "network; add the one it was trained with."
+        )
+    if formats.SINGLE in names or formats.INDEX in names:
+        return
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickles:
+        raise UserError(
+            f"{source!r} has its weights as a pickle only ({pickles[0]}), which can run code when "
+            "it is opened; convert it to safetensors first."
+        )
+    raise UserError(f"{source!r} has no weights: neither {formats.SINGLE} nor {formats.INDEX}.")
+
+
+def _from_hub(source: str) -> Files:
+    # Imported here: half a second that a folder's users need not wait.
+    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.utils import validate_repo_id
+
+    repo_id, _, revision = source.partition("@")
+    try:
+        validate_repo_id(repo_id)
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"{source!r} is neither a folder nor a hub id such as google/vit-base-patch16-224, "
+            "which may end in @REVISION."
+        ) from error
+    try:
+        # The commit first: what is downloaded is then one state of the repository.
+        info = HfApi().model_info(repo_id, revision=revision or None)
+        _check_names(source, [file.rfilename for file in info.siblings])
+        directory = snapshot_download(repo_id, revision=info.sha, allow_patterns=list(_PATTERNS))
+    except UserError:
+        raise
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{source!r} is gated: accept its terms on its page of the hub, then log in with "
+            "`hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"There is no folder and no hub model {repo_id!r}; check the spelling, or log in with "
+            "`hf auth login` if it is private."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"The hub model {repo_id!r} has no revision {revision!r}.") from error
+    except Exception as error:  # no network raises many types, which differ between versions
+        return _from_cache(source, repo_id, revision, cause=error)
+    return Files(Path(directory), source, info.sha)
+
+
+def _from_cache(source: str, repo_id: str, revision: str, *, cause: Exception) -> Files:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        directory = snapshot_download(repo_id, revision=revision or None, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise UserError(
+            f"{source!r} is no folder, and the Hugging Face hub cannot be reached ({reason}). "
+            "Download it where there is a network and name the folder."
+        ) from cause
+    _check_names(source, [path.name for path in Path(directory).iterdir()])
+    return Files(Path(directory), source, Path(directory).name)  # snapshots/COMMIT

@@ -1,0 +1,59 @@
+"""Weight files: safetensors, in one file or sharded over several."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vitcls.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARDS = "model-*.safetensors"  # glob of the files that an index lists
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Weights:
+    """The tensors of a checkpoint by their names; headers are read at once, data when asked for."""
+
+    def __init__(self, directory: Path):
+        """Opens the files in `directory`. Raises `UserError` if one is missing or damaged."""
+        self._file_of = {}  # tensor name -> open file
+        single = directory / SINGLE
+        for path in [single] if single.exists() else _shards(directory / INDEX):
+            try:
+                file = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged or missing ({error}); get it again.") from error
+            self._file_of |= dict.fromkeys(file.keys(), file)
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as float32, whatever floating-point type it is stored in."""
+        stored = self._file_of[name].get_slice(name).get_dtype()
+        if stored not in _FLOATS:
+            raise UserError(f"Tensor {name!r} has type {stored}; weights are {', '.join(_FLOATS)}.")
+        return self._file_of[name].get_tensor(name).astype(np.float32)
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is missing or not an index of weight files.") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise UserError(f"{index} names a file outside its folder: {outside[0]!r}.")
+    return sorted(index.parent / name for name in names)
+
+
+def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one safetensors file, marked as torch's, without which `transformers` refuses it."""
+    save_file(tensors, path, metadata={"format": "pt"})

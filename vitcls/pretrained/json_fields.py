@@ -1,0 +1,96 @@
+"""Typed reading of a checkpoint's JSON files, which come from strangers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vitcls.errors import UserError
+
+_MOST_BYTES = 64 << 20  # ImageNet-21k's class names take 2 MB
+
+
+class JsonFields:
+    """The fields of one JSON object; every method checks what it returns.
+
+    All methods take `default` for a field that is absent or null, and raise a `UserError` that
+    names file, field and value where the value is not of the kind asked for.
+    """
+
+    def __init__(self, path: Path):
+        """Reads `path`. Raises `UserError` if it holds no JSON object."""
+        self.path = path
+        try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise UserError(f"{path} has more than {_MOST_BYTES} bytes: not a checkpoint's.")
+            self._content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is not readable JSON: {error}.") from error
+        if not isinstance(self._content, dict):
+            raise UserError(f"{path} holds no JSON object.")
+
+    def __contains__(self, name: str) -> bool:
+        return self._content.get(name) is not None
+
+    def any(self, name: str, default: Any = None) -> Any:
+        """The value as it is, for fields with several forms."""
+        return self._content[name] if name in self else default
+
+    def integer(self, name: str, default: int, *, most: int, least: int = 1) -> int:
+        return self._checked_integer(name, self.any(name, default), least, most)
+
+    def pair(self, name: str, default: int, *, most: int) -> tuple[int, int]:
+        """(height, width), from an integer for both or a list of the two."""
+        value = self.any(name, default)
+        if not isinstance(value, list):
+            value = [value, value]
+        if len(value) != 2:
+            raise self.error(name, "one integer, or [height, width]")
+        return tuple(self._checked_integer(name, side, 1, most) for side in value)
+
+    def number(self, name: str, default: float) -> float:
+        """A finite, non-negative number."""
+        value = self.any(name, default)
+        if not _is_number(value) or not 0 <= value < float("inf"):
+            raise self.error(name, "a non-negative number")
+        return float(value)
+
+    def numbers(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        """As many finite numbers as `default` has."""
+        value = self.any(name, list(default))
+        if not (
+            isinstance(value, list)
+            and len(value) == len(default)
+            and all(_is_number(v) and abs(v) < float("inf") for v in value)
+        ):
+            raise self.error(name, f"a list of {len(default)} numbers")
+        return tuple(map(float, value))
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.any(name, default)
+        if not isinstance(value, bool):
+            raise self.error(name, "true or false")
+        return value
+
+    def choice(self, name: str, default: Any, table: Mapping[Any, Any]) -> Any:
+        """The entry of `table` under the field's value."""
+        value = self.any(name, default)
+        if not isinstance(value, str | int) or value not in table:
+            raise self.error(name, "one of " + ", ".join(map(str, table)))
+        return table[value]
+
+    def error(self, name: str, allowed: str) -> UserError:
+        value = json.dumps(self.any(name))
+        value = value if len(value) < 80 else value[:80] + "..."
+        return UserError(f"{self.path}: {name}={value} is not supported; it must be {allowed}.")
+
+    def _checked_integer(self, name: str, value: Any, least: int, most: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(name, f"an integer from {least} to {most}")
+        return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

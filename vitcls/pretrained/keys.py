@@ -1,0 +1,132 @@
+"""Tables that say which tensors of a checkpoint make up each parameter, and back.
+
+A family's table is written once and read in both directions, so that loading tests saving.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vitcls.errors import UserError
+from vitcls.pretrained.formats import Weights
+
+_MOST_LISTED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How the tensors of a checkpoint make a parameter (`join`), and back (`split`)."""
+
+    join: Callable[[Sequence[np.ndarray]], np.ndarray]
+    split: Callable[[np.ndarray, int], Sequence[np.ndarray]]  # parameter, number of tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One parameter, and the tensors it is made of."""
+
+    ours: str  # "/" between the names of modules
+    theirs: tuple[str, ...]
+    transform: Transform
+
+
+SAME = Transform(join=lambda tensors: tensors[0], split=lambda param, _: [param])
+# torch keeps a Linear's weight (out, in), we keep kernels (in, out). Several tensors are products
+# that we fuse into one, side by side.
+LINEAR = Transform(
+    join=lambda tensors: np.concatenate(tensors).T,
+    split=lambda param, count: np.split(param.T, count),
+)
+BIAS = Transform(join=np.concatenate, split=np.split)
+
+
+def patch_kernel(patch_size: tuple[int, int]) -> Transform:
+    """A convolution (D, 3, p, q) whose stride is its size <-> the kernel (p q 3, D)."""
+
+    def split(param: np.ndarray, _: int) -> list[np.ndarray]:
+        return [param.reshape(*patch_size, 3, -1).transpose(3, 2, 0, 1)]
+
+    return Transform(
+        join=lambda tensors: tensors[0].transpose(2, 3, 1, 0).reshape(-1, len(tensors[0])),
+        split=split,
+    )
+
+
+def load(
+    weights: Weights,
+    table: Sequence[Key],
+    *,
+    shapes: Mapping[str, Any],
+    ignored: Iterable[str],
+    source: str,
+) -> dict[str, Any]:
+    """Reads every parameter, strictly: each tensor is used or ignored, each parameter is found.
+
+    Args:
+      weights: The checkpoint's tensors.
+      table: Its family's keys, one for each parameter.
+      shapes: The network's parameters as nested dicts of things with a `shape`.
+      ignored: Names of tensors that may be there and are of no use.
+      source: The checkpoint, as messages name it.
+
+    Returns:
+      Nested dicts of float32 arrays.
+
+    Raises:
+      UserError: tensors are missing, left over or of another shape; lists all of them.
+    """
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(dict(shapes), sep="/").items()}
+    assert shapes.keys() == {key.ours for key in table}, "the table does not fit the network"
+    expected = {}
+    for key in table:
+        dummy = np.broadcast_to(np.float32(0), shapes[key.ours])
+        tensors = key.transform.split(dummy, len(key.theirs))
+        expected |= {name: t.shape for name, t in zip(key.theirs, tensors, strict=True)}
+    names = weights.names()
+    _check(
+        source,
+        missing=sorted(expected.keys() - names),
+        unused=sorted(names - expected.keys() - set(ignored)),
+        misshaped=[
+            f"{name} is {weights.shape(name)}, not {shape}"
+            for name, shape in sorted(expected.items())
+            if name in names and weights.shape(name) != shape
+        ],
+    )
+    params = {
+        key.ours: np.ascontiguousarray(key.transform.join([weights.read(n) for n in key.theirs]))
+        for key in table
+    }
+    return unflatten_dict(params, sep="/")
+
+
+def _check(source: str, *, missing: list[str], unused: list[str], misshaped: list[str]) -> None:
+    problems = [
+        f"  {len(items)} {what}: {', '.join(items[:_MOST_LISTED])}"
+        + (", ..." if len(items) > _MOST_LISTED else "")
+        for what, items in (
+            ("missing", missing),
+            ("not known to this network", unused),
+            ("of another shape", misshaped),
+        )
+        if items
+    ]
+    if problems:
+        raise UserError(
+            f"The tensors in {source!r} do not fit the network that its config describes:\n"
+            + "\n".join(problems)
+        )
+
+
+def dump(params: Mapping[str, Any], table: Sequence[Key]) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint that `load` would read as `params`: the way back."""
+    params = flatten_dict(dict(params), sep="/")
+    assert params.keys() == {key.ours for key in table}, "the table does not fit the network"
+    tensors = {}
+    for key in table:
+        parts = key.transform.split(np.asarray(params[key.ours]), len(key.theirs))
+        tensors |= dict(zip(key.theirs, map(np.ascontiguousarray, parts), strict=True))
+    return tensors

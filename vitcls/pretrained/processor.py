@@ -1,0 +1,168 @@
+"""How images are prepared for a checkpoint's network, and the file that says so."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitcls import images as pixels_of
+from vitcls.errors import UserError, unknown
+from vitcls.pretrained.json_fields import JsonFields
+
+_MOST_PIXELS = 8192  # longest side that a checkpoint can ask for
+_RESAMPLE = {int(filter_): name for name, filter_ in pixels_of.RESAMPLING.items()}
+_RESAMPLE_CODE = {name: code for code, name in _RESAMPLE.items()}
+
+# What Hugging Face's processors do where their file says nothing, by type.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "ViTImageProcessor": {"size": 224, "resample": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Pixels as a network wants them; its fields are plain values, for use on the device too."""
+
+    size: tuple[int, int]  # (height, width) that the network sees
+    # None: squash to `size`. Else first the shorter side, or (height, width), then a central crop.
+    resize: int | tuple[int, int] | None = None
+    resample: str = "bilinear"  # a name in `images.RESAMPLING`
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    rescale: float = 1 / 255  # normalised = (pixels * rescale - mean) / std
+    id2label: Mapping[int, str] = dataclasses.field(default_factory=dict)  # class names, in order
+
+    def pixels(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """The host's part: crop and resize.
+
+        Args:
+          image: Of any mode, or uint8 (H, W, 3).
+
+        Returns:
+          uint8 (height, width, 3).
+        """
+        image = _to_rgb(image)
+        if self.resize is None:
+            return pixels_of.squash(image, size=self.size, resample=self.resample)
+        return pixels_of.resize_and_crop(
+            image, resize=self.resize, crop=self.size, resample=self.resample
+        )
+
+    def __call__(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
+        """Images as `pixels` takes them -> float32 (B, height, width, 3), normalised."""
+        pixels = np.stack([self.pixels(image) for image in images]).astype(np.float32)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return (pixels * np.float32(self.rescale) - mean) / std
+
+    def resized(self, size: tuple[int, int]) -> "Processor":
+        """The same for another (height, width); what is cropped away keeps its proportion."""
+        resize = self.resize
+        if isinstance(resize, int):
+            resize = round(resize * min(size) / min(self.size))
+        elif resize is not None:
+            resize = tuple(
+                round(side * new / old)
+                for side, new, old in zip(resize, size, self.size, strict=True)
+            )
+        return dataclasses.replace(self, size=tuple(size), resize=resize)
+
+
+def _to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else pixels_of._to_rgb(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(
+            f"An image is {image.dtype} {image.shape}; give uint8 (H, W, 3) or a PIL image."
+        )
+    return Image.fromarray(image)
+
+
+def read(path: Path, *, id2label: Mapping[int, str]) -> Processor:
+    """Reads a `preprocessor_config.json`.
+
+    Raises:
+      UserError: it asks for steps or values that are not supported.
+    """
+    fields = JsonFields(path)
+    defaults = _defaults(fields)
+    if not fields.boolean("do_resize", True):
+        raise fields.error("do_resize", "true")
+    if fields.boolean("do_pad", False):
+        raise fields.error("do_pad", "false")
+    resize = _size(fields, "size", defaults["size"])
+    if fields.boolean("do_center_crop", False):
+        size = _size(fields, "crop_size", defaults["size"])
+        if isinstance(size, int):
+            raise fields.error("crop_size", "an integer, or height and width")
+    else:
+        size, resize = resize, None
+        if isinstance(size, int):
+            raise fields.error("size", "an integer, or height and width, where nothing is cropped")
+    scaled = fields.boolean("do_rescale", True)
+    normalised = fields.boolean("do_normalize", True)
+    std = fields.numbers("image_std", defaults["std"])
+    if min(std) <= 0:
+        raise fields.error("image_std", "positive")
+    return Processor(
+        size=size,
+        resize=resize,
+        resample=fields.choice("resample", defaults["resample"], _RESAMPLE),
+        mean=fields.numbers("image_mean", defaults["mean"]) if normalised else (0.0,) * 3,
+        std=std if normalised else (1.0,) * 3,
+        rescale=fields.number("rescale_factor", 1 / 255) if scaled else 1.0,
+        id2label=id2label,
+    )
+
+
+def _defaults(fields: JsonFields) -> Mapping[str, Any]:
+    # Before 2022 processors were called feature extractors; Fast and Pil name implementations.
+    name = fields.any("image_processor_type", fields.any("feature_extractor_type"))
+    if name is None:
+        return _DEFAULTS["ViTImageProcessor"]
+    base = str(name).removesuffix("Fast").removesuffix("Pil")
+    base = base.replace("FeatureExtractor", "ImageProcessor")
+    if base not in _DEFAULTS:
+        raise unknown("image processor", str(name), _DEFAULTS)
+    return _DEFAULTS[base]
+
+
+def _size(fields: JsonFields, name: str, default: int) -> int | tuple[int, int]:
+    """(height, width), or the shorter side alone where that is what the file gives."""
+    value = fields.any(name, default)
+    if isinstance(value, int):  # before 2022: the side of a square
+        return fields.pair(name, default, most=_MOST_PIXELS)
+    if isinstance(value, dict):
+        value = {key: side for key, side in value.items() if side is not None}
+        sides = list(value.values())
+        if all(type(side) is int and 1 <= side <= _MOST_PIXELS for side in sides):
+            if value.keys() == {"height", "width"}:
+                return value["height"], value["width"]
+            if value.keys() == {"shortest_edge"}:
+                return value["shortest_edge"]
+    raise fields.error(name, f"height and width, or shortest_edge, up to {_MOST_PIXELS}")
+
+
+def to_json(processor: Processor) -> dict[str, Any]:
+    """The content of a `preprocessor_config.json` from which `read` makes the same processor."""
+    height, width = processor.size
+    content = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": _RESAMPLE_CODE[processor.resample],
+        "do_rescale": True,
+        "rescale_factor": processor.rescale,
+        "do_normalize": True,
+        "image_mean": list(processor.mean),
+        "image_std": list(processor.std),
+    }
+    if processor.resize is not None:
+        content |= {"do_center_crop": True, "crop_size": content["size"]}
+        if isinstance(processor.resize, int):
+            content["size"] = {"shortest_edge": processor.resize}
+        else:
+            content["size"] = dict(zip(("height", "width"), processor.resize, strict=True))
+    return content

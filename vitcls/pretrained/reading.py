@@ -1,0 +1,167 @@
+"""From a checkpoint's files to a network, its parameters and its preprocessing."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcls.errors import UserError, unknown
+from vitcls.models.vit import ViT, ViTConfig
+from vitcls.pretrained import keys, processor, vit
+from vitcls.pretrained.find import CONFIG, PREPROCESSOR, Files, find
+from vitcls.pretrained.formats import Weights
+from vitcls.pretrained.json_fields import JsonFields
+from vitcls.pretrained.positions import resize_positions
+from vitcls.pretrained.processor import Processor
+
+log = logging.getLogger("vitcls")
+
+# `model_type` of a config.json -> the module that knows its fields and its tensors' names.
+FAMILIES = {"vit": vit}
+_MOST_CLASSES = 1 << 20
+
+
+def read_config(files: Files) -> tuple[ViTConfig, Processor]:
+    """Reads what network a checkpoint holds and how images are prepared for it.
+
+    Reads the JSON files and the names of the tensors, not their data. A checkpoint without a head
+    gives `num_classes=0` and no class names.
+
+    Raises:
+      UserError: an unsupported family, or a field with an unsupported value.
+    """
+    fields = JsonFields(files.directory / CONFIG)
+    if "auto_map" in fields:
+        raise UserError(f"{fields.path} asks to run code that it brings (auto_map); refused.")
+    if "model_type" not in fields:
+        raise UserError(f"{fields.path} has no model_type: it is not a Hugging Face config.")
+    if fields.any("model_type") not in FAMILIES:
+        raise unknown("model_type", str(fields.any("model_type")), FAMILIES)
+    family = FAMILIES[fields.any("model_type")]
+    has_head = family.has_head(Weights(files.directory).names())
+    id2label = _class_names(fields) if has_head else {}
+    config = family.read_config(fields.path, num_classes=len(id2label))
+    prepared = processor.read(files.directory / PREPROCESSOR, id2label=id2label)
+    # The two files rarely differ; the network takes one size only, so that one is meant.
+    return config, prepared.resized(config.image_size)
+
+
+def _class_names(fields: JsonFields) -> dict[int, str]:
+    """Class names by index, from id2label or else as many as num_labels (2 if it is absent)."""
+    named = fields.any("id2label")
+    if named is None:
+        return label_names(fields.integer("num_labels", 2, most=_MOST_CLASSES))
+    if not isinstance(named, dict) or not 1 <= len(named) <= _MOST_CLASSES:
+        raise fields.error("id2label", "an object of class names")
+    names = [named.get(str(index)) for index in range(len(named))]
+    if not all(isinstance(name, str) for name in names):
+        raise fields.error("id2label", f"class names under the keys 0 to {len(named) - 1}")
+    return dict(enumerate(names))
+
+
+def label_names(num_classes: int) -> dict[int, str]:
+    """Names for classes that have none, as `transformers` makes them up."""
+    return {index: f"LABEL_{index}" for index in range(num_classes)}
+
+
+def make_model(
+    config: ViTConfig,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    dropout_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """The network that `config` describes; see `vitcls.models.vit.ViT` for the arguments."""
+    return ViT(config, dtype=dtype, dropout_rate=dropout_rate, drop_path_rate=drop_path_rate)
+
+
+def read_params(files: Files, config: ViTConfig, *, new_head: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint's parameters for a network that may differ in head and image size.
+
+    Args:
+      files: The checkpoint.
+      config: What `read_config` gives, perhaps with another `num_classes` (then the head is new,
+        and zero) or another `image_size` (then the position embeddings are resized).
+      new_head: A new head even where the checkpoint has one of the right width.
+
+    Returns:
+      Nested dicts of float32 numpy arrays: the network's "params".
+
+    Raises:
+      UserError: a tensor is missing, left over, or of another shape; lists all of them.
+    """
+    stored, _ = read_config(files)
+    weights = Weights(files.directory)
+    family = FAMILIES[stored.family]
+    params = keys.load(
+        weights,
+        family.key_table(stored),
+        shapes=param_shapes(stored),
+        ignored=family.ignored(weights.names()),
+        source=files.source,
+    )
+    if stored.grid != config.grid:
+        log.info("Position embeddings resized from %s to %s patches.", stored.grid, config.grid)
+        embeddings = params["embeddings"]
+        embeddings["position_embeddings"] = resize_positions(
+            embeddings["position_embeddings"], old=stored.grid, new=config.grid
+        )
+    wanted = param_shapes(config)
+    if new_head or stored.num_classes != config.num_classes:
+        params.pop("classifier", None)
+        if "classifier" in wanted:
+            log.info("New, zero: the head of %d classes.", config.num_classes)
+            params["classifier"] = jax.tree.map(
+                lambda leaf: np.zeros(leaf.shape, np.float32), wanted["classifier"]
+            )
+    shapes = jax.tree.map(np.shape, params)
+    assert shapes == jax.tree.map(np.shape, wanted), "config is another network's"
+    return params
+
+
+def param_shapes(config: ViTConfig) -> Mapping[str, Any]:
+    """The network's parameters as nested dicts of `jax.ShapeDtypeStruct`."""
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    init = make_model(config).init
+    return jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros(images.shape), train=False))[
+        "params"
+    ]
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    num_classes: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> tuple[nn.Module, dict[str, Any], Processor]:
+    """Loads a checkpoint, ready to apply.
+
+    Args:
+      checkpoint: A folder in Hugging Face format, or a hub id with optional `@revision`.
+      num_classes: Width of the head; another than the checkpoint's gives a new zero head, 0 none.
+      image_size: (height, width); another than the checkpoint's resizes position embeddings.
+      dtype: Type of the computation; parameters are float32.
+
+    Returns:
+      The network, its variables `{"params": ...}` and the processor:
+      `model.apply(variables, processor(images), train=False)` gives float32 (B, K) logits.
+
+    Raises:
+      UserError: nothing there, or nothing that can be read as it stands.
+    """
+    files = find(checkpoint)
+    config, prepared = read_config(files)
+    if num_classes is not None and num_classes != config.num_classes:
+        config = dataclasses.replace(config, num_classes=num_classes)
+        prepared = dataclasses.replace(prepared, id2label=label_names(num_classes))
+    if image_size is not None:
+        config = dataclasses.replace(config, image_size=tuple(image_size))
+        prepared = prepared.resized(config.image_size)
+    return make_model(config, dtype=dtype), {"params": read_params(files, config)}, prepared
