@@ -190,6 +190,11 @@ def restore_eval_variables(checkpoints: Checkpoints, step: int, state: TrainStat
     return checkpoints.restore(step, {name: target})[name]
 
 
+def has_steps(directory: Path) -> bool:
+    """Whether a complete checkpoint lies in `directory`, which need not exist."""
+    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+
+
 def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 

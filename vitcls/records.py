@@ -39,8 +39,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-def manifest(mesh: Mesh, splits: list[Split], files: pretrained.Files | None) -> dict[str, Any]:
-    """Returns where a run's numbers come from: command, code, versions, devices, data, weights."""
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """Returns what computes: command, commit, versions, devices."""
     devices = mesh.devices.flatten()
     versions = {"python": platform.python_version(), "vitcls": __version__}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -54,6 +54,12 @@ def manifest(mesh: Mesh, splits: list[Split], files: pretrained.Files | None) ->
             "count": mesh.size,
             "processes": jax.process_count(),
         },
+    }
+
+
+def manifest(mesh: Mesh, splits: list[Split], files: pretrained.Files | None) -> dict[str, Any]:
+    """Returns where a run's numbers come from: the environment, the data and the weights."""
+    return environment(mesh) | {
         "data": {
             split.name: {"num_examples": len(split), "fingerprint": split.fingerprint}
             for split in splits
@@ -64,7 +70,15 @@ def manifest(mesh: Mesh, splits: list[Split], files: pretrained.Files | None) ->
             "revision": files.revision,
             "sha256": files.sha256(),
         },
+        "continued": [],
     }
+
+
+def note_continuation(path: Path, mesh: Mesh, *, step: int) -> None:
+    """Adds to the manifest at `path` that a run went on after `step`, and in what environment."""
+    content = json.loads(path.read_text())
+    content["continued"].append({"step": step} | environment(mesh))
+    write_json(path, content)
 
 
 def _git_commit() -> str | None:

@@ -53,7 +53,10 @@ def train_and_evaluate(
     check_config(config)
     optim.check_args(config.optim.name, dict(config.optim.args))
     train_split, eval_splits = train_setup.open_splits(config)
-    files, model_config, processor = train_setup.open_model(config, train_split.class_names)
+    begun = workdir if checkpoint.has_steps(workdir / "checkpoints") else None
+    files, model_config, processor = train_setup.open_model(
+        config, train_split.class_names, begun=begun
+    )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
     config = train_setup.resolve(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
@@ -67,12 +70,14 @@ def train_and_evaluate(
             log.info("This run is finished; raise train.total_steps to continue it.")
             print(records.last_line(results, workdir, splits=config.data.eval_splits))
             return results
-    if jax.process_index() == 0:
+    is_main = jax.process_index() == 0
+    if is_main:
         records.make(workdir)
         records.write_json(workdir / "config.json", config.to_dict())
-        pretrained.write_config(workdir / "model", model_config, processor)
-        data = [train_split, *eval_splits.values()]
-        records.write_json(workdir / "manifest.json", records.manifest(mesh, data, files))
+        if not begun:
+            pretrained.write_config(workdir / "model", model_config, processor)
+            used = [train_split, *eval_splits.values()]
+            records.write_json(workdir / "manifest.json", records.manifest(mesh, used, files))
 
     # The network, the optimizer and the two compiled steps.
     model = pretrained.make_model(
@@ -133,6 +138,8 @@ def train_and_evaluate(
         meta = checkpoints.meta(start_step)
         train_setup.check_same_data(meta["data"], train_split)
         state = checkpoint.restore_state(checkpoints, start_step, state_shapes, state_shardings)
+        if is_main:
+            records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
         meta = {"seconds": 0.0, "images_per_second": None}
@@ -146,7 +153,7 @@ def train_and_evaluate(
             variables = jax.jit(init, out_shardings=variable_shardings)()
         state = jax.jit(init_state, out_shardings=state_shardings)(variables)
         del variables
-    if jax.process_index() == 0:
+    if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
 
     # Data: local uint8 batches, one ahead on the devices.
@@ -237,7 +244,7 @@ def train_and_evaluate(
             summaries[name], predictions = evaluate_split(
                 name, variables, keep_predictions=True, stop=stop
             )
-            if jax.process_index() == 0:
+            if is_main:
                 ids = [eval_splits[name].id(i) for i in range(len(eval_splits[name]))]
                 records.save_predictions(
                     workdir / f"predictions/{name}.npz", ids=ids, **predictions
@@ -252,7 +259,7 @@ def train_and_evaluate(
         "selected_step": selected_step,
         "splits": summaries,
     }
-    if jax.process_index() == 0:
+    if is_main:
         records.write_json(workdir / "results.json", results)
         print(records.last_line(results, workdir, splits=config.data.eval_splits))
     return results

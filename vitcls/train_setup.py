@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -34,12 +35,20 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
 
 
 def open_model(
-    config: ConfigDict, class_names: tuple[str, ...]
+    config: ConfigDict, class_names: tuple[str, ...], *, begun: Path | None = None
 ) -> tuple[pretrained.Files | None, vit.ViTConfig, pretrained.Processor]:
     """Returns the checkpoint's files (None without one), the network's config and the processor.
 
     The last two are made for the classes and the image size of this run.
+
+    Args:
+      config: The run's.
+      class_names: The data's.
+      begun: The workdir of a run that goes on, which has both already: the pretrained checkpoint
+        is not needed any more.
     """
+    if begun is not None:
+        return None, *pretrained.read_json(begun / "model", tensors=None)
     image_size = config.data.image_size
     if not config.model.pretrained:
         files = None
@@ -114,7 +123,7 @@ def resolve(
             )
     eval_batch_size = config.eval.batch_size or batch_size
     config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
-    config.data.image_size = tuple(image_size)
+    config.data.image_size = tuple(config.data.image_size or image_size)
     return config
 
 

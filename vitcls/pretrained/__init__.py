@@ -6,7 +6,7 @@ before any device work: `find`, `read_config`, `make_model`, `read_params`, `wri
 
 from vitcls.pretrained.find import Files, find
 from vitcls.pretrained.processor import Processor
-from vitcls.pretrained.reading import load, make_model, read_config, read_params
+from vitcls.pretrained.reading import load, make_model, read_config, read_json, read_params
 from vitcls.pretrained.saving import save, write_config
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load",
     "make_model",
     "read_config",
+    "read_json",
     "read_params",
     "save",
     "write_config",

@@ -19,6 +19,7 @@ from vitcls.pretrained.formats import Weights
 from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.positions import resize_positions
 from vitcls.pretrained.processor import Processor
+from vitcls.pretrained.workdir import find_run
 
 log = logging.getLogger("vitcls")
 
@@ -36,7 +37,17 @@ def read_config(files: Files) -> tuple[ViTConfig, Processor]:
     Raises:
       UserError: an unsupported family, or a field with an unsupported value.
     """
-    fields = JsonFields(files.directory / CONFIG)
+    return read_json(files.directory, tensors=Weights(files.directory).names())
+
+
+def read_json(directory: Path, *, tensors: set[str] | None) -> tuple[ViTConfig, Processor]:
+    """`read_config` for a folder that may lack the weights, as a run's does.
+
+    Args:
+      directory: Holds config.json and preprocessor_config.json.
+      tensors: Names of the checkpoint's tensors, which tell whether it has a head; None: it has.
+    """
+    fields = JsonFields(directory / CONFIG)
     if "auto_map" in fields:
         raise UserError(f"{fields.path} asks to run code that it brings (auto_map); refused.")
     if "model_type" not in fields:
@@ -44,10 +55,10 @@ def read_config(files: Files) -> tuple[ViTConfig, Processor]:
     if fields.any("model_type") not in FAMILIES:
         raise unknown("model_type", str(fields.any("model_type")), FAMILIES)
     family = FAMILIES[fields.any("model_type")]
-    has_head = family.has_head(Weights(files.directory).names())
+    has_head = tensors is None or family.has_head(tensors)
     id2label = _class_names(fields) if has_head else {}
     config = family.read_config(fields.path, num_classes=len(id2label))
-    prepared = processor.read(files.directory / PREPROCESSOR, id2label=id2label)
+    prepared = processor.read(directory / PREPROCESSOR, id2label=id2label)
     # The two files rarely differ; the network takes one size only, so that one is meant.
     return config, prepared.resized(config.image_size)
 
@@ -96,8 +107,8 @@ def read_params(files: Files, config: ViTConfig, *, new_head: bool = False) -> d
     Raises:
       UserError: a tensor is missing, left over, or of another shape; lists all of them.
     """
-    stored, _ = read_config(files)
     weights = Weights(files.directory)
+    stored, _ = read_json(files.directory, tensors=weights.names())
     family = FAMILIES[stored.family]
     params = keys.load(
         weights,
@@ -106,6 +117,13 @@ def read_params(files: Files, config: ViTConfig, *, new_head: bool = False) -> d
         ignored=family.ignored(weights.names()),
         source=files.source,
     )
+    return fit_params(params, stored, config, new_head=new_head)
+
+
+def fit_params(
+    params: dict[str, Any], stored: ViTConfig, config: ViTConfig, *, new_head: bool = False
+) -> dict[str, Any]:
+    """Makes parameters of the network `stored` those of `config`: see `read_params`."""
     if stored.grid != config.grid:
         log.info("Position embeddings resized from %s to %s patches.", stored.grid, config.grid)
         embeddings = params["embeddings"]
@@ -144,7 +162,8 @@ def load(
     """Loads a checkpoint, ready to apply.
 
     Args:
-      checkpoint: A folder in Hugging Face format, or a hub id with optional `@revision`.
+      checkpoint: A folder in Hugging Face format, a hub id with optional `@revision`, or the
+        workdir of a run with optional `@best`, `@last` or `@STEP`.
       num_classes: Width of the head; another than the checkpoint's gives a new zero head, 0 none.
       image_size: (height, width); another than the checkpoint's resizes position embeddings.
       dtype: Type of the computation; parameters are float32.
@@ -156,12 +175,21 @@ def load(
     Raises:
       UserError: nothing there, or nothing that can be read as it stands.
     """
-    files = find(checkpoint)
-    config, prepared = read_config(files)
+    run = find_run(checkpoint)
+    if run is None:
+        files = find(checkpoint)
+        stored, prepared = read_config(files)
+    else:
+        stored, prepared = read_json(run.model, tensors=None)
+    config = stored
     if num_classes is not None and num_classes != config.num_classes:
         config = dataclasses.replace(config, num_classes=num_classes)
         prepared = dataclasses.replace(prepared, id2label=label_names(num_classes))
     if image_size is not None:
         config = dataclasses.replace(config, image_size=tuple(image_size))
         prepared = prepared.resized(config.image_size)
-    return make_model(config, dtype=dtype), {"params": read_params(files, config)}, prepared
+    if run is None:
+        params = read_params(files, config)
+    else:
+        params = fit_params(run.read_params(param_shapes(stored)), stored, config)
+    return make_model(config, dtype=dtype), {"params": params}, prepared

@@ -1,0 +1,127 @@
+"""What a run is made from: heads, sizes and derived fields."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vitcls import pretrained, train, train_setup
+from vitcls.config import default_config
+from vitcls.errors import UserError
+from vitcls.models import vit
+
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+@pytest.fixture(scope="module")
+def make_checkpoint(tmp_path_factory):
+    """Returns a function that writes a checkpoint with the given class names."""
+
+    def make(class_names: tuple[str, ...]) -> str:
+        config = vit.vit_config("vit_mu4", num_classes=len(class_names), image_size=(8, 8))
+        model = pretrained.make_model(config)
+        variables = jax.jit(functools.partial(model.init, train=False))(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+        )
+        processor = pretrained.Processor(size=(8, 8), id2label=dict(enumerate(class_names)))
+        directory = tmp_path_factory.mktemp("checkpoint") / "model"
+        pretrained.save(directory, model, variables, processor)
+        return str(directory)
+
+    return make
+
+
+def make_config(checkpoint: str, **model):
+    config = default_config()
+    config.data.source = "digits"
+    config.model.pretrained = checkpoint
+    config.model.update(model)
+    config.train.total_steps = 2
+    config.train.global_batch_size = 16
+    return config
+
+
+def test_new_head_takes_the_classes_of_the_data(make_checkpoint):
+    config = make_config(make_checkpoint(("cat", "dog")))
+    files, model_config, processor = train_setup.open_model(config, DIGITS)
+    assert model_config.num_classes == 10
+    assert tuple(processor.id2label.values()) == DIGITS
+    params = pretrained.read_params(files, model_config, new_head=True)
+    assert not params["classifier"]["kernel"].any()
+
+
+def test_kept_head_keeps_its_class_names(make_checkpoint, caplog):
+    names = tuple(f"digit {digit}" for digit in range(10))
+    config = make_config(make_checkpoint(names), head="keep")
+    _, model_config, processor = train_setup.open_model(config, DIGITS)
+    assert model_config.num_classes == 10
+    assert tuple(processor.id2label.values()) == names
+
+
+@pytest.mark.parametrize(
+    ("class_names", "message"),
+    [
+        (("cat", "dog"), "keeps 2 classes, but the data has 10; use model.head='new'"),
+        (DIGITS[::-1], "has the data's classes in another order"),
+    ],
+)
+def test_kept_head_that_does_not_fit_is_refused(make_checkpoint, class_names, message):
+    config = make_config(make_checkpoint(class_names), head="keep")
+    with pytest.raises(UserError, match=message):
+        train_setup.open_model(config, DIGITS)
+
+
+def test_image_size_comes_from_the_config_or_the_checkpoint(make_checkpoint):
+    config = make_config(make_checkpoint(DIGITS))
+    assert train_setup.open_model(config, DIGITS)[1].image_size == (8, 8)
+    config.data.image_size = (12, 16)
+    _, model_config, processor = train_setup.open_model(config, DIGITS)
+    assert model_config.image_size == processor.size == (12, 16)
+    config.data.image_size = (10, 10)
+    with pytest.raises(UserError, match="not divisible by the patch"):
+        train_setup.open_model(config, DIGITS)
+
+
+def test_resize_of_the_config_wins_over_the_checkpoint(make_checkpoint):
+    config = make_config(make_checkpoint(DIGITS))
+    config.data.resize = 10
+    assert train_setup.open_model(config, DIGITS)[2].resize == 10
+
+
+def test_resolve_fills_in_what_follows():
+    config = make_config("x")
+    config.train.update(total_steps=0, total_epochs=2.5)
+    resolved = train_setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
+    assert resolved.train.total_steps == 16  # ceil(250 / 16)
+    assert resolved.data.image_size == (8, 8)
+    assert resolved.eval.batch_size == 16
+    assert config.train.total_steps == 0
+    config.optim.warmup_steps = 17
+    with pytest.raises(UserError, match="more than the 16 steps"):
+        train_setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
+
+
+def test_evaluation_batch_is_rounded_up_to_the_devices():
+    config = make_config("x")
+    config.eval.batch_size = 100
+    resolved = train_setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
+    assert resolved.eval.batch_size == 104
+
+
+def test_fine_tuning_starts_from_the_checkpoint(make_checkpoint, digits_dir, tmp_path):
+    """The backbone of a frozen run is the checkpoint's, and the first loss is ln K."""
+    config = make_config(make_checkpoint(("cat", "dog")))
+    config.data.data_dir = digits_dir
+    config.adapt.freeze = "(embeddings|encoder|layernorm)/.*"
+    config.log.every_steps = 1
+    train.train_and_evaluate(config, tmp_path)
+    first_line = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    assert f'"train/loss": {np.log(10):.4f}'[:-1] in first_line
+    _, variables, processor = pretrained.load(tmp_path)
+    expected = pretrained.load(config.model.pretrained)[1]["params"]
+    for name in ("embeddings", "encoder", "layernorm"):
+        jax.tree.map(np.testing.assert_array_equal, variables["params"][name], expected[name])
+    assert tuple(processor.id2label.values()) == DIGITS
+    assert variables["params"]["classifier"]["kernel"].any()

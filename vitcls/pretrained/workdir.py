@@ -1,0 +1,76 @@
+"""The workdir of one of our own runs as a checkpoint: `DIR`, `DIR@best`, `DIR@last`, `DIR@STEP`."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from vitcls.checkpoint import Checkpoints
+from vitcls.errors import UserError
+from vitcls.pretrained.find import CONFIG
+
+_REFERENCE = re.compile(r"(?P<directory>.+?)(@(?P<which>best|last|\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One checkpoint of a run."""
+
+    directory: Path
+    which: str | None  # "best", "last" or a step; None: best if there is one, else last
+
+    @property
+    def model(self) -> Path:
+        """Folder of the JSON files in Hugging Face format."""
+        return self.directory / "model"
+
+    def read_params(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the parameters as float32 numpy arrays: the averaged ones if there are any.
+
+        Args:
+          shapes: The network's parameters as nested dicts of `jax.ShapeDtypeStruct`.
+
+        Raises:
+          UserError: there is no such checkpoint.
+          StorageError: it cannot be read.
+        """
+        checkpoints = Checkpoints(self.directory / "checkpoints", read_only=True)
+        step = self._step(checkpoints)
+        item = "ema" if "ema" in checkpoints.item_names(step) else "params"
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+        )
+        restored = checkpoints.restore(step, {item: {"params": target}})[item]["params"]
+        checkpoints.close()
+        return jax.tree.map(np.asarray, restored)
+
+    def _step(self, checkpoints: Checkpoints) -> int:
+        steps = checkpoints.steps()
+        best = checkpoints.best_step()
+        chosen = {
+            None: checkpoints.latest_step() if best is None else best,
+            "best": best,
+            "last": checkpoints.latest_step(),
+        }.get(self.which, self.which)
+        if chosen is None or int(chosen) not in steps:
+            raise UserError(
+                f"{self.directory} has no checkpoint {self.which or 'best'!r}; it has the steps "
+                f"{steps}{'' if best is None else f', {best} the best'}."
+            )
+        return int(chosen)
+
+
+def find_run(checkpoint: str | Path) -> Run | None:
+    """Returns the run that `checkpoint` refers to, or None if it is no workdir."""
+    match = _REFERENCE.fullmatch(str(checkpoint))
+    if match is None:
+        return None
+    directory = Path(match["directory"]).expanduser()
+    is_workdir = (directory / "model" / CONFIG).is_file() and (directory / "checkpoints").is_dir()
+    return Run(directory, match["which"]) if is_workdir else None
