@@ -9,6 +9,9 @@ rest is held out to choose the checkpoint. Weights: `assets/vit-nano-glyphs`, pr
 Arguments: `init=pretrained|scratch`; `scratch` starts the same network from random weights.
 """
 
+import os
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from vitcls.config import default_config, parse_arg
@@ -26,7 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.augment.flip = False  # a mirrored 2 is not a 2
 
     if init == "pretrained":
-        config.model.pretrained = "assets/vit-nano-glyphs"
+        assets = Path(__file__).resolve().parents[1] / "assets"
+        config.model.pretrained = os.path.relpath(assets / "vit-nano-glyphs")
     elif init == "scratch":
         config.model.arch = "vit_nano4"
     else:

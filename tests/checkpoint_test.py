@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vitcls import sharding
@@ -48,7 +49,6 @@ def test_newest_and_best_stay_and_survive_reopening(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step, score in [(1, 0.1), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, float("nan"))]:
         save(checkpoints, step, score)
-    checkpoints.close()
     reopened = Checkpoints(tmp_path / "c", keep=2)
     assert reopened.steps() == [2, 5, 6]
     assert (reopened.best_step(), reopened.latest_step()) == (2, 6)
@@ -73,10 +73,31 @@ def test_without_scores_there_is_no_best(tmp_path):
 
 
 def test_other_dtype_is_refused_not_cast(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c")
-    save(checkpoints, 1)
-    with pytest.raises(UserError, match="is float32, but bfloat16 is wanted"):
-        checkpoints.restore(1, {"params": target(jnp.bfloat16)})
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        save(checkpoints, 1)
+    reopened = Checkpoints(tmp_path / "c")
+    with pytest.raises(UserError, match="layer/bias is float32, but bfloat16 is wanted"):
+        reopened.restore(1, {"params": target(jnp.bfloat16)})
+    with pytest.raises(UserError, match="has no 0: it was saved by another network or optimizer"):
+        reopened.restore(1, {"params": [target()["layer"]["bias"]]})
+
+
+def test_dtypes_of_an_optimizer_state_are_compared_too(tmp_path):
+    tx = optax.adamw(1e-3)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        state = tx.init(tree(1.0))
+        checkpoints.save(1, {"opt_state": state}, meta={}, score=None)
+    wanted = jax.eval_shape(tx.init, tree(1.0))
+    wanted[0].mu["layer"]["bias"] = jax.ShapeDtypeStruct((8,), jnp.bfloat16)
+    with pytest.raises(UserError, match="0/mu/layer/bias is float32, but bfloat16"):
+        Checkpoints(tmp_path / "c").restore(1, {"opt_state": wanted})
+
+
+def test_a_save_in_flight_survives_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, {"params": tree(1.0)}, meta={}, score=None)
+        _ = 1 / 0
+    assert Checkpoints(tmp_path / "c").steps() == [1]
 
 
 def test_truncated_file_is_a_storage_error_that_names_the_step(tmp_path):

@@ -3,7 +3,6 @@
 import json
 
 import jax.numpy as jnp
-import optax
 import pytest
 
 from vitcls.errors import NonFiniteLoss
@@ -31,20 +30,32 @@ def test_lines_after_the_restored_step_are_dropped(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
+def test_an_evaluation_that_is_done_again_is_written_once(tmp_path):
+    with MetricWriter(tmp_path, start_step=0) as writer:
+        writer.write(20, {"holdout/loss": 1.0})
+        writer.write(20, {"test/loss": 2.0})
+    with MetricWriter(tmp_path, start_step=20, again=("test",)) as writer:
+        writer.write(20, {"test/loss": 2.0})
+    assert [set(line) - {"step", "time"} for line in lines(tmp_path)] == [
+        {"holdout/loss"},
+        {"test/loss"},
+    ]
+
+
 def test_means_over_a_window_are_written_one_step_late(tmp_path):
     with (
         MetricWriter(tmp_path, start_step=0) as writer,
         Progress(0, 4, global_batch_size=8) as progress,
     ):
-        metrics = LateMetrics(writer, progress, optax.linear_schedule(0, 1, 10), every_steps=2)
+        metrics = LateMetrics(writer, progress, every_steps=2, window=[])
         for step, loss in [(1, 1.0), (2, 2.0), (3, 5.0), (4, 7.0)]:
-            metrics.add(step, {"loss": jnp.asarray(loss), "grad_norm": jnp.asarray(1.0)})
+            metrics.add(step, {"loss": jnp.asarray(loss), "lr": jnp.asarray(step / 10)})
             progress.step_done()
         assert len(lines(tmp_path)) == 1
         metrics.flush()
     first, second = lines(tmp_path)
     assert (first["step"], first["train/loss"], second["train/loss"]) == (2, 1.5, 6.0)
-    assert first["train/lr"] == pytest.approx(0.1)  # the rate that step 2 used
+    assert first["train/lr"] == pytest.approx(0.2)  # of the last step, not a mean
     assert 0 <= first["train/waiting"] <= 1
 
 
@@ -54,8 +65,8 @@ def test_non_finite_metrics_stop_the_run(tmp_path, name):
         MetricWriter(tmp_path, start_step=0) as writer,
         Progress(0, 4, global_batch_size=8) as progress,
     ):
-        metrics = LateMetrics(writer, progress, optax.constant_schedule(1.0), every_steps=1)
+        metrics = LateMetrics(writer, progress, every_steps=1, window=[])
         values = {"loss": jnp.asarray(1.0), "grad_norm": jnp.asarray(1.0)}
         metrics.add(7, values | {name: jnp.asarray(jnp.nan)})
-        with pytest.raises(NonFiniteLoss, match="Step 7 diverged.*Lower optim.lr"):
+        with pytest.raises(NonFiniteLoss, match="Step 7 diverged.*lower optim.lr"):
             metrics.flush()

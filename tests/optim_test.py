@@ -90,6 +90,8 @@ def test_schedule_warms_up_then_ends_where_it_should(name):
         ("adamv", {}, "Unknown optimizer optim.name 'adamv'. Did you mean 'adam"),
         ("sgd", {"momentun": 0.9}, "Did you mean 'momentum'?"),
         ("adamw", {"weight_decay": 0.1}, "optim.args.weight_decay has a field of its own"),
+        ("adamw", {"b1": "high"}, "optim.args={'b1': 'high'} does not suit adamw"),
+        ("sgd", {"momentum": "high"}, "does not suit sgd"),
     ],
 )
 def test_mistakes_are_named(name, args, message):

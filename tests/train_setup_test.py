@@ -84,6 +84,41 @@ def test_image_size_comes_from_the_config_or_the_checkpoint(make_checkpoint):
         train_setup.open_model(config, DIGITS)
 
 
+def test_resize_smaller_than_the_image_is_refused(make_checkpoint):
+    config = make_config(make_checkpoint(DIGITS))
+    config.data.resize = 7
+    with pytest.raises(UserError, match="data.resize=7 is smaller than the image size"):
+        train_setup.open_model(config, DIGITS)
+
+
+def test_a_workdir_is_no_checkpoint_to_start_from(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(UserError, match="is the workdir of a run. Write its weights to a folder"):
+        train_setup.open_model(make_config(str(tmp_path)), DIGITS)
+
+
+def test_nothing_is_held_out_for_nobody(digits_dir):
+    config = make_config("x")
+    config.data.data_dir = digits_dir
+    assert len(train_setup.open_splits(config)[0]) == 1437 - 144
+    config.eval.select_split = ""
+    train_split, evaluated = train_setup.open_splits(config)
+    assert len(train_split) == 1437
+    assert set(evaluated) == {"test"}
+
+
+def test_selection_on_images_of_the_test_split_is_refused(digits_dir):
+    config = make_config("x")
+    config.data.data_dir = digits_dir
+    config.eval.select_split = "test[:50%]"
+    with pytest.raises(UserError, match="shares images with 'test' of data.eval_splits"):
+        train_setup.open_splits(config)
+    config.data.eval_splits = ("test[50%:]",)
+    assert len(train_setup.open_splits(config)[1]) == 2
+
+
 def test_resize_of_the_config_wins_over_the_checkpoint(make_checkpoint):
     config = make_config(make_checkpoint(DIGITS))
     config.data.resize = 10

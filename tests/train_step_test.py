@@ -71,6 +71,7 @@ class Run:
             steps.make_loss_fn(model.apply),
             tx,
             key=jax.random.key(2),
+            schedule=optax.constant_schedule(lr),
             ema_decay=ema_decay,
         )
 

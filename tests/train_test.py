@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from vitcls import train
+from vitcls import pretrained, train
 from vitcls.checkpoint import Checkpoints
 from vitcls.config import default_config
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
@@ -112,10 +112,10 @@ def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, m
     assert parts["selected_step"] == whole["selected_step"]
 
     def losses(name):
+        measured = {"time", "train/images_per_second", "train/waiting"}
         return [
-            (line["step"], line["holdout/loss"])
+            {name: value for name, value in line.items() if name not in measured}
             for line in metric_lines(tmp_path / name)
-            if "holdout/loss" in line
         ]
 
     assert losses("parts") == losses("whole")
@@ -139,18 +139,43 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path):
         train.train_and_evaluate(config, tmp_path)
 
 
+def test_a_mistake_does_not_claim_the_workdir(config, tmp_path):
+    config.train.total_steps = 1
+    config.adapt.freeze = "encoder"
+    with pytest.raises(UserError, match="matches no parameter"):
+        train.train_and_evaluate(config, tmp_path)
+    config.adapt.freeze = "encoder/.*"
+    assert train.train_and_evaluate(config, tmp_path)["step"] == 1
+
+
+def test_a_run_can_be_loaded_at_any_of_its_checkpoints(config, tmp_path):
+    results = train.train_and_evaluate(config, tmp_path)
+    loaded = {
+        which: pretrained.load(f"{tmp_path}{which}")[1]["params"]
+        for which in ("", "@best", "@last", "@8")
+    }
+    for which, step in [("", results["selected_step"]), ("@last", 8), ("@8", 8)]:
+        averaged = final_items(tmp_path, step)["ema"]["params"]
+        jax.tree.map(np.testing.assert_array_equal, loaded[which], averaged)
+    jax.tree.map(np.testing.assert_array_equal, loaded[""], loaded["@best"])
+    with pytest.raises(UserError, match="has no checkpoint '7'; it has the steps"):
+        pretrained.load(f"{tmp_path}@7")
+
+
 def test_a_diverging_run_stops_and_saves_nothing_of_it(config, tmp_path):
     config.optim.lr = 1e30
     config.optim.name = "sgd"
     config.optim.clip_norm = 0.0
+    config.optim.warmup_steps = 1  # of rate 0: the first step is sound
     config.checkpoint.every_steps = 1
     with pytest.raises(NonFiniteLoss, match="diverged"):
         train.train_and_evaluate(config, tmp_path)
     latest = Checkpoints(tmp_path / "checkpoints").latest_step()
     assert not (tmp_path / "results.json").exists()
-    if latest is not None:
-        items = final_items(tmp_path, latest)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(items["params"]))
+    items = final_items(tmp_path, latest)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(items["params"]))
+    with pytest.raises(NonFiniteLoss, match=f"Step {latest + 1} diverged"):
+        train.train_and_evaluate(config, tmp_path)
 
 
 def test_batch_that_the_devices_do_not_divide_is_refused(config, tmp_path):
@@ -160,9 +185,10 @@ def test_batch_that_the_devices_do_not_divide_is_refused(config, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_profile_leaves_a_trace(config, tmp_path):
-    config.train.total_steps = 4
-    train.train_and_evaluate(config, tmp_path, num_profiled_steps=2)
+@pytest.mark.parametrize("num_steps", [1, 99])
+def test_profile_leaves_a_trace(config, tmp_path, num_steps):
+    config.train.total_steps = 3
+    train.train_and_evaluate(config, tmp_path, num_profiled_steps=num_steps)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 

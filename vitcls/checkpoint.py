@@ -4,6 +4,7 @@ A step directory holds the items `params` (variables of the network as trained),
 `ema` (variables to evaluate, if averaged) and `meta` (JSON), so that each can be read alone.
 """
 
+import contextlib
 import logging
 import math
 import sys
@@ -20,6 +21,7 @@ from vitcls.errors import StorageError, UserError
 from vitcls.train_step import TrainState
 
 PyTree = Any
+_ITEMS = ("params", "opt_state", "ema")
 
 # Orbax warns at every save without a score, although most checkpoints are not evaluated.
 logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
@@ -49,7 +51,24 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             enable_background_delete=False,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        # Without handlers a directory opened anew would know nothing of its items' contents.
+        handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=options,
+            item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error_type, *_) -> None:
+        # However a run ends, the save in flight is finished; its failure must not hide an error.
+        try:
+            with contextlib.suppress(StorageError) if error_type else contextlib.nullcontext():
+                self.wait()
+        finally:
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -63,9 +82,6 @@ class Checkpoints:
         }
         return max(scored, key=lambda step: (scored[step], step), default=None)
 
-    def has(self, step: int) -> bool:
-        return step in self._manager.all_steps()
-
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
@@ -75,7 +91,7 @@ class Checkpoints:
         """Starts to save; returns once the arrays are copied, the files are written behind.
 
         Args:
-          items: Name -> tree of arrays.
+          items: Name, one of `params`, `opt_state` and `ema`, -> tree of arrays.
           meta: What JSON can hold.
           score: Higher is better; None for a checkpoint that was not evaluated.
 
@@ -134,12 +150,10 @@ class Checkpoints:
             raise self._failure("could not be read", step, error) from error
 
     def item_names(self, step: int) -> set[str]:
+        """Names of what was saved at `step`."""
         return {
             name for name, item in self._manager.item_metadata(step).items() if item is not None
         }
-
-    def close(self) -> None:
-        self._manager.close()
 
     def _failure(self, what: str, step: int | None, error: Exception) -> StorageError:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -200,12 +214,15 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _check_dtypes(where: str, saved: PyTree, wanted: PyTree) -> None:
-    saved = dict(
-        jax.tree_util.tree_leaves_with_path(saved.tree if hasattr(saved, "tree") else saved)
-    )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-        there = saved.get(path)
-        if there is not None and there.dtype != leaf.dtype:
-            raise UserError(
-                f"{where}{jax.tree_util.keystr(path)} is {there.dtype}, but {leaf.dtype} is wanted."
-            )
+    saved = _leaves_by_name(saved)
+    for name, leaf in _leaves_by_name(wanted).items():
+        if name not in saved:
+            raise UserError(f"{where} has no {name}: it was saved by another network or optimizer.")
+        if saved[name].dtype != leaf.dtype:
+            raise UserError(f"{where}/{name} is {saved[name].dtype}, but {leaf.dtype} is wanted.")
+
+
+def _leaves_by_name(tree: PyTree) -> dict[str, Any]:
+    # By name, not by path: metadata has dicts where an optimizer's state has named tuples.
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

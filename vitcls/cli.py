@@ -1,6 +1,5 @@
 """What all commands share: flags, help, logging, and the exit code of every way to end."""
 
-import errno
 import logging
 import os
 import signal
@@ -11,12 +10,9 @@ from typing import Any
 
 from absl import flags
 
-from vitcls.errors import UserError
+from vitcls.errors import STORAGE_ERRNOS, UserError
 
 FLAGS = flags.FLAGS
-
-# Errors of the file system that no change of the command line would mend.
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG}
 
 log = logging.getLogger("vitcls")
 
@@ -36,11 +32,11 @@ def run(main: Callable[[], None]) -> None:
         _parse_flags(sys.argv)
         main()
     except KeyboardInterrupt:
-        print("Interrupted; nothing was being trained, so nothing was saved.", file=sys.stderr)
+        print("Interrupted; checkpoints that were saved before are kept.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # `| head` closed our output: nothing left to tell anyone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(1)
     except Exception as error:
         sys.exit(_report(error))
 
@@ -57,7 +53,7 @@ def start_logging() -> None:
 def _report(error: Exception) -> int:
     """Prints what a user should read about `error`; returns the exit code."""
     code = getattr(error, "exit_code", None)
-    if code is None and isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+    if code is None and isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
         code = 74
     if code is None:
         traceback.print_exception(error)
@@ -120,6 +116,10 @@ def _explain(error: Exception) -> str:
                 text = f"{type(cause).__name__}: {cause}"
                 return f"{frame.filename}, line {frame.lineno}: {text}"
     if isinstance(error, flags.Error):
-        return f"{error}\nTry --help."
-    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    return f"--config has no such field: {text}"
+        # ml_collections puts a traceback into the text; its last line says what happened.
+        text = str(error).strip().splitlines()
+        text = text[-1] if any(line.startswith("Traceback") for line in text) else "\n".join(text)
+        return f"{text}\nTry --help."
+    if isinstance(error, KeyError):  # an override of a field in a group that does not exist
+        return f"--config has no such field: {error.args[0]}"
+    return f"--config: its file cannot be used: {type(error).__name__}: {error}"

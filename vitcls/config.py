@@ -29,7 +29,8 @@ def default_config() -> ConfigDict:
     c.data.train_split = "train"
     # Splits evaluated once, at the end, with the selected weights.
     c.data.eval_splits = ("test",)
-    # Share of the training split held out (stratified, seeded) as the split "holdout"; 0: none.
+    # Share of the training split held out (stratified, seeded) as the split "holdout", if
+    # eval.select_split or data.eval_splits name it; 0: there is no such split.
     c.data.holdout = 0.1
     # Training images per class, drawn with train.seed after the hold-out; 0: all.
     c.data.per_class = 0
@@ -260,7 +261,8 @@ def _check_pairs(config: ConfigDict) -> None:
         raise UserError(f"data.image_size={size} must be (height, width) in pixels: (224, 224).")
     for field, highest in [("crop_scale", 1.0), ("crop_ratio", math.inf)]:
         pair = config.data[field]
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= highest:
+        is_pair = len(pair) == 2 and all(isinstance(end, int | float) for end in pair)
+        if not is_pair or not 0 < pair[0] <= pair[1] <= highest:
             raise UserError(
                 f"data.{field}={pair} must be (smallest, largest), both above 0"
                 + (f" and at most {highest}." if highest < math.inf else ".")

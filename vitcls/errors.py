@@ -1,7 +1,13 @@
 """The errors that end a command with a message instead of a traceback."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+# Errors of the file system that no change of the command line would mend.
+STORAGE_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.EFBIG,
+}  # fmt: skip
 
 
 class UserError(ValueError):

@@ -55,7 +55,7 @@ def decode(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         _check_num_pixels(image)
         image.load()  # only this finds truncated files; `Image.verify` does not
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except Exception as error:  # damaged files raise nearly any type from Pillow's plug-ins
@@ -73,7 +73,8 @@ def _check_num_pixels(image: Image.Image) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any mode to RGB, as `decode` says; raises `ImageError` for what has no 8 bits."""
     if image.mode == "F":
         raise ImageError("The image has floating-point pixels; save it with 8 bits per channel.")
     if image.mode.startswith("I"):

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import jax
-import optax
 
 from vitcls.errors import NonFiniteLoss
 from vitcls.progress import Progress
@@ -23,9 +22,16 @@ if _torch is None:
 class MetricWriter:
     """Writes scalars to both; after a restart it forgets what came after the restored step."""
 
-    def __init__(self, workdir: Path, *, start_step: int):
+    def __init__(self, workdir: Path, *, start_step: int, again: tuple[str, ...] = ()):
+        """Opens the files of a run.
+
+        Args:
+          workdir: The run's folder.
+          start_step: The last step that counts; later lines are dropped.
+          again: Splits whose evaluation at `start_step` will be done again.
+        """
         self._path = workdir / "metrics.jsonl"
-        _drop_lines_after(self._path, start_step)
+        _drop_lines(self._path, start_step, again)
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
 
@@ -45,20 +51,25 @@ class MetricWriter:
 
 
 class LateMetrics:
-    """Reads a step's metrics after the next one has been sent off, and writes their means."""
+    """Reads a step's metrics after the next one has been sent off, and writes their means.
+
+    Attributes:
+      window: Metrics of the steps since the last line; part of what a checkpoint keeps, so that
+        a run that goes on writes the same means.
+    """
 
     def __init__(
         self,
         writer: MetricWriter,
         progress: Progress,
-        schedule: optax.Schedule,
         *,
         every_steps: int,
+        window: list[dict[str, float]],
     ):
-        self._writer, self._progress, self._schedule = writer, progress, schedule
+        self._writer, self._progress = writer, progress
         self._every_steps = every_steps
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._window: list[dict[str, float]] = []
+        self.window = list(window)
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.flush()
@@ -74,27 +85,32 @@ class LateMetrics:
         if not all(map(math.isfinite, metrics.values())):
             raise NonFiniteLoss(
                 f"Step {step} diverged: loss {metrics['loss']}, gradient norm "
-                f"{metrics['grad_norm']}. Nothing of it was saved. Lower optim.lr, lengthen "
-                "optim.warmup_steps or lower optim.clip_norm."
+                f"{metrics['grad_norm']}. Nothing of it was saved. Start again in another "
+                "--workdir with a lower optim.lr, a longer optim.warmup_steps or a smaller "
+                "optim.clip_norm (0 is none)."
             )
-        self._window.append(metrics)
+        self.window.append(metrics)
         if step % self._every_steps == 0:
             means = {
-                f"train/{name}": sum(m[name] for m in self._window) / len(self._window)
+                f"train/{name}": sum(m[name] for m in self.window) / len(self.window)
                 for name in metrics
             }
-            means["train/lr"] = float(self._schedule(step - 1))
-            self._window.clear()
+            means["train/lr"] = metrics["lr"]
+            self.window.clear()
             self._writer.write(step, means | self._progress.report(step, means))
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Removes the lines of steps that will be done again, and a last line cut by a kill."""
+def _drop_lines(path: Path, step: int, again: tuple[str, ...]) -> None:
+    """Removes the lines that will be written again, and a last line cut by a kill."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
+        if not line.endswith("\n"):
+            break
+        written = json.loads(line)
+        is_again = any(name.split("/")[0] in again for name in written)
+        if written["step"] < step or (written["step"] == step and not is_again):
             kept.append(line)
     aside = path.with_suffix(".jsonl.tmp")
     aside.write_text("".join(kept))

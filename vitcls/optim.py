@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from vitcls import adapt
@@ -48,6 +50,15 @@ def check_args(name: str, args: dict[str, Any]) -> None:
             )
         if arg not in accepted:
             raise unknown(f"argument of {name} in optim.args", arg, accepted)
+
+    def try_out(x):
+        tx = OPTIMIZERS[name](0.1, **args)
+        return tx.update(x, tx.init(x), x)
+
+    try:
+        jax.eval_shape(try_out, jnp.zeros(()))
+    except Exception as error:
+        raise UserError(f"optim.args={args} does not suit {name}: {error}") from error
 
 
 def make_optimizer(

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -30,6 +31,8 @@ def make(workdir: Path) -> None:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
     except OSError as error:
         raise StorageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} cannot be written to; name another.")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -83,7 +86,9 @@ def note_continuation(path: Path, mesh: Mesh, *, step: int) -> None:
 
 def _git_commit() -> str | None:
     """The commit of this code, "-dirty" appended if files differ from it; None outside git."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():  # installed, perhaps inside somebody else's repository
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

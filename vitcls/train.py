@@ -62,8 +62,8 @@ def train_and_evaluate(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
     )
 
-    # The workdir: finished, begun with this config, or new.
-    if (workdir / "config.json").exists():
+    # The workdir: finished, begun with this config, or new; what never saved a step is new.
+    if begun:
         check_same_run(config, workdir / "config.json")
         results = records.read_results(workdir)
         if results is not None and results["step"] == config.train.total_steps:
@@ -122,6 +122,7 @@ def train_and_evaluate(
             steps.make_loss_fn(model.apply),
             tx,
             key=step_key,
+            schedule=schedule,
             ema_decay=config.optim.ema_decay,
         ),
         donate_argnums=0,
@@ -142,7 +143,7 @@ def train_and_evaluate(
             records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
-        meta = {"seconds": 0.0, "images_per_second": None}
+        meta = {"seconds": 0.0, "images_per_second": None, "window": []}
         variable_shardings = sharding.state_shardings(variable_shapes, mesh)
         if files is not None:
             params = pretrained.read_params(
@@ -151,8 +152,7 @@ def train_and_evaluate(
             variables = jax.device_put({"params": params}, variable_shardings)
         else:
             variables = jax.jit(init, out_shardings=variable_shardings)()
-        state = jax.jit(init_state, out_shardings=state_shardings)(variables)
-        del variables
+        state = jax.jit(init_state, donate_argnums=0, out_shardings=state_shardings)(variables)
     if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
 
@@ -193,16 +193,28 @@ def train_and_evaluate(
 
     # The loop. `step` counts finished steps: what is evaluated and saved is the state after it.
     total_steps, select = config.train.total_steps, config.eval.select_split
+    profile = functools.partial(
+        _profile,
+        num_steps=min(num_profiled_steps, total_steps - start_step - 1),
+        directory=workdir / "profile",
+    )
     with (
+        checkpoints,
         StopRequest() as stop,
-        MetricWriter(workdir, start_step=start_step) as writer,
+        MetricWriter(
+            workdir,
+            start_step=start_step,
+            again=config.data.eval_splits if start_step == total_steps else (),
+        ) as writer,
         Progress(
             start_step, total_steps, global_batch_size=config.train.global_batch_size
         ) as progress,
     ):
-        metrics = LateMetrics(writer, progress, schedule, every_steps=config.log.every_steps)
+        metrics = LateMetrics(
+            writer, progress, every_steps=config.log.every_steps, window=meta["window"]
+        )
         for step in range(start_step + 1, total_steps + 1):
-            _profile(step - start_step - 1, num_profiled_steps, workdir / "profile")
+            profile(step - start_step - 1, state)
             with progress.waiting():
                 batch = next(batches)
             state, step_metrics = train_step(state, batch)
@@ -224,6 +236,7 @@ def train_and_evaluate(
                     "data": train_split.fingerprint,
                     "seconds": seconds(),
                     "images_per_second": progress.images_per_second(),
+                    "window": metrics.window,
                 }
                 checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
             if stop.name and step < total_steps:
@@ -232,6 +245,7 @@ def train_and_evaluate(
                     f"{stop.name}: saved after step {step} of {total_steps}; "
                     "run the same command again to continue."
                 )
+        profile(total_steps - start_step, state)
         checkpoints.wait()
 
         # The final evaluation, of the weights that select_split chose.
@@ -251,7 +265,6 @@ def train_and_evaluate(
                 )
             if name != select:
                 writer.write(total_steps, {f"{name}/{k}": x for k, x in summaries[name].items()})
-    checkpoints.close()
     results = {
         "step": total_steps,
         "seconds": seconds(),
@@ -281,10 +294,12 @@ def _log_summary(what: str, summary: dict[str, float]) -> None:
     )  # fmt: skip
 
 
-def _profile(index: int, num_steps: int, directory: Path) -> None:
-    """Traces `num_steps` steps, leaving out the first, which compiles."""
-    if num_steps and index == 1:
+def _profile(index: int, state: steps.TrainState, *, num_steps: int, directory: Path) -> None:
+    """Traces `num_steps` steps before the one with this index; the first, which compiles, is 0."""
+    if num_steps > 0 and index == 1:
+        jax.block_until_ready(state)
         jax.profiler.start_trace(directory)
-    if num_steps and index == 1 + num_steps:
+    if num_steps > 0 and index == 1 + num_steps:
+        jax.block_until_ready(state)
         jax.profiler.stop_trace()
         log.info("Traced %d steps into %s.", num_steps, directory)

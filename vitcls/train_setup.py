@@ -24,14 +24,34 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     open_split = functools.partial(sources.open_split, data.source, data_dir=data.data_dir or None)
     train = open_split(data.train_split)
     evaluated = {}
-    if data.holdout:
+    if data.holdout and "holdout" in (config.eval.select_split, *data.eval_splits):
         train, evaluated["holdout"] = sources.hold_out(train, data.holdout, seed=seed)
     if data.per_class:
         train = sources.take_per_class(train, data.per_class, seed=seed)
     for name in [config.eval.select_split, *data.eval_splits]:
         if name and name not in evaluated:
             evaluated[name] = open_split(name)
+    if config.eval.select_split:
+        _check_apart(evaluated, config.eval.select_split, data.eval_splits)
+    if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
+        raise UserError(
+            f"eval.select_metric='top5_accuracy' says nothing with {len(train.class_names)} "
+            "classes; use 'accuracy'."
+        )
     return train, evaluated
+
+
+def _check_apart(
+    splits: dict[str, sources.Split], select: str, eval_splits: tuple[str, ...]
+) -> None:
+    chosen = {splits[select].id(index) for index in range(len(splits[select]))}
+    for name in eval_splits:
+        split = splits[name]
+        if any(split.id(index) in chosen for index in range(len(split))):
+            raise UserError(
+                f"eval.select_split={select!r} shares images with {name!r} of data.eval_splits: "
+                "images that choose the checkpoint cannot measure it. Select on 'holdout'."
+            )
 
 
 def open_model(
@@ -68,6 +88,11 @@ def open_model(
             image_size=image_size or model_config.image_size,
         )
         processor = processor.resized(model_config.image_size)
+    if 0 < config.data.resize < max(processor.size):
+        raise UserError(
+            f"data.resize={config.data.resize} is smaller than the image size {processor.size} "
+            "that is cropped from it."
+        )
     return (
         files,
         model_config,

@@ -108,9 +108,14 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     key: jax.Array,
+    schedule: optax.Schedule,
     ema_decay: float,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns `(state, batch) -> (new state, {"loss", "grad_norm"})`, for the caller to compile."""
+    """Returns `(state, batch) -> (new state, metrics)`, for the caller to compile.
+
+    The metrics are `loss`, `grad_norm` (of the mean loss, before clipping) and `lr` (what
+    `schedule`, which `tx` follows, says of this step).
+    """
     # Sums, divided once: the mean does not depend on how a batch is split.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -136,7 +141,12 @@ def make_train_step(
             opt_state=opt_state,
             ema=ema,
         )
-        return state, {"loss": loss_sum / weight_sum, "grad_norm": optax.tree.norm(grads)}
+        step_metrics = {
+            "loss": loss_sum / weight_sum,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": schedule(state.step - 1),
+        }
+        return state, step_metrics
 
     return train_step
 

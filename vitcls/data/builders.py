@@ -34,6 +34,8 @@ def find_builder(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
         module, name = BUILT_IN[source].split(":")
         return getattr(importlib.import_module(module), name)(data_dir=data_dir)
     name = source.removeprefix("tfds:")
+    if not name:
+        raise UserError("data.source='tfds:' names no data set; tfds:cifar10, for example.")
     try:
         return tfds.builder(name, data_dir=data_dir)
     except registered.DatasetNotFoundError as error:

@@ -5,7 +5,6 @@ are downloaded and rewritten as ArrayRecord files, the format with random access
 """
 
 import argparse
-import errno
 import fcntl
 import os
 import pathlib
@@ -17,13 +16,10 @@ from typing import TextIO
 import tensorflow_datasets as tfds
 
 from vitcls.data import builders
-from vitcls.errors import StorageError, UserError
+from vitcls.errors import STORAGE_ERRNOS, StorageError, UserError
 
 _FORMAT = "array_record"
 _TAIL = 2000  # characters of a failed preparation's output that its error shows
-
-# Errors of the file system; failed downloads are `OSError`s, too, but of no such number.
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
@@ -48,6 +44,8 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
                 if not builders.is_prepared(builder):  # by whoever held the lock
                     _run(source, data_dir, lock)
         except OSError as error:
+            if error.errno not in STORAGE_ERRNOS:
+                raise
             raise StorageError(f"Cannot prepare {source} in {folder}: {error}") from error
     return tfds.builder_from_directory(folder)
 
@@ -126,7 +124,8 @@ def main() -> int:
     # Failed and manual downloads raise types of many libraries; their text is what helps.
     except Exception as error:
         print(f"{type(error).__name__}: {error}")
-        is_storage = getattr(error, "errno", None) in _STORAGE_ERRNOS
+        # Failed downloads are `OSError`s, too, but of no such number.
+        is_storage = getattr(error, "errno", None) in STORAGE_ERRNOS
         return StorageError.exit_code if is_storage else UserError.exit_code
     return 0
 

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from vitcls.errors import UserError
+from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.pretrained import formats
 
 CONFIG = "config.json"
@@ -42,6 +42,11 @@ def find(checkpoint: str | Path) -> Files:
     """
     source = str(checkpoint)
     folder = Path(source).expanduser()
+    if (folder / "checkpoints").is_dir() and (folder / "model" / CONFIG).is_file():
+        raise UserError(
+            f"{source!r} is the workdir of a run. Write its weights to a folder with "
+            "vitcls.pretrained.save(FOLDER, *vitcls.pretrained.load(WORKDIR)) and name that."
+        )
     if source and folder.is_dir():  # Path("") would be the current folder
         _check_names(source, [path.name for path in folder.iterdir()])
         return Files(folder, source)
@@ -106,6 +111,8 @@ def _from_hub(source: str) -> Files:
     except errors.RevisionNotFoundError as error:
         raise UserError(f"The hub model {repo_id!r} has no revision {revision!r}.") from error
     except Exception as error:  # no network raises many types, which differ between versions
+        if getattr(error, "errno", None) in STORAGE_ERRNOS:
+            raise
         return _from_cache(source, repo_id, revision, cause=error)
     return Files(Path(directory), source, info.sha)
 

@@ -44,7 +44,7 @@ class Processor:
         Returns:
           uint8 (height, width, 3).
         """
-        image = _to_rgb(image)
+        image = _as_rgb(image)
         if self.resize is None:
             return pixels_of.squash(image, size=self.size, resample=self.resample)
         return pixels_of.resize_and_crop(
@@ -70,9 +70,9 @@ class Processor:
         return dataclasses.replace(self, size=tuple(size), resize=resize)
 
 
-def _to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+def _as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else pixels_of._to_rgb(image)
+        return image if image.mode == "RGB" else pixels_of.to_rgb(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(
             f"An image is {image.dtype} {image.shape}; give uint8 (H, W, 3) or a PIL image."

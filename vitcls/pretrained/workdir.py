@@ -39,15 +39,14 @@ class Run:
           UserError: there is no such checkpoint.
           StorageError: it cannot be read.
         """
-        checkpoints = Checkpoints(self.directory / "checkpoints", read_only=True)
-        step = self._step(checkpoints)
-        item = "ema" if "ema" in checkpoints.item_names(step) else "params"
         device = SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
         )
-        restored = checkpoints.restore(step, {item: {"params": target}})[item]["params"]
-        checkpoints.close()
+        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+            step = self._step(checkpoints)
+            item = "ema" if "ema" in checkpoints.item_names(step) else "params"
+            restored = checkpoints.restore(step, {item: {"params": target}})[item]["params"]
         return jax.tree.map(np.asarray, restored)
 
     def _step(self, checkpoints: Checkpoints) -> int:
