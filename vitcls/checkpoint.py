@@ -48,6 +48,8 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=_score,  # without it the scores never reach the disk
             read_only=read_only,
+            create=not read_only,
+            save_interval_steps=0 if read_only else 1,
             cleanup_tmp_directories=not read_only,
             enable_background_delete=False,
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from vitcls.errors import UserError
 
@@ -56,4 +56,5 @@ def _shards(index: Path) -> list[Path]:
 
 def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes one safetensors file, marked as torch's, without which `transformers` refuses it."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    # Not `save_file`: its files can be read by their owner only.
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
