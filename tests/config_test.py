@@ -1,4 +1,4 @@
-"""Every mistake in a config gets its own message, and no field is without effect."""
+"""Every mistake in a config gets its own message."""
 
 import json
 

@@ -3,14 +3,16 @@
 import json
 import os
 import signal
+import traceback
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vitcls import pretrained, train
 from vitcls.checkpoint import Checkpoints
-from vitcls.config import default_config
+from vitcls.config import default_config, flatten
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
 from vitcls.metric_writers import LateMetrics
 
@@ -204,6 +206,29 @@ def test_selection_never_looks_at_the_test_split(config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", recorded)
     train.train_and_evaluate(config, tmp_path)
     assert names == ["holdout", "holdout", "test", "holdout"]
+
+
+def test_every_field_of_the_config_is_read(config, tmp_path, monkeypatch):
+    """A field that only its check reads would be an option without effect."""
+    train.train_and_evaluate(config, tmp_path / "a")  # what the second run starts from
+    params = pretrained.load(tmp_path / "a")
+    pretrained.save(tmp_path / "model", *params)
+    groups = {frozenset(group.keys()): name for name, group in default_config().items()}
+    read, get = set(), ConfigDict.__getitem__
+
+    def get_and_record(self, name):
+        callers = {frame.filename.rsplit("/", 1)[-1] for frame in traceback.extract_stack()}
+        if "config.py" not in callers and frozenset(self.keys()) in groups:
+            read.add(f"{groups[frozenset(self.keys())]}.{name}")
+        return get(self, name)
+
+    monkeypatch.setattr(ConfigDict, "__getitem__", get_and_record)
+    config.train.total_steps = 1
+    train.train_and_evaluate(config, tmp_path / "b")
+    config.model.update(arch="", pretrained=str(tmp_path / "model"))
+    config.data.update(crop="resmall", resize=10)
+    train.train_and_evaluate(config, tmp_path / "c")
+    assert read == set(flatten(default_config())) | {"optim.args"}
 
 
 @pytest.mark.parametrize("crop", ["inception", "resmall", "none"])

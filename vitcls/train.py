@@ -217,7 +217,8 @@ def train_and_evaluate(
             profile(step - start_step - 1, state)
             with progress.waiting():
                 batch = next(batches)
-            state, step_metrics = train_step(state, batch)
+            with jax.transfer_guard("disallow"):  # nothing crosses to the devices unasked
+                state, step_metrics = train_step(state, batch)
             metrics.add(step, step_metrics)
             progress.step_done()
             is_evaluated = select and _is_due(step, config.eval.every_steps, total_steps)
