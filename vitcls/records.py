@@ -48,7 +48,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "vitcls": __version__}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
-        "command": [sys.executable, *sys.argv],
+        "command": sys.orig_argv,
         "git_commit": _git_commit(),
         "versions": versions,
         "devices": {

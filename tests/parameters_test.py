@@ -1,0 +1,19 @@
+"""The parameter table counts every parameter once."""
+
+import numpy as np
+
+from vitcls.parameters import parameter_table
+
+
+def test_layers_that_differ_by_a_number_share_a_row():
+    layers = {f"layer_{i}": {"kernel": np.zeros((4, 8))} for i in range(12)}
+    table = parameter_table(
+        {"encoder": layers}, {"head": {"bias": np.zeros(3)}}, {"norm": {"mean": np.zeros(2)}}
+    )
+    lines = table.splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["encoder/layer_*/kernel", "4x8", "12", "384", "trained"],
+        ["head/bias", "3", "1", "3", "frozen"],
+        ["norm/mean", "2", "1", "2", "statistics"],
+    ]
+    assert lines[-1] == "384 parameters are trained, 3 frozen."
