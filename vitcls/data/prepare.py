@@ -43,9 +43,9 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
             with _Lock(folder.parent / f".{folder.name}.lock") as lock:
                 if not builders.is_prepared(builder):  # by whoever held the lock
                     _run(source, data_dir, lock)
+        except BrokenPipeError:  # of our own messages, not of the folder
+            raise
         except OSError as error:
-            if error.errno not in STORAGE_ERRNOS:
-                raise
             raise StorageError(f"Cannot prepare {source} in {folder}: {error}") from error
     return tfds.builder_from_directory(folder)
 
