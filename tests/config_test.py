@@ -55,6 +55,7 @@ def test_valid_config_passes():
         ("model.arch", "", "set exactly one"),
         ("model.head", "keep", "model.head='keep' needs model.pretrained"),
         ("model.head", "old", "Unknown value of model.head 'old'"),
+        ("model.batch_norm", "freeze", "model.batch_norm 'freeze'. Did you mean 'frozen'?"),
         ("data.image_size", None, "data.image_size must be set when model.arch"),
         ("train.total_epochs", 2.0, "exactly one must be positive"),
         ("train.total_steps", 0, "exactly one must be positive"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from vitcls.errors import UserError
@@ -12,6 +13,7 @@ from vitcls.pretrained import Processor, processor
 
 SQUASHING = Processor(size=(16, 24), resample="bicubic", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 CROPPING = Processor(size=(16, 24), resize=30)
+CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "size": 224}
 
 
 def random_image(height, width):
@@ -38,6 +40,33 @@ def test_pixels_equal_the_reference(tmp_path, ours, shape):
     found = ours([image])
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, normalised, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": 24, "crop_pct": 0.875},  # 27: 24 / 0.875 is cut, not rounded
+        {"size": {"shortest_edge": 20}, "crop_pct": 0.95, "resample": 2},
+        {"size": {"shortest_edge": 33}},
+        {"size": 384, "crop_pct": None},
+        {},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(40, 50), (61, 17), (9, 12)])
+def test_pixels_equal_the_convnext_reference(tmp_path, fields, shape):
+    """That processor is what ResNet checkpoints have: microsoft/resnet-50's has crop_pct 0.875."""
+    ours = read(tmp_path, feature_extractor_type="ConvNextFeatureExtractor", **fields)
+    theirs = ConvNextImageProcessorPil(**{k: v for k, v in fields.items() if v is not None})
+    image = random_image(*shape)
+    raw = theirs(image, do_rescale=False, do_normalize=False, return_tensors="np")
+    expected = np.moveaxis(raw["pixel_values"][0], 0, -1)
+    np.testing.assert_array_equal(ours.pixels(image), expected)
+    normalised = np.moveaxis(theirs(image, return_tensors="np")["pixel_values"], 1, -1)
+    np.testing.assert_allclose(ours([image]), normalised, atol=2e-6)
+    # Written in the format of ViT's processor, it makes the same pixels.
+    again = read(tmp_path, **processor.to_json(ours))
+    assert again == ours
 
 
 @pytest.mark.parametrize(
@@ -113,6 +142,13 @@ def test_worker_processes_can_unpickle_it():
         ({"size": {"height": 10**9, "width": 1}}, "size=.* up to 8192"),
         ({"size": {"shortest_edge": 9}}, "size=.* where nothing is cropped"),
         ({"do_center_crop": True, "crop_size": {"shortest_edge": 9}}, "crop_size=.* or height and"),
+        (
+            {**CONVNEXT, "crop_pct": 1.5},
+            "crop_pct=1.5 is not supported; it must be from 0.0273.* 1",
+        ),
+        ({**CONVNEXT, "crop_pct": 1e-9}, "crop_pct=1e-09 is not supported"),
+        ({**CONVNEXT, "size": {"height": 9, "width": 9}}, "size=.* an integer or shortest_edge"),
+        ({**CONVNEXT, "do_center_crop": True}, "do_center_crop=true .* must be false"),
     ],
 )
 def test_unsupported_values_are_named(tmp_path, fields, message):

@@ -7,6 +7,7 @@ import pytest
 
 from vitcls import pretrained
 from vitcls.errors import UserError
+from vitcls.models.resnet import resnet_config
 from vitcls.models.vit import ViTConfig
 
 CONFIG = ViTConfig(
@@ -58,6 +59,14 @@ def test_load_gives_float32_logits(folder):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
 
 
+def test_arguments_that_mean_nothing_to_a_network_are_refused():
+    with pytest.raises(UserError, match="model.batch_norm='frozen': this network has no BatchNorm"):
+        pretrained.make_model(CONFIG, train_batch_norm=False)
+    resnet = resnet_config("resnet18", num_classes=2, image_size=(8, 8))
+    with pytest.raises(UserError, match="model.dropout=0.1 and model.drop_path=0.0: a ResNet has"):
+        pretrained.make_model(resnet, dropout_rate=0.1)
+
+
 def test_another_number_of_classes_gives_a_zero_head(folder):
     _, kept, _ = pretrained.load(folder)
     model, variables, processor = pretrained.load(folder, num_classes=5)
@@ -72,9 +81,9 @@ def test_another_number_of_classes_gives_a_zero_head(folder):
 
 def test_a_new_head_of_the_same_width_is_zero(folder):
     files = pretrained.find(folder)
-    assert pretrained.read_params(files, CONFIG)["classifier"]["kernel"].any()
-    params = pretrained.read_params(files, CONFIG, new_head=True)
-    assert not params["classifier"]["kernel"].any()
+    assert pretrained.read_variables(files, CONFIG)["params"]["classifier"]["kernel"].any()
+    variables = pretrained.read_variables(files, CONFIG, new_head=True)
+    assert not variables["params"]["classifier"]["kernel"].any()
 
 
 def test_no_classes_gives_features(folder):

@@ -48,7 +48,7 @@ def test_new_head_takes_the_classes_of_the_data(make_checkpoint):
     files, model_config, processor = train_setup.open_model(config, DIGITS)
     assert model_config.num_classes == 10
     assert tuple(processor.id2label.values()) == DIGITS
-    params = pretrained.read_params(files, model_config, new_head=True)
+    params = pretrained.read_variables(files, model_config, new_head=True)["params"]
     assert not params["classifier"]["kernel"].any()
 
 
@@ -70,6 +70,23 @@ def test_kept_head_keeps_its_class_names(make_checkpoint, caplog):
 def test_kept_head_that_does_not_fit_is_refused(make_checkpoint, class_names, message):
     config = make_config(make_checkpoint(class_names), head="keep")
     with pytest.raises(UserError, match=message):
+        train_setup.open_model(config, DIGITS)
+
+
+@pytest.mark.parametrize("arch", ["vit_mu4", "resnet18", "resnet_mu"])
+def test_architectures_of_every_family_are_known(arch):
+    config = make_config("", arch=arch)
+    config.data.image_size = (32, 48)
+    files, model_config, processor = train_setup.open_model(config, DIGITS)
+    assert files is None
+    assert model_config.num_classes == 10
+    assert model_config.image_size == processor.size == (32, 48)
+
+
+def test_unknown_architectures_list_every_family():
+    config = make_config("", arch="resnt50")
+    config.data.image_size = (32, 32)
+    with pytest.raises(UserError, match="Did you mean 'resnet50'.*resnet18.*vit_b16"):
         train_setup.open_model(config, DIGITS)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from vitcls import adapt, augment, optim, sharding
 from vitcls import train_step as steps
-from vitcls.models import vit
+from vitcls.models import resnet, vit
 
 NUM_CLASSES = 5
 NORMALISE = functools.partial(augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -26,6 +26,16 @@ CONFIG = vit.ViTConfig(
 )
 
 
+RESNET = resnet.ResNetConfig(
+    image_size=(8, 12),
+    embedding_size=8,
+    hidden_sizes=(16, 24),
+    depths=(1, 2),
+    layer_type="bottleneck",
+    num_classes=NUM_CLASSES,
+)
+
+
 def make_batch(size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
@@ -35,7 +45,7 @@ def make_batch(size: int) -> dict[str, np.ndarray]:
     }
 
 
-def init(model: vit.ViT) -> dict:
+def init(model: vit.ViT | resnet.ResNet) -> dict:
     return jax.jit(functools.partial(model.init, train=False))(
         jax.random.key(0), jnp.zeros((1, 8, 12, 3))
     )
@@ -44,16 +54,28 @@ def init(model: vit.ViT) -> dict:
 class Run:
     """A state and a compiled step on a mesh."""
 
-    def __init__(self, *, data=1, fsdp=1, depth=1, dropout=0.0, freeze="", ema_decay=0.0, lr=1e-2):
+    def __init__(
+        self,
+        *,
+        data=1,
+        fsdp=1,
+        depth=1,
+        dropout=0.0,
+        freeze="",
+        ema_decay=0.0,
+        lr=1e-2,
+        name="adamw",
+        model=None,
+    ):
         self.mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
         config = dataclasses.replace(CONFIG, depth=depth)
-        model = vit.ViT(config, dropout_rate=dropout, drop_path_rate=dropout)
+        model = model or vit.ViT(config, dropout_rate=dropout, drop_path_rate=dropout)
         variables = init(model)
         # A random head: with the zero head all images get the same logits at first.
         head = variables["params"]["classifier"]
         head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
         tx = optim.make_optimizer(
-            "adamw",
+            name,
             optax.constant_schedule(lr),
             params=adapt.split(variables["params"], freeze)[0],
             weight_decay=0.01,
@@ -100,6 +122,37 @@ def test_losses_do_not_depend_on_the_devices(data, fsdp, dropout, monkeypatch):
     many = Run(data=data, fsdp=fsdp, dropout=dropout, lr=1e-3).steps(batch, 10)
     np.testing.assert_allclose(many[0], one[0], atol=1e-6)
     np.testing.assert_allclose(many, one, atol=1e-4)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
+def test_batch_statistics_are_those_of_the_global_batch(data, fsdp, monkeypatch):
+    """Losses and running statistics are the same on 1 and on 8 devices, two images on each.
+
+    With plain gradient steps: Adam's first ones make rounding errors of tiny gradients full steps.
+    """
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    batch = make_batch(16)
+    kwargs = dict(model=resnet.ResNet(RESNET), name="sgd", lr=1e-2, ema_decay=0.9)
+    one, many = Run(**kwargs), Run(data=data, fsdp=fsdp, **kwargs)
+    before = jax.device_get(one.state.batch_stats)
+    losses = one.steps(batch, 1), many.steps(batch, 1)
+    np.testing.assert_allclose(*losses, atol=1e-6)
+    first = jax.device_get((one.state.batch_stats, many.state.batch_stats))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *first)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), before, first[0])))
+    losses = one.steps(batch, 9), many.steps(batch, 9)
+    np.testing.assert_allclose(*losses, atol=1e-4)
+
+
+@pytest.mark.parametrize("data", [1, 8])
+def test_frozen_batch_norm_leaves_its_statistics(data):
+    run = Run(model=resnet.ResNet(RESNET, train_batch_norm=False), data=data, ema_decay=0.9)
+    before = jax.device_get((run.state.params, run.state.batch_stats))
+    run.steps(make_batch(16), 3)
+    for found in (run.state.batch_stats, run.state.ema["batch_stats"]):
+        jax.tree.map(np.testing.assert_array_equal, before[1], jax.device_get(found))
+    moved = jax.tree.map(lambda a, b: np.any(a != b), before[0], jax.device_get(run.state.params))
+    assert all(jax.tree.leaves(moved))  # scales and biases of BatchNorm too
 
 
 def test_one_batch_overfits_and_the_step_compiles_once():

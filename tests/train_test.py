@@ -231,6 +231,44 @@ def test_every_field_of_the_config_is_read(config, tmp_path, monkeypatch):
     assert read == set(flatten(default_config())) | {"optim.args"}
 
 
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_a_resnet_trains_continues_and_is_a_checkpoint(config, tmp_path, monkeypatch, batch_norm):
+    config.model.update(arch="resnet_mu", dropout=0.0, drop_path=0.0)
+    train.train_and_evaluate(config, tmp_path / "scratch")
+    model, variables, processor = pretrained.load(tmp_path / "scratch")
+    assert model.config.image_size == (8, 8)
+    averaged = final_items(tmp_path / "scratch", 8)["ema"]
+    _, last, _ = pretrained.load(f"{tmp_path}/scratch@8")
+    jax.tree.map(np.testing.assert_array_equal, last, averaged)
+
+    pretrained.save(tmp_path / "model", model, variables, processor)
+    config.model.update(
+        arch="", pretrained=str(tmp_path / "model"), head="keep", batch_norm=batch_norm
+    )
+    whole = train.train_and_evaluate(config, tmp_path / "whole")
+    assert np.isfinite(whole["splits"]["test"]["loss"])
+    items = final_items(tmp_path / "whole", 8)
+    if batch_norm == "train":
+        with monkeypatch.context() as patch:
+            interrupt_at(3, patch)
+            with pytest.raises(Interrupted, match="SIGTERM: saved after step 3 of 8"):
+                train.train_and_evaluate(config, tmp_path / "parts")
+        train.train_and_evaluate(config, tmp_path / "parts")
+        jax.tree.map(np.testing.assert_array_equal, items, final_items(tmp_path / "parts", 8))
+    for item in ("params", "ema"):
+        same = jax.tree.map(
+            np.array_equal, items[item]["batch_stats"], dict(variables["batch_stats"])
+        )
+        assert set(jax.tree.leaves(same)) == {batch_norm == "frozen"}
+
+
+def test_a_resnet_refuses_what_it_does_not_have(config, tmp_path):
+    config.model.arch = "resnet_mu"
+    with pytest.raises(UserError, match="model.dropout=0.1 and model.drop_path=0.1: a ResNet has"):
+        train.train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize("crop", ["inception", "resmall", "none"])
 def test_every_crop_trains(config, tmp_path, crop):
     config.data.crop = crop

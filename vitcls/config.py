@@ -59,15 +59,21 @@ def default_config() -> ConfigDict:
     # Checkpoint to start from: Hugging Face id with optional @revision, or a folder; "": random
     # weights of model.arch.
     c.model.pretrained = ""
-    # Architecture for random weights, such as "vit_b16"; must be "" when model.pretrained is set.
+    # Architecture for random weights, such as "vit_b16" or "resnet50"; must be "" when
+    # model.pretrained is set.
     c.model.arch = ""
     # "new": zero head for the data's classes; "keep": the checkpoint's head and class names.
     c.model.head = "new"
     # Type of the computation: "float32" or "bfloat16"; parameters are always float32.
     c.model.dtype = "float32"
-    # Dropout rate of the token stream.
+    # Of a ResNet: "train" normalises with the statistics of the global batch and moves the running
+    # ones, also below layers that adapt.freeze keeps; "frozen" uses the running ones as they are.
+    # Scales and biases are parameters either way.
+    c.model.batch_norm = "train"
+    # Of a ViT: dropout rate of the token stream.
     c.model.dropout = 0.0
-    # Stochastic depth: rate at which the last block's branches are dropped, rising from 0.
+    # Of a ViT: stochastic depth, the rate at which the last block's branches are dropped, rising
+    # from 0.
     c.model.drop_path = 0.0
 
     c.optim = ConfigDict()
@@ -154,6 +160,7 @@ SELECT_METRICS = (
 _CHOICES = {
     "data.crop": ("inception", "resmall", "none"),
     "model.head": ("new", "keep"),
+    "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "eval.select_metric": SELECT_METRICS,

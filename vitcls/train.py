@@ -57,6 +57,13 @@ def train_and_evaluate(
     files, model_config, processor = train_setup.open_model(
         config, train_split.class_names, begun=begun
     )
+    model = pretrained.make_model(
+        model_config,
+        dtype=jnp.dtype(config.model.dtype),
+        dropout_rate=config.model.dropout,
+        drop_path_rate=config.model.drop_path,
+        train_batch_norm=config.model.batch_norm == "train",
+    )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
     config = train_setup.resolve(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
@@ -79,13 +86,7 @@ def train_and_evaluate(
             used = [train_split, *eval_splits.values()]
             records.write_json(workdir / "manifest.json", records.manifest(mesh, used, files))
 
-    # The network, the optimizer and the two compiled steps.
-    model = pretrained.make_model(
-        model_config,
-        dtype=jnp.dtype(config.model.dtype),
-        dropout_rate=config.model.dropout,
-        drop_path_rate=config.model.drop_path,
-    )
+    # The initial variables, the optimizer and the two compiled steps.
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     init = functools.partial(
         model.init, init_key, jnp.zeros((1, *config.data.image_size, 3)), train=False
@@ -146,10 +147,10 @@ def train_and_evaluate(
         meta = {"seconds": 0.0, "images_per_second": None, "window": []}
         variable_shardings = sharding.state_shardings(variable_shapes, mesh)
         if files is not None:
-            params = pretrained.read_params(
+            variables = pretrained.read_variables(
                 files, model_config, new_head=config.model.head == "new"
             )
-            variables = jax.device_put({"params": params}, variable_shardings)
+            variables = jax.device_put(variables, variable_shardings)
         else:
             variables = jax.jit(init, out_shardings=variable_shardings)()
         state = jax.jit(init_state, donate_argnums=0, out_shardings=state_shardings)(variables)

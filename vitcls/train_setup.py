@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
 from vitcls.data import sources
-from vitcls.errors import UserError
-from vitcls.models import vit
+from vitcls.errors import UserError, unknown
+from vitcls.models import resnet, vit
 
 log = logging.getLogger("vitcls")
 
@@ -56,7 +56,7 @@ def _check_apart(
 
 def open_model(
     config: ConfigDict, class_names: tuple[str, ...], *, begun: Path | None = None
-) -> tuple[pretrained.Files | None, vit.ViTConfig, pretrained.Processor]:
+) -> tuple[pretrained.Files | None, pretrained.Config, pretrained.Processor]:
     """Returns the checkpoint's files (None without one), the network's config and the processor.
 
     The last two are made for the classes and the image size of this run.
@@ -72,7 +72,7 @@ def open_model(
     image_size = config.data.image_size
     if not config.model.pretrained:
         files = None
-        model_config = vit.vit_config(
+        model_config = _arch_config(
             config.model.arch, num_classes=len(class_names), image_size=image_size
         )
         processor = pretrained.Processor(size=image_size)
@@ -104,8 +104,17 @@ def open_model(
     )
 
 
+def _arch_config(arch: str, *, num_classes: int, image_size: tuple[int, int]) -> pretrained.Config:
+    """The config of a network by its name, in whichever family it is."""
+    if arch in resnet.SIZES:
+        return resnet.resnet_config(arch, num_classes=num_classes, image_size=image_size)
+    if vit.NAME.fullmatch(arch):
+        return vit.vit_config(arch, num_classes=num_classes, image_size=image_size)
+    raise unknown("architecture model.arch", arch, [*vit.EXAMPLES, *resnet.SIZES])
+
+
 def _check_kept_head(
-    model_config: vit.ViTConfig, processor: pretrained.Processor, class_names: tuple[str, ...]
+    model_config: pretrained.Config, processor: pretrained.Processor, class_names: tuple[str, ...]
 ) -> None:
     kept = tuple(processor.id2label.values())
     if model_config.num_classes != len(class_names):

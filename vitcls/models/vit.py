@@ -46,6 +46,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 POOLS = ("cls", "mean", "cls_mean")
 MLPS = ("mlp", "swiglu")
 _REGISTERS = re.compile(r"reg(\d+)")
+NAME = re.compile(rf"vit_({'|'.join(SIZES)})([1-9]\d*)")  # of an architecture
+EXAMPLES = [f"vit_{size}{4 if size == 'nano' else 16}" for size in SIZES]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,10 +132,9 @@ def vit_config(name: str, *, num_classes: int, image_size: tuple[int, int]) -> V
     Raises:
       UserError: there is no such network, or the patch does not divide the image.
     """
-    match = re.fullmatch(rf"vit_({'|'.join(SIZES)})([1-9]\d*)", name)
+    match = NAME.fullmatch(name)
     if not match:
-        known = [f"vit_{size}{4 if size == 'nano' else 16}" for size in SIZES]
-        raise unknown("architecture", name, known)
+        raise unknown("architecture", name, EXAMPLES)
     width, depth, mlp_dim, num_heads = SIZES[match[1]]
     return ViTConfig(
         image_size=tuple(image_size),

@@ -50,6 +50,15 @@ class JsonFields:
             raise self.error(name, "one integer, or [height, width]")
         return tuple(self._checked_integer(name, side, 1, most) for side in value)
 
+    def integers(
+        self, name: str, default: tuple[int, ...], *, most: int, longest: int
+    ) -> tuple[int, ...]:
+        """1 to `longest` integers from 1 to `most`."""
+        value = self.any(name, list(default))
+        if not isinstance(value, list) or not 1 <= len(value) <= longest:
+            raise self.error(name, f"a list of 1 to {longest} integers")
+        return tuple(self._checked_integer(name, item, 1, most) for item in value)
+
     def number(self, name: str, default: float) -> float:
         """A finite, non-negative number."""
         value = self.any(name, default)

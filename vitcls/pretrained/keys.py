@@ -1,4 +1,7 @@
-"""Tables that say which tensors of a checkpoint make up each parameter, and back.
+"""Tables that say which tensors of a checkpoint make up each variable, and back.
+
+Variables are parameters and, with BatchNorm, running statistics, as flax has them: `{"params":
+..., "batch_stats": ...}`.
 
 A family's table is written once and read in both directions, so that loading tests saving.
 """
@@ -18,19 +21,25 @@ _MOST_LISTED = 8
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How the tensors of a checkpoint make a parameter (`join`), and back (`split`)."""
+    """How the tensors of a checkpoint make a variable (`join`), and back (`split`)."""
 
     join: Callable[[Sequence[np.ndarray]], np.ndarray]
-    split: Callable[[np.ndarray, int], Sequence[np.ndarray]]  # parameter, number of tensors
+    split: Callable[[np.ndarray, int], Sequence[np.ndarray]]  # variable, number of tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One parameter, and the tensors it is made of."""
+    """One variable, and the tensors it is made of."""
 
     ours: str  # "/" between the names of modules
     theirs: tuple[str, ...]
     transform: Transform
+    collection: str = "params"  # or "batch_stats"
+
+    @property
+    def path(self) -> str:
+        """Name among all variables."""
+        return f"{self.collection}/{self.ours}"
 
 
 SAME = Transform(join=lambda tensors: tensors[0], split=lambda param, _: [param])
@@ -39,6 +48,11 @@ SAME = Transform(join=lambda tensors: tensors[0], split=lambda param, _: [param]
 LINEAR = Transform(
     join=lambda tensors: np.concatenate(tensors).T,
     split=lambda param, count: np.split(param.T, count),
+)
+# A convolution: theirs (out, in, height, width), ours (height, width, in, out).
+CONV = Transform(
+    join=lambda tensors: tensors[0].transpose(2, 3, 1, 0),
+    split=lambda param, _: [param.transpose(3, 2, 0, 1)],
 )
 BIAS = Transform(join=np.concatenate, split=np.split)
 
@@ -63,12 +77,12 @@ def load(
     ignored: Iterable[str],
     source: str,
 ) -> dict[str, Any]:
-    """Reads every parameter, strictly: each tensor is used or ignored, each parameter is found.
+    """Reads every variable, strictly: each tensor is used or ignored, each variable is found.
 
     Args:
       weights: The checkpoint's tensors.
-      table: Its family's keys, one for each parameter.
-      shapes: The network's parameters as nested dicts of things with a `shape`.
+      table: Its family's keys, one for each variable.
+      shapes: The network's variables as nested dicts of things with a `shape`.
       ignored: Names of tensors that may be there and are of no use.
       source: The checkpoint, as messages name it.
 
@@ -79,10 +93,10 @@ def load(
       UserError: tensors are missing, left over or of another shape; lists all of them.
     """
     shapes = {name: leaf.shape for name, leaf in flatten_dict(dict(shapes), sep="/").items()}
-    assert shapes.keys() == {key.ours for key in table}, "the table does not fit the network"
+    assert shapes.keys() == {key.path for key in table}, "the table does not fit the network"
     expected = {}
     for key in table:
-        dummy = np.broadcast_to(np.float32(0), shapes[key.ours])
+        dummy = np.broadcast_to(np.float32(0), shapes[key.path])
         tensors = key.transform.split(dummy, len(key.theirs))
         expected |= {name: t.shape for name, t in zip(key.theirs, tensors, strict=True)}
     names = weights.names()
@@ -96,11 +110,11 @@ def load(
             if name in names and weights.shape(name) != shape
         ],
     )
-    params = {
-        key.ours: np.ascontiguousarray(key.transform.join([weights.read(n) for n in key.theirs]))
+    variables = {
+        key.path: np.ascontiguousarray(key.transform.join([weights.read(n) for n in key.theirs]))
         for key in table
     }
-    return unflatten_dict(params, sep="/")
+    return unflatten_dict(variables, sep="/")
 
 
 def _check(source: str, *, missing: list[str], unused: list[str], misshaped: list[str]) -> None:
@@ -121,12 +135,12 @@ def _check(source: str, *, missing: list[str], unused: list[str], misshaped: lis
         )
 
 
-def dump(params: Mapping[str, Any], table: Sequence[Key]) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint that `load` would read as `params`: the way back."""
-    params = flatten_dict(dict(params), sep="/")
-    assert params.keys() == {key.ours for key in table}, "the table does not fit the network"
+def dump(variables: Mapping[str, Any], table: Sequence[Key]) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint that `load` would read as `variables`: the way back."""
+    variables = flatten_dict(dict(variables), sep="/")
+    assert variables.keys() == {key.path for key in table}, "the table does not fit the network"
     tensors = {}
     for key in table:
-        parts = key.transform.split(np.asarray(params[key.ours]), len(key.theirs))
+        parts = key.transform.split(np.asarray(variables[key.path]), len(key.theirs))
         tensors |= dict(zip(key.theirs, map(np.ascontiguousarray, parts), strict=True))
     return tensors

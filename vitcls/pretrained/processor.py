@@ -18,6 +18,7 @@ _RESAMPLE_CODE = {name: code for code, name in _RESAMPLE.items()}
 
 # What Hugging Face's processors do where their file says nothing, by type.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "ConvNextImageProcessor": {"size": 384, "resample": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3},
     "ViTImageProcessor": {"size": 224, "resample": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3},
 }
 
@@ -87,20 +88,14 @@ def read(path: Path, *, id2label: Mapping[int, str]) -> Processor:
       UserError: it asks for steps or values that are not supported.
     """
     fields = JsonFields(path)
-    defaults = _defaults(fields)
+    kind = _kind(fields)
+    defaults = _DEFAULTS[kind]
     if not fields.boolean("do_resize", True):
         raise fields.error("do_resize", "true")
     if fields.boolean("do_pad", False):
         raise fields.error("do_pad", "false")
-    resize = _size(fields, "size", defaults["size"])
-    if fields.boolean("do_center_crop", False):
-        size = _size(fields, "crop_size", defaults["size"])
-        if isinstance(size, int):
-            raise fields.error("crop_size", "an integer, or height and width")
-    else:
-        size, resize = resize, None
-        if isinstance(size, int):
-            raise fields.error("size", "an integer, or height and width, where nothing is cropped")
+    sizes = _convnext_sizes if kind == "ConvNextImageProcessor" else _sizes
+    size, resize = sizes(fields, defaults["size"])
     scaled = fields.boolean("do_rescale", True)
     normalised = fields.boolean("do_normalize", True)
     std = fields.numbers("image_std", defaults["std"])
@@ -117,16 +112,53 @@ def read(path: Path, *, id2label: Mapping[int, str]) -> Processor:
     )
 
 
-def _defaults(fields: JsonFields) -> Mapping[str, Any]:
+def _kind(fields: JsonFields) -> str:
+    """The type of processor: a name in `_DEFAULTS`."""
     # Before 2022 processors were called feature extractors; Fast and Pil name implementations.
     name = fields.any("image_processor_type", fields.any("feature_extractor_type"))
     if name is None:
-        return _DEFAULTS["ViTImageProcessor"]
+        return "ViTImageProcessor"
     base = str(name).removesuffix("Fast").removesuffix("Pil")
     base = base.replace("FeatureExtractor", "ImageProcessor")
     if base not in _DEFAULTS:
         raise unknown("image processor", str(name), _DEFAULTS)
-    return _DEFAULTS[base]
+    return base
+
+
+def _sizes(
+    fields: JsonFields, default: int
+) -> tuple[tuple[int, int], int | tuple[int, int] | None]:
+    """`size` and `resize` of the `Processor`."""
+    resize = _size(fields, "size", default)
+    if fields.boolean("do_center_crop", False):
+        size = _size(fields, "crop_size", default)
+        if isinstance(size, int):
+            raise fields.error("crop_size", "an integer, or height and width")
+        return size, resize
+    if isinstance(resize, int):
+        raise fields.error("size", "an integer, or height and width, where nothing is cropped")
+    return resize, None
+
+
+def _convnext_sizes(fields: JsonFields, default: int) -> tuple[tuple[int, int], int | None]:
+    """`size` and `resize` of a ConvNextImageProcessor, which ResNet checkpoints have too.
+
+    Its size is the side of a square. From 384 up images are squashed; below, the shorter side
+    becomes size / crop_pct, cut to an integer, and the square is cropped from it.
+    """
+    if fields.boolean("do_center_crop", False):  # a second crop, which no checkpoint asks for
+        raise fields.error("do_center_crop", "false")
+    side = fields.any("size", default)
+    if isinstance(side, dict) and list(side) == ["shortest_edge"]:
+        side = side["shortest_edge"]
+    if type(side) is not int or not 1 <= side <= _MOST_PIXELS:
+        raise fields.error("size", f"an integer or shortest_edge, up to {_MOST_PIXELS}")
+    if side >= 384:
+        return (side, side), None
+    crop_pct = fields.number("crop_pct", 224 / 256)
+    if not side / _MOST_PIXELS <= crop_pct <= 1:
+        raise fields.error("crop_pct", f"from {side / _MOST_PIXELS} to 1")
+    return (side, side), int(side / crop_pct)
 
 
 def _size(fields: JsonFields, name: str, default: int) -> int | tuple[int, int]:

@@ -1,4 +1,4 @@
-"""From a checkpoint's files to a network, its parameters and its preprocessing."""
+"""From a checkpoint's files to a network, its variables and its preprocessing."""
 
 import dataclasses
 import logging
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcls.errors import UserError, unknown
+from vitcls.models.resnet import ResNet, ResNetConfig
 from vitcls.models.vit import ViT, ViTConfig
-from vitcls.pretrained import keys, processor, vit
+from vitcls.pretrained import keys, processor, resnet, vit
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR, Files, find
 from vitcls.pretrained.formats import Weights
 from vitcls.pretrained.json_fields import JsonFields
@@ -24,11 +25,12 @@ from vitcls.pretrained.workdir import find_run
 log = logging.getLogger("vitcls")
 
 # `model_type` of a config.json -> the module that knows its fields and its tensors' names.
-FAMILIES = {"vit": vit}
+FAMILIES = {"resnet": resnet, "vit": vit}
+Config = ViTConfig | ResNetConfig
 _MOST_CLASSES = 1 << 20
 
 
-def read_config(files: Files) -> tuple[ViTConfig, Processor]:
+def read_config(files: Files) -> tuple[Config, Processor]:
     """Reads what network a checkpoint holds and how images are prepared for it.
 
     Reads the JSON files and the names of the tensors, not their data. A checkpoint without a head
@@ -40,7 +42,7 @@ def read_config(files: Files) -> tuple[ViTConfig, Processor]:
     return read_json(files.directory, tensors=Weights(files.directory).names())
 
 
-def read_json(directory: Path, *, tensors: set[str] | None) -> tuple[ViTConfig, Processor]:
+def read_json(directory: Path, *, tensors: set[str] | None) -> tuple[Config, Processor]:
     """`read_config` for a folder that may lack the weights, as a run's does.
 
     Args:
@@ -59,6 +61,8 @@ def read_json(directory: Path, *, tensors: set[str] | None) -> tuple[ViTConfig, 
     id2label = _class_names(fields) if has_head else {}
     config = family.read_config(fields.path, num_classes=len(id2label))
     prepared = processor.read(directory / PREPROCESSOR, id2label=id2label)
+    if not family.HAS_IMAGE_SIZE:
+        config = dataclasses.replace(config, image_size=prepared.size)
     # The two files rarely differ; the network takes one size only, so that one is meant.
     return config, prepared.resized(config.image_size)
 
@@ -82,18 +86,34 @@ def label_names(num_classes: int) -> dict[int, str]:
 
 
 def make_model(
-    config: ViTConfig,
+    config: Config,
     *,
     dtype: jnp.dtype = jnp.float32,
     dropout_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    train_batch_norm: bool = True,
 ) -> nn.Module:
-    """The network that `config` describes; see `vitcls.models.vit.ViT` for the arguments."""
+    """The network that `config` describes; see `ViT` and `ResNet` for the arguments.
+
+    Raises:
+      UserError: an argument other than its default means nothing to this network.
+    """
+    if isinstance(config, ResNetConfig):
+        if dropout_rate or drop_path_rate:
+            raise UserError(
+                f"model.dropout={dropout_rate} and model.drop_path={drop_path_rate}: a ResNet has "
+                "neither; both must be 0."
+            )
+        return ResNet(config, dtype=dtype, train_batch_norm=train_batch_norm)
+    if not train_batch_norm:
+        raise UserError(
+            "model.batch_norm='frozen': this network has no BatchNorm; leave it at 'train'."
+        )
     return ViT(config, dtype=dtype, dropout_rate=dropout_rate, drop_path_rate=drop_path_rate)
 
 
-def read_params(files: Files, config: ViTConfig, *, new_head: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint's parameters for a network that may differ in head and image size.
+def read_variables(files: Files, config: Config, *, new_head: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint's variables for a network that may differ in head and image size.
 
     Args:
       files: The checkpoint.
@@ -102,7 +122,7 @@ def read_params(files: Files, config: ViTConfig, *, new_head: bool = False) -> d
       new_head: A new head even where the checkpoint has one of the right width.
 
     Returns:
-      Nested dicts of float32 numpy arrays: the network's "params".
+      Nested dicts of float32 numpy arrays: "params", and "batch_stats" with BatchNorm.
 
     Raises:
       UserError: a tensor is missing, left over, or of another shape; lists all of them.
@@ -110,46 +130,45 @@ def read_params(files: Files, config: ViTConfig, *, new_head: bool = False) -> d
     weights = Weights(files.directory)
     stored, _ = read_json(files.directory, tensors=weights.names())
     family = FAMILIES[stored.family]
-    params = keys.load(
+    variables = keys.load(
         weights,
         family.key_table(stored),
-        shapes=param_shapes(stored),
+        shapes=variable_shapes(stored),
         ignored=family.ignored(weights.names()),
         source=files.source,
     )
-    return fit_params(params, stored, config, new_head=new_head)
+    return fit_variables(variables, stored, config, new_head=new_head)
 
 
-def fit_params(
-    params: dict[str, Any], stored: ViTConfig, config: ViTConfig, *, new_head: bool = False
+def fit_variables(
+    variables: dict[str, Any], stored: Config, config: Config, *, new_head: bool = False
 ) -> dict[str, Any]:
-    """Makes parameters of the network `stored` those of `config`: see `read_params`."""
-    if stored.grid != config.grid:
+    """Makes variables of the network `stored` those of `config`: see `read_variables`."""
+    params = variables["params"]
+    if isinstance(stored, ViTConfig) and stored.grid != config.grid:
         log.info("Position embeddings resized from %s to %s patches.", stored.grid, config.grid)
         embeddings = params["embeddings"]
         embeddings["position_embeddings"] = resize_positions(
             embeddings["position_embeddings"], old=stored.grid, new=config.grid
         )
-    wanted = param_shapes(config)
+    wanted = variable_shapes(config)
     if new_head or stored.num_classes != config.num_classes:
         params.pop("classifier", None)
-        if "classifier" in wanted:
+        if "classifier" in wanted["params"]:
             log.info("New, zero: the head of %d classes.", config.num_classes)
             params["classifier"] = jax.tree.map(
-                lambda leaf: np.zeros(leaf.shape, np.float32), wanted["classifier"]
+                lambda leaf: np.zeros(leaf.shape, np.float32), wanted["params"]["classifier"]
             )
-    shapes = jax.tree.map(np.shape, params)
+    shapes = jax.tree.map(np.shape, variables)
     assert shapes == jax.tree.map(np.shape, wanted), "config is another network's"
-    return params
+    return variables
 
 
-def param_shapes(config: ViTConfig) -> Mapping[str, Any]:
-    """The network's parameters as nested dicts of `jax.ShapeDtypeStruct`."""
+def variable_shapes(config: Config) -> Mapping[str, Any]:
+    """The network's variables as nested dicts of `jax.ShapeDtypeStruct`."""
     images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
     init = make_model(config).init
-    return jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros(images.shape), train=False))[
-        "params"
-    ]
+    return jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros(images.shape), train=False))
 
 
 def load(
@@ -169,7 +188,8 @@ def load(
       dtype: Type of the computation; parameters are float32.
 
     Returns:
-      The network, its variables `{"params": ...}` and the processor:
+      The network, its variables (`{"params": ...}`, and "batch_stats" with BatchNorm) and the
+      processor:
       `model.apply(variables, processor(images), train=False)` gives float32 (B, K) logits.
 
     Raises:
@@ -189,7 +209,7 @@ def load(
         config = dataclasses.replace(config, image_size=tuple(image_size))
         prepared = prepared.resized(config.image_size)
     if run is None:
-        params = read_params(files, config)
+        variables = read_variables(files, config)
     else:
-        params = fit_params(run.read_params(param_shapes(stored)), stored, config)
-    return make_model(config, dtype=dtype), {"params": params}, prepared
+        variables = fit_variables(run.read_variables(variable_shapes(stored)), stored, config)
+    return make_model(config, dtype=dtype), variables, prepared

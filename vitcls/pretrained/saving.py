@@ -12,11 +12,10 @@ import jax
 import numpy as np
 
 from vitcls.errors import UserError
-from vitcls.models.vit import ViTConfig
 from vitcls.pretrained import formats, keys
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR
 from vitcls.pretrained.processor import Processor, to_json
-from vitcls.pretrained.reading import FAMILIES
+from vitcls.pretrained.reading import FAMILIES, Config
 
 
 def save(
@@ -32,7 +31,7 @@ def save(
     Args:
       directory: New, or an empty folder.
       model: The network; its `config` says what is written.
-      variables: `{"params": ...}`, of float32 arrays.
+      variables: `{"params": ...}`, and "batch_stats" with BatchNorm, of float32 arrays.
       processor: Its `id2label` names the classes.
       dtype: Type to store the weights in, such as `np.float16`; None: as they are. Readers convert
         to float32, so that half precision saves space and costs a relative 5e-4 once.
@@ -43,8 +42,8 @@ def save(
     directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty folder; name another.")
-    params = jax.tree.map(np.asarray, dict(variables["params"]))
-    tensors = keys.dump(params, FAMILIES[model.config.family].key_table(model.config))
+    arrays = jax.tree.map(np.asarray, dict(variables))
+    tensors = keys.dump(arrays, FAMILIES[model.config.family].key_table(model.config))
     if dtype is not None:
         tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
@@ -56,7 +55,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_config(directory: str | Path, config: ViTConfig, processor: Processor) -> None:
+def write_config(directory: str | Path, config: Config, processor: Processor) -> None:
     """Writes the two JSON files only, each aside first; makes the folder if need be.
 
     Raises:

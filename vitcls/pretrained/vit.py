@@ -9,7 +9,7 @@ from vitcls.pretrained import keys
 from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.keys import Key
 
-_ACTIVATIONS = {  # their name -> ours; the first of several is the one we write
+ACTIVATIONS = {  # their name -> ours; the first of several is the one we write
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
@@ -19,6 +19,7 @@ _ACTIVATIONS = {  # their name -> ours; the first of several is the one we write
     "silu": "silu",
     "swish": "silu",
 }
+HAS_IMAGE_SIZE = True  # in a config.json
 # Far above any ViT that exists; a config beyond them is broken or hostile.
 _MOST_PIXELS, _MOST_WIDTH, _MOST_DEPTH = 8192, 1 << 16, 256
 
@@ -45,7 +46,7 @@ def read_config(path: Path, *, num_classes: int) -> ViTConfig:
         num_heads=fields.integer("num_attention_heads", 12, most=_MOST_WIDTH),
         mlp_dim=fields.integer("intermediate_size", 3072, most=_MOST_WIDTH),
         num_classes=num_classes,
-        activation=fields.choice("hidden_act", "gelu", _ACTIVATIONS),
+        activation=fields.choice("hidden_act", "gelu", ACTIVATIONS),
         epsilon=fields.number("layer_norm_eps", 1e-12),
         qkv_bias=fields.boolean("qkv_bias", True),
     )
@@ -62,7 +63,7 @@ def config_to_json(config: ViTConfig) -> dict[str, Any]:
     )
     if config != plain:
         raise UserError(f"The 'vit' format cannot describe this network: {config}.")
-    ours = list(_ACTIVATIONS.values())
+    ours = list(ACTIVATIONS.values())
     return {
         "architectures": ["ViTForImageClassification" if config.num_classes else "ViTModel"],
         "model_type": "vit",
@@ -73,7 +74,7 @@ def config_to_json(config: ViTConfig) -> dict[str, Any]:
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
         "intermediate_size": config.mlp_dim,
-        "hidden_act": list(_ACTIVATIONS)[ours.index(config.activation)],
+        "hidden_act": list(ACTIVATIONS)[ours.index(config.activation)],
         "layer_norm_eps": config.epsilon,
         "qkv_bias": config.qkv_bias,
         "hidden_dropout_prob": 0.0,

@@ -29,11 +29,11 @@ class Run:
         """Folder of the JSON files in Hugging Face format."""
         return self.directory / "model"
 
-    def read_params(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the parameters as float32 numpy arrays: the averaged ones if there are any.
+    def read_variables(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the variables as float32 numpy arrays: the averaged ones if there are any.
 
         Args:
-          shapes: The network's parameters as nested dicts of `jax.ShapeDtypeStruct`.
+          shapes: The network's variables as nested dicts of `jax.ShapeDtypeStruct`.
 
         Raises:
           UserError: there is no such checkpoint.
@@ -46,7 +46,7 @@ class Run:
         with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
             step = self._step(checkpoints)
             item = "ema" if "ema" in checkpoints.item_names(step) else "params"
-            restored = checkpoints.restore(step, {item: {"params": target}})[item]["params"]
+            restored = checkpoints.restore(step, {item: target})[item]
         return jax.tree.map(np.asarray, restored)
 
     def _step(self, checkpoints: Checkpoints) -> int:
