@@ -35,6 +35,7 @@ def test_valid_config_passes():
     [
         ("optim.lrr", 1.0, "Unknown field of config.optim 'lrr'. Did you mean 'lr'?"),
         ("data.crop", "inceptoin", "Did you mean 'inception'?"),
+        ("data.on_error", "ignore", "Unknown value of data.on_error 'ignore'"),
         (
             "data.holdout",
             1.0,

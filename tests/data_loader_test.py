@@ -14,6 +14,7 @@ from PIL import Image
 
 from vitcls import images
 from vitcls.data import loader, sources
+from vitcls.data.skipped import Skipped
 from vitcls.errors import UserError
 
 CROP = functools.partial(
@@ -232,6 +233,57 @@ def test_batches_before_a_corrupt_image_still_come():
     assert [next(batches)["index"][0] for _ in range(2)] == [0, 12]
     with pytest.raises(UserError, match="grey_30"):
         next(batches)
+
+
+# --- skipping what cannot be used -----------------------------------------------------------------
+
+BAD = {3: b"", 30: b"not an image"}
+
+
+@pytest.fixture
+def skipped(tmp_path) -> Skipped:
+    return Skipped(tmp_path / "skipped.jsonl")
+
+
+def assert_same_but_for(batches, expected, bad):
+    """Rows of the bad examples are black and have mask 0; all others are the same."""
+    num_bad = 0
+    for batch, other in zip(batches, expected, strict=True):
+        is_bad = np.isin(batch["index"], bad)
+        num_bad += is_bad.sum()
+        np.testing.assert_array_equal(batch["index"], other["index"])
+        for name in ("image", "targets", "mask"):
+            assert not batch[name][is_bad].any()
+            np.testing.assert_array_equal(batch[name][~is_bad], other[name][~is_bad])
+    assert num_bad
+
+
+@pytest.mark.parametrize("num_threads", [0, 3])
+def test_skipping_changes_no_other_row(skipped, num_threads):
+    good, bad = Greys(40), Greys(40, files=BAD)
+    options = dict(num_threads=num_threads, total_steps=10)
+    assert_same_but_for(train(bad, skipped=skipped, **options), train(good, **options), list(BAD))
+    batches = list(evaluate(bad, skipped=skipped, num_threads=num_threads))
+    assert_same_but_for(batches, list(evaluate(good)), list(BAD))
+
+
+def test_wrong_labels_are_never_skipped(skipped):
+    with pytest.raises(UserError, match="grey_5 of split 'train' has label 9"):
+        list(evaluate(Greys(40, files=BAD, labels={5: 9}), skipped=skipped))
+
+
+def test_training_on_mostly_bad_images_stops_before_the_end_of_an_epoch(skipped):
+    class Bad(Greys):
+        def read(self, index):
+            return b"", 0
+
+    batches = loader.train_batches(
+        Bad(10**5), global_batch_size=500, start_step=0, total_steps=100, seed=0, transform=CROP,
+        num_threads=1, skipped=skipped,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="More than half of the 100000 images in 'train' cannot"):
+        list(batches)
+    assert skipped.count("train") == 1000
 
 
 # --- worker processes -----------------------------------------------------------------------------

@@ -172,6 +172,17 @@ def test_masked_rows_do_not_count():
     np.testing.assert_allclose(full.steps(batch, 3), alone.steps(half, 3), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (8, 1), (2, 4)])
+def test_batch_of_masked_rows_only_is_no_division_by_zero(data, fsdp):
+    batch = make_batch(16)
+    run = Run(data=data, fsdp=fsdp, name="sgd")
+    before = jax.device_get(run.state.params)
+    assert run.steps(batch | {"mask": np.zeros(16, np.float32)}, 1) == [0.0]
+    after = jax.device_get(run.state.params)  # decayed, and nothing else
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), after, before)
+    assert np.isfinite(run.steps(batch, 2)).all()
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_frozen_params_do_not_change(ema_decay):
     run = Run(depth=2, freeze="embeddings/.*|encoder/layer_0/.*", ema_decay=ema_decay)

@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import traceback
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vitcls import pretrained, train
 from vitcls.checkpoint import Checkpoints
@@ -276,3 +278,56 @@ def test_every_crop_trains(config, tmp_path, crop):
     config.train.total_steps = 1
     config.eval.every_steps = 0
     assert train.train_and_evaluate(config, tmp_path)["step"] == 1
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Dark and bright images in the usual formats; of each class one is bad in its own way."""
+    rng = np.random.default_rng(0)
+    for split, count in [("train", 24), ("test", 8)]:
+        for name, low in [("bright", 160), ("dark", 0)]:
+            directory = tmp_path / "images" / split / name
+            directory.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(low, low + 90, (20, 16, 3), np.uint8)
+                suffix = ("png", "jpg")[number % 2]
+                Image.fromarray(pixels).save(directory / f"{number:02}.{suffix}")
+    whole = (tmp_path / "images/test/dark/03.jpg").read_bytes()
+    (tmp_path / "images/test/dark/03.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "images/train/bright/05.jpg").write_text("not an image")
+    return tmp_path / "images"
+
+
+def test_a_folder_with_bad_images_trains_when_they_are_skipped(config, folder, tmp_path, capsys):
+    config.data.source = f"folder:{folder}"
+    config.data.on_error = "skip"
+    config.data.holdout = 0.25
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    test, holdout = results["splits"]["test"], results["splits"]["holdout"]
+    assert (test["num_examples"], test["num_skipped"]) == (15, 1)
+    assert holdout["num_examples"] + holdout["num_skipped"] == 12
+    assert results["train"]["num_skipped"] + holdout["num_skipped"] == 1
+    assert "(15 images, 1 skipped)" in capsys.readouterr().out
+    lines = (tmp_path / "run/skipped.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["id"] for line in lines) == [
+        "test/dark/03.jpg",
+        "train/bright/05.jpg",
+    ]
+    predictions = np.load(tmp_path / "run/predictions/test.npz")
+    assert len(predictions["ids"]) == len(predictions["labels"]) == 15
+    for name, label in zip(predictions["ids"], predictions["labels"], strict=True):
+        assert name.split("/")[1] == ("bright", "dark")[label]
+    assert "test/dark/03.jpg" not in predictions["ids"]
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["data"]["test"]["listing_sha256"]
+
+
+def test_a_bad_image_that_is_not_skipped_is_named(config, folder, tmp_path):
+    config.data.source = f"folder:{folder}"
+    config.eval.select_split = ""
+    config.train.total_steps = 12  # more than an epoch
+    message = "Example train/bright/05.jpg of split 'train' cannot be used: .*on_error='skip'"
+    with pytest.raises(UserError, match=message) as error:
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert error.value.exit_code == 2
+    assert not (tmp_path / "run/skipped.jsonl").exists()

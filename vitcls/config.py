@@ -21,11 +21,12 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
 
     c.data = ConfigDict()
-    # What to train on: "digits", "glyphs" or "tfds:NAME[/CONFIG]".
+    # What to train on: "digits", "glyphs", "tfds:NAME[/CONFIG]", or "folder:PATH" with
+    # PATH/split/class/image or PATH/class/image (of which a fifth is then the test split).
     c.data.source = ""
     # Where prepared data sets are kept; "" is tensorflow_datasets' own default.
     c.data.data_dir = ""
-    # Split to train on; tfds' slices work, for example "train[:90%]".
+    # Split to train on; of tfds, slices work, for example "train[:90%]".
     c.data.train_split = "train"
     # Splits evaluated once, at the end, with the selected weights.
     c.data.eval_splits = ("test",)
@@ -34,6 +35,9 @@ def default_config() -> ConfigDict:
     c.data.holdout = 0.1
     # Training images per class, drawn with train.seed after the hold-out; 0: all.
     c.data.per_class = 0
+    # An image that cannot be decoded: "raise" stops the run and names it; "skip" leaves it out,
+    # counts it and lists it in skipped.jsonl, and stops when it is more than half of a split.
+    c.data.on_error = "raise"
     # (height, width) the network sees, in pixels; unset: the checkpoint's.
     c.data.image_size = placeholder(tuple)
     # Random crop for training: "inception" (random area and aspect), "resmall" (shorter side to
@@ -159,6 +163,7 @@ SELECT_METRICS = (
 )
 _CHOICES = {
     "data.crop": ("inception", "resmall", "none"),
+    "data.on_error": ("raise", "skip"),
     "model.head": ("new", "keep"),
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),

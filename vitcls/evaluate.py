@@ -30,15 +30,17 @@ def evaluate(
     Args:
       eval_step: `train_step.make_eval_step`'s result, compiled to return the same to every process.
       variables: The network's variables, on the devices of `mesh`.
-      batches: This process' local batches in the split's order; padding has mask 0.
+      batches: This process' local batches in the split's order; padding has mask 0 and index -1,
+        images that are skipped have mask 0 and their index.
       name: The split's name, for the progress bar.
       num_examples: Size of the split.
       keep_predictions: Whether to return what the network said of each example.
       stop: Ends the pass with `Interrupted` when a signal came.
 
     Returns:
-      The metrics of `metrics.summarise`, and, if kept, `labels` int32 (N,) and `logits` float32
-      (N, K) in the split's order.
+      The metrics of `metrics.summarise`, of the N images that could be used, and `num_skipped`, of
+      those that could not; and, if kept, `labels` int32 (N,), `logits` float32 (N, K) and `index`
+      int32 (N,), which of the split they are, in its order.
     """
     total, kept = None, []
     for batch in progress.track(batches, name):
@@ -49,11 +51,13 @@ def evaluate(
         if keep_predictions:
             kept.append(jax.device_get(predictions))
     # Loader and devices disagree only through a bug, which would make the numbers wrong in silence.
-    assert total["num_examples"] == num_examples, (name, total["num_examples"], num_examples)
+    assert total["num_seen"] == num_examples, (name, total["num_seen"], num_examples)
+    num_used = int(total["num_examples"])
+    summary = metrics.summarise(total) | {"num_skipped": num_examples - num_used}
     if not keep_predictions:
-        return metrics.summarise(total), {}
-    # Rows of a global batch are in the split's order and padding comes last.
-    arrays = {
-        field: np.concatenate([batch[field] for batch in kept])[:num_examples] for field in kept[0]
-    }
-    return metrics.summarise(total), arrays
+        return summary, {}
+    # Rows of a global batch are in the split's order.
+    arrays = {field: np.concatenate([batch[field] for batch in kept]) for field in kept[0]}
+    is_used = arrays["index"] >= 0
+    assert np.unique(arrays["index"][is_used]).size == num_used, name
+    return summary, {field: array[is_used] for field, array in arrays.items()}

@@ -14,7 +14,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitcls.errors import UserError
 
@@ -58,8 +58,10 @@ def decode(data: bytes) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
+    except UnidentifiedImageError as error:  # its text has an address in memory
+        raise ImageError("Not a readable image: cannot identify its format.") from error
     except Exception as error:  # damaged files raise nearly any type from Pillow's plug-ins
-        raise ImageError(f"Not a readable image: {error}") from error
+        raise ImageError(f"Not a readable image: {error}.") from error
 
 
 def _check_num_pixels(image: Image.Image) -> None:

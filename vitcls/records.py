@@ -65,6 +65,7 @@ def manifest(mesh: Mesh, splits: list[Split], files: pretrained.Files | None) ->
     return environment(mesh) | {
         "data": {
             split.name: {"num_examples": len(split), "fingerprint": split.fingerprint}
+            | split.origin()
             for split in splits
         },
         "pretrained": files
@@ -114,11 +115,17 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def count_images(summary: dict[str, Any]) -> str:
+    """Returns `360 images`, or `359 images, 1 skipped`, of a split's metrics."""
+    skipped = f", {summary['num_skipped']} skipped" if summary.get("num_skipped") else ""
+    return f"{summary['num_examples']} images{skipped}"
+
+
 def last_line(results: dict[str, Any], workdir: Path, *, splits: tuple[str, ...]) -> str:
     """Returns `test accuracy 0.9806 (360 images) in 61 s -> runs/quickstart`, for example."""
     metrics = ", ".join(
         f"{name} accuracy {results['splits'][name]['accuracy']:.4f} "
-        f"({results['splits'][name]['num_examples']} images)"
+        f"({count_images(results['splits'][name])})"
         for name in splits
     )
     return f"{metrics} in {results['seconds']:.0f} s -> {workdir}"

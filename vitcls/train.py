@@ -14,6 +14,7 @@ from vitcls import adapt, augment, checkpoint, optim, pretrained, records, shard
 from vitcls import train_step as steps
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
+from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
 from vitcls.evaluate import evaluate
 from vitcls.metric_writers import LateMetrics, MetricWriter
@@ -85,6 +86,7 @@ def train_and_evaluate(
             pretrained.write_config(workdir / "model", model_config, processor)
             used = [train_split, *eval_splits.values()]
             records.write_json(workdir / "manifest.json", records.manifest(mesh, used, files))
+            (workdir / "skipped.jsonl").unlink(missing_ok=True)
 
     # The initial variables, the optimizer and the two compiled steps.
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
@@ -158,7 +160,9 @@ def train_and_evaluate(
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
 
     # Data: local uint8 batches, one ahead on the devices.
+    skipped = Skipped(workdir / "skipped.jsonl") if config.data.on_error == "skip" else None
     loading = dict(
+        skipped=skipped,
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
         process_index=jax.process_index(),
@@ -261,7 +265,7 @@ def train_and_evaluate(
                 name, variables, keep_predictions=True, stop=stop
             )
             if is_main:
-                ids = [eval_splits[name].id(i) for i in range(len(eval_splits[name]))]
+                ids = [eval_splits[name].id(i) for i in predictions.pop("index").tolist()]
                 records.save_predictions(
                     workdir / f"predictions/{name}.npz", ids=ids, **predictions
                 )
@@ -272,8 +276,11 @@ def train_and_evaluate(
         "seconds": seconds(),
         "images_per_second": progress.images_per_second() or meta["images_per_second"],
         "selected_step": selected_step,
+        "train": {"num_skipped": skipped.count(train_split.name) if skipped else 0},
         "splits": summaries,
     }
+    if skipped is not None:
+        skipped.log_counts([train_split, *eval_splits.values()])
     if is_main:
         records.write_json(workdir / "results.json", results)
         print(records.last_line(results, workdir, splits=config.data.eval_splits))
@@ -291,8 +298,8 @@ def _score(summary: dict[str, float], metric: str) -> float:
 
 def _log_summary(what: str, summary: dict[str, float]) -> None:
     log.info(
-        "%s accuracy %.4f, loss %.4f (%d images)",
-        what, summary["accuracy"], summary["loss"], summary["num_examples"],
+        "%s accuracy %.4f, loss %.4f (%s)",
+        what, summary["accuracy"], summary["loss"], records.count_images(summary),
     )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     for name in [config.eval.select_split, *data.eval_splits]:
         if name and name not in evaluated:
             evaluated[name] = open_split(name)
+    for split in evaluated.values():
+        _check_same_classes(train, split)
     if config.eval.select_split:
         _check_apart(evaluated, config.eval.select_split, data.eval_splits)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
@@ -39,6 +41,17 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
             "classes; use 'accuracy'."
         )
     return train, evaluated
+
+
+def _check_same_classes(train: sources.Split, other: sources.Split) -> None:
+    if train.class_names == other.class_names:
+        return
+    missing = sorted(set(train.class_names) - set(other.class_names))
+    added = sorted(set(other.class_names) - set(train.class_names))
+    raise UserError(
+        f"Split {other.name!r} has other classes than {train.name!r}: {missing[:5]} are missing, "
+        f"{added[:5]} are new. Labels would not mean the same; give both the same classes."
+    )
 
 
 def _check_apart(

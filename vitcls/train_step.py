@@ -126,6 +126,8 @@ def make_train_step(
         (loss_sum, (weight_sum, batch_stats)), grads = grad_fn(
             state.params, state.frozen, state.batch_stats, images, targets, weights, keys[1]
         )
+        # All images of a batch may have been skipped: no gradient then, rather than 0 / 0.
+        weight_sum = jnp.where(weight_sum > 0, weight_sum, 1.0)
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -166,15 +168,21 @@ def make_eval_step(
 ) -> Callable[[PyTree, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
     """Returns `(variables, batch) -> (sums, predictions)`, to be compiled by the caller.
 
-    The sums are those of `metrics.batch_sums`; the predictions are `labels` int32 (B,) and
-    `logits` float32 (B, K).
+    The sums are those of `metrics.batch_sums`, and `num_seen`, the rows that show an example of
+    the split, whether it could be used or not. The predictions are `labels` int32 (B,), `logits`
+    float32 (B, K), and `index` int32 (B,), -1 for rows that do not count.
     """
 
     def eval_step(variables, batch):
-        targets = batch["targets"]
+        targets, mask, index = batch["targets"], batch["mask"], batch["index"]
         logits = apply(variables, normalise(batch["image"]), train=False)
         loss = losses.cross_entropy(logits, targets)
-        predictions = {"labels": jnp.argmax(targets, axis=-1), "logits": logits}
-        return metrics.batch_sums(logits, targets, loss, batch["mask"]), predictions
+        sums = metrics.batch_sums(logits, targets, loss, mask)
+        sums["num_seen"] = jnp.sum((index >= 0).astype(jnp.float32))
+        return sums, {
+            "labels": jnp.argmax(targets, axis=-1),
+            "logits": logits,
+            "index": jnp.where(mask > 0, index, -1),
+        }
 
     return eval_step

@@ -5,8 +5,8 @@ batch is a dict of
 
   image    uint8 (b, H, W, 3)
   targets  float32 (b, K), one-hot; zeros where the mask is 0
-  mask     float32 (b,), 0 for rows that only fill up the batch
-  index    int32 (b,), position in the split; -1 where the mask is 0
+  mask     float32 (b,), 0 for rows that only fill up the batch, and for skipped images
+  index    int32 (b,), position in the split; -1 for rows that only fill up the batch
 
 and a pure function of its number: Grain, which runs ahead in threads and processes, only decides
 where and when it is made.
@@ -29,6 +29,7 @@ from PIL import Image
 
 from vitcls import images
 from vitcls.data import order
+from vitcls.data.skipped import BadImage, Skipped
 from vitcls.data.split import Split
 from vitcls.errors import UserError
 
@@ -50,6 +51,7 @@ def train_batches(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    skipped: Skipped | None = None,
 ) -> Iterator[Batch]:
     """This process' rows of the batches of steps [start_step, total_steps).
 
@@ -67,10 +69,12 @@ def train_batches(
       num_workers: Worker processes; 0: threads of this process only.
       process_index: Which of the processes this one is.
       process_count: Processes that share the global batch, evenly.
+      skipped: Takes note of images that cannot be decoded, whose rows are black and have mask 0;
+        all other rows stay what they are. None: such an image is an error.
 
     Raises:
-      UserError: The batch cannot be divided; while iterating: an image cannot be decoded or a
-        label is not a class.
+      UserError: The batch cannot be divided; while iterating: an image cannot be decoded, or most
+        of them cannot, or a label is not a class.
     """
     source = _TrainSource(
         split,
@@ -80,7 +84,7 @@ def train_batches(
         num_batches=total_steps - start_step,
         seed=seed,
     )
-    return _iterate(source, num_threads=num_threads, num_workers=num_workers)
+    return _iterate(source, skipped, num_threads=num_threads, num_workers=num_workers)
 
 
 def eval_batches(
@@ -92,6 +96,7 @@ def eval_batches(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    skipped: Skipped | None = None,
 ) -> "EvalBatches":
     """This process' rows of one pass over the split, in its order.
 
@@ -106,23 +111,25 @@ def eval_batches(
         transform=transform,
         num_batches=-(-len(split) // global_batch_size),
     )
-    return EvalBatches(source, num_threads=num_threads, num_workers=num_workers)
+    return EvalBatches(source, skipped, num_threads=num_threads, num_workers=num_workers)
 
 
 class EvalBatches:
     """One pass over a split, each time it is iterated."""
 
-    def __init__(self, source: "_Source", *, num_threads: int, num_workers: int):
+    def __init__(
+        self, source: "_Source", skipped: Skipped | None, *, num_threads: int, num_workers: int
+    ):
         self._source = source
-        self._num_threads = num_threads
-        self._num_workers = num_workers
+        self._skipped = skipped
+        self._loading = dict(num_threads=num_threads, num_workers=num_workers)
 
     def __len__(self) -> int:
         """Number of batches, the same on every process."""
         return len(self._source)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _iterate(self._source, num_threads=self._num_threads, num_workers=self._num_workers)
+        return _iterate(self._source, self._skipped, **self._loading)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +194,8 @@ def _make_batch(
 ) -> Batch:
     """Reads, decodes and transforms the examples at `indices` (b,); -1 leaves a row black.
 
-    An image that cannot be used leaves its row black, too, and a message under "errors": Grain
-    does not survive exceptions in its workers well, and only the consumer can decide what to do.
+    An image that cannot be used leaves its row black, too, with mask 0, and is named: Grain does
+    not survive exceptions in its workers well, and only the consumer can decide what to do.
 
     Args:
       split: The examples.
@@ -196,7 +203,8 @@ def _make_batch(
       transform: Image (RGB) and row to uint8 (H, W, 3).
 
     Returns:
-      A batch, with the additional entry "errors", a tuple of messages.
+      A batch, with the additional entries "errors", a tuple of messages, and "bad", a tuple of
+      `BadImage`.
     """
     blank = transform(Image.new("RGB", (1, 1)), 0)  # black, and tells the shape
     batch = {
@@ -205,24 +213,27 @@ def _make_batch(
         "mask": np.zeros(len(indices), np.float32),
         "index": np.full(len(indices), -1, np.int32),
     }
-    errors = []
+    errors, bad = [], []
     for row, index in enumerate(indices.tolist()):
         if index < 0:
             continue
+        batch["index"][row] = index
         try:
             image, label = _read(split, index)
+        except images.ImageError as error:
+            bad.append((split.id(index), str(error)))
+            continue
         except UserError as error:
             errors.append(str(error))
             continue
         batch["image"][row] = transform(image, row)
         batch["targets"][row, label] = 1
         batch["mask"][row] = 1
-        batch["index"][row] = index
-    return batch | {"errors": tuple(errors)}
+    return batch | {"errors": tuple(errors), "bad": tuple(bad)}
 
 
 def _read(split: Split, index: int) -> tuple[Image.Image, int]:
-    """One example's image and label, or a `UserError` that names the example."""
+    """One example's image and label, an `ImageError`, or a `UserError` that names the example."""
     data, label = split.read(index)
     num_classes = len(split.class_names)
     if not 0 <= label < num_classes:
@@ -230,16 +241,12 @@ def _read(split: Split, index: int) -> tuple[Image.Image, int]:
             f"Example {split.id(index)} of split {split.name!r} has label {label}, not one of the "
             f"{num_classes} classes 0..{num_classes - 1}; choose a split with labels."
         )
-    try:
-        return images.decode(data), label
-    except images.ImageError as error:
-        raise UserError(
-            f"Example {split.id(index)} of split {split.name!r} cannot be used: {error} "
-            "Mend it or take it out of the data set."
-        ) from error
+    return images.decode(data), label
 
 
-def _iterate(source: _Source, *, num_threads: int, num_workers: int) -> Iterator[Batch]:
+def _iterate(
+    source: _Source, skipped: Skipped | None, *, num_threads: int, num_workers: int
+) -> Iterator[Batch]:
     """Batches in order, made ahead of time. Closing the iterator ends the workers."""
     # Two more than are in the making, so that one slow batch does not stop the threads.
     buffer_size = num_threads + 2 if num_threads else 0
@@ -257,12 +264,27 @@ def _iterate(source: _Source, *, num_threads: int, num_workers: int) -> Iterator
         with _holding_back_signals() if num_workers else contextlib.nullcontext():
             first = list(itertools.islice(iterator, 1))
         for batch in itertools.chain(first, iterator):
-            errors = batch.pop("errors")
+            errors, bad = batch.pop("errors"), batch.pop("bad")
             if errors:
                 raise UserError(errors[0])
+            _take_note(source, bad, skipped, num_rows=len(batch["index"]))
             yield batch
     finally:
         iterator.close()
+
+
+def _take_note(
+    source: _Source, bad: tuple[BadImage, ...], skipped: Skipped | None, *, num_rows: int
+) -> None:
+    if skipped is not None:
+        is_random = isinstance(source, _TrainSource)
+        skipped.add(source.split, bad, num_drawn=num_rows if is_random else 0)
+    elif bad:
+        name, reason = bad[0]
+        raise UserError(
+            f"Example {name} of split {source.split.name!r} cannot be used: {reason} Mend it or "
+            "take it out of the data set, or set data.on_error='skip' to go on without it."
+        )
 
 
 @contextlib.contextmanager

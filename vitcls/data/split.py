@@ -2,6 +2,7 @@
 
 import abc
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -38,32 +39,44 @@ class Split(abc.ABC):
     def labels(self) -> np.ndarray:
         """All labels, int32 (N,)."""
 
+    def origin(self) -> dict[str, Any]:
+        """What a run's manifest says of the split beside its size and fingerprint, for JSON."""
+        return {}
+
 
 class Subset(Split):
-    """Some examples of a split, in the order given by `indices`."""
+    """Some examples of a split, in the order given by `indices`.
+
+    Attributes:
+      indices: Positions in the parent, int64 (N,).
+    """
 
     def __init__(self, name: str, parent: Split, *, indices: np.ndarray):
         self.name = name
         self.class_names = parent.class_names
         self._parent = parent
-        self._indices = np.asarray(indices, np.int64)
-        digest = hashlib.sha256(parent.fingerprint.encode() + self._indices.tobytes())
+        self.indices = np.asarray(indices, np.int64)
+        digest = hashlib.sha256(parent.fingerprint.encode() + self.indices.tobytes())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def read(self, index: int) -> tuple[bytes, int]:
         """See `Split`."""
-        return self._parent.read(int(self._indices[index]))
+        return self._parent.read(int(self.indices[index]))
 
     def id(self, index: int) -> str:
         """See `Split`."""
-        return self._parent.id(int(self._indices[index]))
+        return self._parent.id(int(self.indices[index]))
 
     def labels(self) -> np.ndarray:
         """See `Split`."""
-        return self._parent.labels()[self._indices]
+        return self._parent.labels()[self.indices]
+
+    def origin(self) -> dict[str, Any]:
+        """See `Split`."""
+        return self._parent.origin()
 
 
 def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Subset, Subset]:

@@ -1,0 +1,63 @@
+"""The config files for real work: valid for every data set, from any folder."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitcls import recipes
+from vitcls.config import check_config
+from vitcls.errors import UserError
+from vitcls.optim import check_args
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["vit_b16", "vit_b32", "vit_l16", "vit_s16"]
+
+
+def get_config(name: str, arg: str):
+    return runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](arg)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("source", [*recipes.SCHEDULES, "folder:my/images", "tfds:beans"])
+def test_every_recipe_is_valid_for_every_data_set(name, source):
+    config = get_config(name, f"data={source}")
+    check_config(config)
+    check_args(config.optim.name, dict(config.optim.args))
+    schedule = recipes.SCHEDULES.get(source, recipes.OTHER)
+    assert config.data.source == source
+    assert config.data.eval_splits == (schedule.eval_split,)
+    assert (config.train.total_steps, config.optim.lr) == (schedule.total_steps, schedule.lr)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_say_what_is_published_and_list_the_data_sets(name):
+    text = (ROOT / f"configs/{name}.py").read_text().split('"""')[1]
+    assert "not measured here" in text and f"--config=configs/{name}.py:data=" in text
+    assert all(source in text for source in (*recipes.SCHEDULES, "folder:PATH"))
+
+
+def test_data_must_be_named():
+    with pytest.raises(UserError, match="data.source is empty"):
+        check_config(get_config("vit_b16", ""))
+    with pytest.raises(UserError, match="Did you mean 'data'?"):
+        get_config("vit_b16", "dta=tfds:cifar10")
+
+
+def test_recipes_run_from_any_folder(tmp_path):
+    """As far as the folder of images, which is not there."""
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "vitcls.main", "--workdir=run",
+            f"--config={ROOT}/configs/vit_b16.py:data=folder:no/images",
+        ],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert f"data.source: {tmp_path}/no/images does not exist." in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()

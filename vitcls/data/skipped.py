@@ -1,0 +1,106 @@
+"""The images that a run goes on without, and when there are too many of them."""
+
+import fcntl
+import json
+import logging
+import os
+from pathlib import Path
+
+from vitcls.data.split import Split
+from vitcls.errors import UserError
+
+log = logging.getLogger("vitcls")
+
+_NUM_LOGGED = 10  # of each split; the file has them all
+# A random sample of a split says early enough that more than half of it is bad.
+_MIN_DRAWN = 1000
+
+BadImage = tuple[str, str]  # the example's id, and why it cannot be used
+
+
+class Skipped:
+    """The list in a file, one line of JSON per image: `split`, `id` and `reason`.
+
+    Every image is there once, however often and by how many threads and processes it is met, and
+    whether the run was continued or not. Locked while it is read and added to.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._known: dict[str, set[str]] = {}
+        self._end = 0  # of the lines that are known
+        self._num_drawn = self._num_bad_drawn = 0
+        if path.exists():
+            self._add_lines("", [])
+
+    def count(self, split: str) -> int:
+        """Number of different images of a split in the list."""
+        return len(self._known.get(split, ()))
+
+    def log_counts(self, splits: list[Split]) -> None:
+        """Says of every split how many of its images are in the list."""
+        for split in splits:
+            log.info(
+                "%s: %d of %d images skipped%s",
+                split.name, self.count(split.name), len(split),
+                f", see {self._path}." if self.count(split.name) else ".",
+            )  # fmt: skip
+
+    def add(self, split: Split, bad: tuple[BadImage, ...], *, num_drawn: int = 0) -> None:
+        """Adds what is not in the list yet.
+
+        Args:
+          split: Where the images come from.
+          bad: What was found.
+          num_drawn: Size of the random sample in which it was found; 0: no random sample.
+
+        Raises:
+          UserError: More than half of the split, or of a large sample of it, cannot be used.
+        """
+        self._num_drawn += num_drawn
+        if not bad:
+            return
+        before = self.count(split.name)
+        new = [
+            (name, reason)
+            for name, reason in dict(bad).items()
+            if name not in self._known.get(split.name, ())
+        ]
+        if new:
+            self._add_lines(split.name, new)
+        for name, reason in new[: max(0, _NUM_LOGGED - before)]:
+            log.warning("Skipping %s of split %r: %s", name, split.name, reason)
+        count = self.count(split.name)
+        if before < _NUM_LOGGED <= count:
+            log.warning("Images that are skipped from here on are listed in %s only.", self._path)
+        if num_drawn:
+            self._num_bad_drawn += len(bad)
+        is_sample_bad = self._num_drawn >= _MIN_DRAWN and self._num_bad_drawn * 2 > self._num_drawn
+        if 2 * count > len(split) or (num_drawn and is_sample_bad):
+            raise UserError(
+                f"More than half of the {len(split)} images in {split.name!r} cannot be used, "
+                f"such as {bad[0][0]}: {bad[0][1]} {count} are listed in {self._path}."
+            )
+
+    def _add_lines(self, split: str, new: list[BadImage]) -> None:
+        """Reads what other processes added, then adds what is new beside that."""
+        with self._path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            file.seek(self._end)
+            for line in file:
+                if not line.endswith(b"\n"):  # cut by a full disk
+                    break
+                self._end += len(line)
+                entry = json.loads(line)
+                self._known.setdefault(entry["split"], set()).add(entry["id"])
+            known = self._known.setdefault(split, set())
+            lines = b"".join(
+                json.dumps({"split": split, "id": name, "reason": reason}).encode() + b"\n"
+                for name, reason in new
+                if name not in known
+            )
+            file.truncate(self._end)
+            file.write(lines)
+            file.flush()
+            self._end = os.fstat(file.fileno()).st_size
+            known.update(name for name, _ in new)
