@@ -233,6 +233,7 @@ def test_every_field_of_the_config_is_read(config, tmp_path, monkeypatch):
     assert read == set(flatten(default_config())) | {"optim.args"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 def test_a_resnet_trains_continues_and_is_a_checkpoint(config, tmp_path, monkeypatch, batch_norm):
     config.model.update(arch="resnet_mu", dropout=0.0, drop_path=0.0)
