@@ -122,3 +122,4 @@ def test_a_bad_stretch_is_not_taken_for_a_bad_split(path):
     skipped = Skipped(path)
     skipped.add(big, bad(*range(2000), split=big))
     skipped.add(TRAIN, (), num_drawn=2000)
+    assert skipped.count("test") == 2000

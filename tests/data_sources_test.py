@@ -203,7 +203,8 @@ def test_damaged_records_are_storage_errors_that_name_the_example(digits_copy):
 
 def test_prepared_data_are_not_prepared_again(digits_dir, monkeypatch):
     monkeypatch.setattr(prepare, "_run", lambda *_: pytest.fail("prepared again"))
-    prepare.prepare_once("digits", data_dir=digits_dir)
+    builder = prepare.prepare_once("digits", data_dir=digits_dir)
+    assert builder.info.splits["test"].num_examples == 360
 
 
 def test_what_another_process_prepared_meanwhile_is_not_prepared_again(monkeypatch, tmp_path):
