@@ -115,3 +115,24 @@ def test_every_way_to_fail_has_its_code(tmp_path, raised, code, expected):
     assert result.returncode == code
     assert expected in result.stderr
     assert ("Traceback" in result.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_compiled_programs_are_kept(tmp_path, is_named):
+    program = (
+        "from vitcls import cli\n"
+        "cli.keep_compiled_programs()\n"
+        "import jax\n"
+        "print(jax.jit(lambda x: x @ x)(jax.numpy.eye(3))[0, 0])\n"
+    )
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "user"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    if is_named:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "named")
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=True)
+    user = list((tmp_path / "user").glob("vitcls/xla/*/*-cache"))
+    named = list((tmp_path / "named").glob("*-cache"))
+    assert bool(user) != is_named and bool(named) == is_named

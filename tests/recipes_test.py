@@ -14,7 +14,7 @@ from vitcls.errors import UserError
 from vitcls.optim import check_args
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["vit_b16", "vit_b32", "vit_l16", "vit_s16"]
+NAMES = ["resnet50", "vit_b16", "vit_b32", "vit_l16", "vit_s16"]
 
 
 def get_config(name: str, arg: str):

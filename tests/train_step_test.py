@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from vitcls import adapt, augment, optim, sharding
 from vitcls import train_step as steps
 from vitcls.models import resnet, vit
+from vitcls.parameters import bytes_per_device
 
 NUM_CLASSES = 5
 NORMALISE = functools.partial(augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -29,9 +31,9 @@ CONFIG = vit.ViTConfig(
 RESNET = resnet.ResNetConfig(
     image_size=(8, 12),
     embedding_size=8,
-    hidden_sizes=(16, 24),
-    depths=(1, 2),
-    layer_type="bottleneck",
+    hidden_sizes=(16,),
+    depths=(1,),
+    layer_type="basic",
     num_classes=NUM_CLASSES,
 )
 
@@ -66,6 +68,7 @@ class Run:
         lr=1e-2,
         name="adamw",
         model=None,
+        num_passes=1,
     ):
         self.mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
         config = dataclasses.replace(CONFIG, depth=depth)
@@ -95,6 +98,7 @@ class Run:
             key=jax.random.key(2),
             schedule=optax.constant_schedule(lr),
             ema_decay=ema_decay,
+            num_passes=num_passes,
         )
 
         def counted(state, batch):
@@ -112,16 +116,135 @@ class Run:
         return losses
 
 
+MESHES = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (2, 4), (1, 8)]
+
+
+def run_on(data: int, fsdp: int, dropout: float = 0.2) -> Run:
+    """The same run on any mesh: what one test compiles, the others find in the cache."""
+    return Run(data=data, fsdp=fsdp, dropout=dropout, lr=1e-3, ema_decay=0.9)
+
+
 @pytest.mark.parametrize(
-    ("data", "fsdp", "dropout"), [(8, 1, 0.0), (8, 1, 0.2), (2, 4, 0.2), (1, 8, 0.2)]
+    ("data", "fsdp", "dropout"), [*((*mesh, 0.2) for mesh in MESHES), (8, 1, 0.0)]
 )
 def test_losses_do_not_depend_on_the_devices(data, fsdp, dropout, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-    batch = make_batch(16)
-    one = Run(dropout=dropout, lr=1e-3).steps(batch, 10)
-    many = Run(data=data, fsdp=fsdp, dropout=dropout, lr=1e-3).steps(batch, 10)
+    one = run_on(1, 1, dropout).steps(make_batch(16), 10)
+    many = run_on(data, fsdp, dropout).steps(make_batch(16), 10)
     np.testing.assert_allclose(many[0], one[0], atol=1e-6)
     np.testing.assert_allclose(many, one, atol=1e-4)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), MESHES)
+def test_bytes_on_each_device_fall_with_fsdp(data, fsdp, monkeypatch):
+    """Large arrays are split, small ones whole; also after a step, and so in Adam's moments."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    run = run_on(data, fsdp)
+    run.steps(make_batch(16), 1)
+    for name in ("params", "opt_state", "ema"):
+        leaves = jax.tree.leaves(getattr(run.state, name))
+        whole = sum(leaf.nbytes for leaf in leaves)
+        is_small = [leaf.size < 64 or all(side % fsdp for side in leaf.shape) for leaf in leaves]
+        small = sum(
+            leaf.nbytes for leaf, held_whole in zip(leaves, is_small, strict=True) if held_whole
+        )
+        held = sum(leaf.addressable_shards[-1].data.nbytes for leaf in leaves)
+        print(f"mesh {data} x {fsdp}: {name} {whole} bytes, {held} on each device")
+        assert held == small + (whole - small) / fsdp
+        assert held == bytes_per_device(getattr(run.state, name))  # what the log says
+        assert small < 0.1 * whole
+
+
+@pytest.mark.parametrize(("data", "dropout"), [(1, 0.0), (1, 0.2), (8, 0.2)])
+def test_four_passes_of_32_are_one_of_128(data, dropout):
+    """With plain gradient steps: Adam makes rounding errors of tiny gradients full steps."""
+    batch = make_batch(128)
+    batch["mask"][5:40] = 0  # passes of unequal weight
+    kwargs = dict(data=data, dropout=dropout, name="sgd", lr=0.1, ema_decay=0.9)
+    whole, parts = Run(**kwargs), Run(**kwargs, num_passes=4)
+    losses = whole.steps(batch, 3), parts.steps(batch, 3)
+    np.testing.assert_allclose(*losses, atol=1e-6)
+    assert losses[0][2] != losses[0][0]
+    states = jax.device_get((whole.state, parts.state))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *states)
+
+
+def test_passes_leave_images_where_they_are():
+    """Every device divides its own rows: no image travels between devices."""
+    run = Run(data=8, num_passes=4)
+    batch = sharding.to_global(make_batch(128), run.mesh)
+    compiled = run._step.lower(run.state, batch).compile()
+    collectives = [
+        line
+        for line in compiled.as_text().splitlines()
+        if re.search(r"(all-(gather|to-all|reduce)|collective-permute)(-start)?\(", line)
+    ]
+    assert any("all-reduce" in line for line in collectives)  # of the gradients
+    assert not [line for line in collectives if "u8[" in line or ",12,3]" in line]
+
+
+def test_passes_need_the_memory_of_one():
+    model = vit.ViT(dataclasses.replace(CONFIG, depth=3))
+
+    def temporaries(batch_size, num_passes):
+        run = Run(model=model, num_passes=num_passes)
+        batch = sharding.to_global(make_batch(batch_size), run.mesh)
+        return run._step.lower(run.state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(1024, 8) < 0.3 * temporaries(1024, 1)
+
+
+def test_each_pass_moves_the_batch_statistics():
+    """Two passes do to the running statistics what their halves do one after the other."""
+    batch, model = make_batch(16), resnet.ResNet(RESNET)
+    batch["image"] = batch["image"] // 2 + batch["image"][:, :, ::-1] // 2  # a flip shows nothing
+    run = Run(model=model, num_passes=2, name="sgd")
+    apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    expected = run.state.variables()
+    for half in (0, 1):
+        _, updated = apply(expected, NORMALISE(batch["image"][half::2]))
+        expected = expected | updated
+    run.steps(batch, 1)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.device_get(run.state.batch_stats),
+        jax.device_get(expected["batch_stats"]),
+    )
+
+
+REMAT_MODELS = {
+    "vit": lambda remat: vit.ViT(
+        dataclasses.replace(CONFIG, depth=2), dropout_rate=0.2, drop_path_rate=0.2, remat=remat
+    ),
+    "resnet": lambda remat: resnet.ResNet(RESNET, remat=remat),
+}
+
+
+@pytest.mark.parametrize("family", REMAT_MODELS)
+def test_remat_changes_what_is_kept_and_nothing_else(family):
+    variables = init(REMAT_MODELS[family]("none"))
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    params["classifier"]["kernel"] += 0.1  # with a zero head no gradient passes
+    batch = make_batch(32)
+    keys = jax.random.split(jax.random.key(1), 32)
+    kept, results = {}, {}
+    for remat in ("none", "dots", "full"):
+        loss_fn = steps.make_loss_fn(REMAT_MODELS[family](remat).apply)
+
+        def loss(params, loss_fn=loss_fn):
+            images = NORMALISE(batch["image"])
+            return loss_fn(params, {}, batch_stats, images, batch["targets"], batch["mask"], keys)
+
+        residuals = jax.eval_shape(lambda params: jax.vjp(loss, params, has_aux=True)[1], params)
+        kept[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
+        results[remat] = jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
+    assert kept["full"] < 0.9 * kept["dots"] < 0.9 * 0.9 * kept["none"], kept
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+            results[remat],
+            results["none"],
+        )
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])

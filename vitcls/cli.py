@@ -1,11 +1,14 @@
 """What all commands share: flags, help, logging, and the exit code of every way to end."""
 
+import hashlib
 import logging
 import os
+import platform
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -48,6 +51,31 @@ def start_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+def keep_compiled_programs() -> None:
+    """Lets jax keep what it compiles in the user's cache folder, which may be deleted at any time.
+
+    The folder is `$XDG_CACHE_HOME/vitcls/xla`, by default in `~/.cache`; jax's own
+    `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
+    """
+    import jax  # not at the top: `--help` should not wait for it
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "vitcls" / "xla" / _processor()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _processor() -> str:
+    """Stands for what programs compiled for this CPU may use; jax's keys know nothing of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    digest = hashlib.sha256(f"{platform.processor()} {features}".encode()).hexdigest()
+    return f"{platform.machine()}-{digest[:8]}"
 
 
 def _report(error: Exception) -> int:

@@ -74,6 +74,10 @@ def default_config() -> ConfigDict:
     # ones, also below layers that adapt.freeze keeps; "frozen" uses the running ones as they are.
     # Scales and biases are parameters either way.
     c.model.batch_norm = "train"
+    # What is kept of every layer for the backward pass, the rest being computed again: "none" (no
+    # such saving) keeps all, "dots" the results of products and convolutions, "full" a layer's
+    # input only. The result is the same.
+    c.model.remat = "none"
     # Of a ViT: dropout rate of the token stream.
     c.model.dropout = 0.0
     # Of a ViT: stochastic depth, the rate at which the last block's branches are dropped, rising
@@ -115,6 +119,10 @@ def default_config() -> ConfigDict:
     c.train.total_epochs = 0.0
     # Images per step over all devices.
     c.train.global_batch_size = 128
+    # Images per device and pass, at most: a step takes its batch in as many passes as that needs,
+    # in the memory of one, and sums their gradients. The result is the same, but for a trained
+    # BatchNorm, which normalises each pass by itself. Unset: one pass.
+    c.train.micro_batch = placeholder(int)
     # Seed of everything random: hold-out, order, crops, augmentation, dropout, new weights.
     c.train.seed = 0
 
@@ -151,7 +159,8 @@ def default_config() -> ConfigDict:
 # (train.total_steps may only grow, which train.py checks).
 RUN_FIELDS = (
     "data.data_dir", "data.num_threads", "data.num_workers", "eval.batch_size",
-    "checkpoint.every_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp", "log.every_steps",
+    "checkpoint.every_steps", "checkpoint.keep", "train.micro_batch",
+    "model.remat", "mesh.data", "mesh.fsdp", "log.every_steps",
 )  # fmt: skip
 SELECT_METRICS = (
     "accuracy",
@@ -167,6 +176,7 @@ _CHOICES = {
     "model.head": ("new", "keep"),
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "eval.select_metric": SELECT_METRICS,
 }
@@ -188,6 +198,7 @@ _RANGES = {
     "train.total_steps": (0, math.inf, True),
     "train.total_epochs": (0, math.inf, False),
     "train.global_batch_size": (1, math.inf, True),
+    "train.micro_batch": (1, math.inf, True),
     "train.seed": (0, 2**32, False),
     "eval.every_steps": (0, math.inf, True),
     "eval.batch_size": (0, math.inf, True),
@@ -236,6 +247,8 @@ def check_config(config: ConfigDict) -> None:
             raise unknown(f"value of {field}", flat[field], choices)
     for field, (low, high, closed) in _RANGES.items():
         value = flat[field]
+        if value is None:
+            continue
         if not low <= value <= high or (value == high and not closed):
             bound = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
             raise UserError(f"{field}={value} is out of range: it must be {bound}.")

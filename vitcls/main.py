@@ -47,6 +47,7 @@ def main() -> None:
         raise UserError("--workdir is missing. Try --help.")
     from vitcls import START_TIME, train  # imports jax: only once the flags are known to be right
 
+    cli.keep_compiled_programs()
     train.train_and_evaluate(
         config, _WORKDIR.value, num_profiled_steps=_PROFILE.value, start_time=START_TIME
     )

@@ -1,4 +1,4 @@
-"""The parameter table that a run starts with."""
+"""What a run starts with saying of its parameters: their table, and the memory they take."""
 
 import math
 import re
@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 from flax import traverse_util
+
+from vitcls.train_step import TrainState
 
 
 def parameter_table(params: Any, frozen: Any, batch_stats: Any) -> str:
@@ -35,3 +37,23 @@ def parameter_table(params: Any, frozen: Any, batch_stats: Any) -> str:
     ]
     trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (params, frozen))
     return "\n".join([*lines, f"{trained:,} parameters are trained, {frozen:,} frozen."])
+
+
+def memory_line(state: TrainState) -> str:
+    """Returns what a state takes on each device, as placed: `parameters 5.0 MB, ...`."""
+    parts = {
+        "parameters": (state.params, state.frozen, state.batch_stats),
+        "optimizer": state.opt_state,
+        "average": state.ema,
+    }
+    sizes = {name: bytes_per_device(tree) for name, tree in parts.items() if tree is not None}
+    listed = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+    return f"On each device: {listed}."
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of all arrays of `tree` on one device: a shard's of those that are split."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

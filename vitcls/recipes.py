@@ -1,4 +1,4 @@
-"""What the config files for real work share: fine-tuning by data set, at 384 pixels.
+"""What the config files for real work share: fine-tuning by data set.
 
 In the package, so that a config file works from any folder and can be copied anywhere.
 """
@@ -45,12 +45,14 @@ SCHEDULES = {
 OTHER = Schedule(500, 100, 0.003)
 
 
-def fine_tune(arg: str, *, pretrained: str) -> ConfigDict:
+def fine_tune(arg: str, *, pretrained: str, image_size: int = 384, resize: int = 448) -> ConfigDict:
     """Returns the recipe that a config file's argument asks for.
 
     Args:
       arg: `data=SOURCE`, one of `SCHEDULES` or anything that `data.source` takes.
       pretrained: The checkpoint to start from.
+      image_size: Height and width that the network sees, in pixels.
+      resize: Shorter side before the central crop, in pixels.
     """
     source = parse_arg(arg, data="")["data"]
     schedule = SCHEDULES.get(source, OTHER)
@@ -59,8 +61,8 @@ def fine_tune(arg: str, *, pretrained: str) -> ConfigDict:
     config.data.source = source
     config.data.eval_splits = (schedule.eval_split,)
     config.data.holdout = schedule.holdout
-    config.data.image_size = (384, 384)
-    config.data.resize = 448
+    config.data.image_size = (image_size, image_size)
+    config.data.resize = resize
     config.data.crop = schedule.crop
 
     config.model.pretrained = pretrained

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vitcls import adapt, augment, checkpoint, optim, pretrained, records, sharding, train_setup
-from vitcls import train_step as steps
+from vitcls import checkpoint, optim, pretrained, records, sharding, train_setup
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
 from vitcls.evaluate import evaluate
 from vitcls.metric_writers import LateMetrics, MetricWriter
-from vitcls.parameters import parameter_table
+from vitcls.parameters import memory_line, parameter_table
+from vitcls.program import make_program
 from vitcls.progress import Progress
 from vitcls.signals import StopRequest
+from vitcls.train_step import TrainState
 
 log = logging.getLogger("vitcls")
 
@@ -58,17 +58,11 @@ def train_and_evaluate(
     files, model_config, processor = train_setup.open_model(
         config, train_split.class_names, begun=begun
     )
-    model = pretrained.make_model(
-        model_config,
-        dtype=jnp.dtype(config.model.dtype),
-        dropout_rate=config.model.dropout,
-        drop_path_rate=config.model.drop_path,
-        train_batch_norm=config.model.batch_norm == "train",
-    )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
     config = train_setup.resolve(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
     )
+    program = make_program(config, model_config, processor, mesh)
 
     # The workdir: finished, begun with this config, or new; what never saved a step is new.
     if begun:
@@ -88,76 +82,30 @@ def train_and_evaluate(
             records.write_json(workdir / "manifest.json", records.manifest(mesh, used, files))
             (workdir / "skipped.jsonl").unlink(missing_ok=True)
 
-    # The initial variables, the optimizer and the two compiled steps.
-    init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
-    init = functools.partial(
-        model.init, init_key, jnp.zeros((1, *config.data.image_size, 3)), train=False
-    )
-    variable_shapes = jax.eval_shape(init)
-    schedule = optim.make_schedule(
-        config.optim.schedule,
-        lr=config.optim.lr,
-        warmup_steps=config.optim.warmup_steps,
-        total_steps=config.train.total_steps,
-    )
-    tx = optim.make_optimizer(
-        config.optim.name,
-        schedule,
-        params=adapt.split(variable_shapes["params"], config.adapt.freeze)[0],
-        weight_decay=config.optim.weight_decay,
-        decay=config.optim.decay,
-        clip_norm=config.optim.clip_norm,
-        args=dict(config.optim.args),
-    )
-    init_state = functools.partial(
-        steps.init_state, tx=tx, freeze=config.adapt.freeze, use_ema=config.optim.ema_decay > 0
-    )
-    state_shapes = jax.eval_shape(init_state, variable_shapes)
-    state_shardings = sharding.state_shardings(state_shapes, mesh)
-    normalise = functools.partial(
-        augment.normalise, rescale=processor.rescale, mean=processor.mean, std=processor.std
-    )
-    train_step = jax.jit(
-        steps.make_train_step(
-            augment.make_prepare(
-                normalise, flip=config.augment.flip, label_smoothing=config.loss.label_smoothing
-            ),
-            steps.make_loss_fn(model.apply),
-            tx,
-            key=step_key,
-            schedule=schedule,
-            ema_decay=config.optim.ema_decay,
-        ),
-        donate_argnums=0,
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
-    )
-    eval_step = jax.jit(
-        steps.make_eval_step(normalise, model.apply), out_shardings=sharding.replicated(mesh)
-    )
-
     # Where the weights come from: 1. the workdir, 2. the pretrained checkpoint, 3. random.
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     start_step = checkpoints.latest_step() or 0
     if start_step:
         meta = checkpoints.meta(start_step)
         train_setup.check_same_data(meta["data"], train_split)
-        state = checkpoint.restore_state(checkpoints, start_step, state_shapes, state_shardings)
+        train_setup.check_same_passes(meta.get("num_passes", 1), program, config)
+        state = checkpoint.restore_state(
+            checkpoints, start_step, program.state_shapes, program.state_shardings
+        )
         if is_main:
             records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
         meta = {"seconds": 0.0, "images_per_second": None, "window": []}
-        variable_shardings = sharding.state_shardings(variable_shapes, mesh)
+        variables = None
         if files is not None:
             variables = pretrained.read_variables(
                 files, model_config, new_head=config.model.head == "new"
             )
-            variables = jax.device_put(variables, variable_shardings)
-        else:
-            variables = jax.jit(init, out_shardings=variable_shardings)()
-        state = jax.jit(init_state, donate_argnums=0, out_shardings=state_shardings)(variables)
+        state = program.first_state(variables)
     if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
+        log.info("%s", memory_line(state))
 
     # Data: local uint8 batches, one ahead on the devices.
     skipped = Skipped(workdir / "skipped.jsonl") if config.data.on_error == "skip" else None
@@ -189,7 +137,7 @@ def train_and_evaluate(
             **loading,
         )
         return evaluate(
-            eval_step, variables, split_batches,
+            program.eval_step, variables, split_batches,
             mesh=mesh, name=name, num_examples=len(eval_splits[name]), **kwargs,
         )  # fmt: skip
 
@@ -223,7 +171,7 @@ def train_and_evaluate(
             with progress.waiting():
                 batch = next(batches)
             with jax.transfer_guard("disallow"):  # nothing crosses to the devices unasked
-                state, step_metrics = train_step(state, batch)
+                state, step_metrics = program.train_step(state, batch)
             metrics.add(step, step_metrics)
             progress.step_done()
             is_evaluated = select and _is_due(step, config.eval.every_steps, total_steps)
@@ -240,6 +188,7 @@ def train_and_evaluate(
                     _log_summary(f"step {step}: {select}", summary)
                 meta_now = {
                     "data": train_split.fingerprint,
+                    "num_passes": program.num_passes,
                     "seconds": seconds(),
                     "images_per_second": progress.images_per_second(),
                     "window": metrics.window,
@@ -303,7 +252,7 @@ def _log_summary(what: str, summary: dict[str, float]) -> None:
     )  # fmt: skip
 
 
-def _profile(index: int, state: steps.TrainState, *, num_steps: int, directory: Path) -> None:
+def _profile(index: int, state: TrainState, *, num_steps: int, directory: Path) -> None:
     """Traces `num_steps` steps before the one with this index; the first, which compiles, is 0."""
     if num_steps > 0 and index == 1:
         jax.block_until_ready(state)

@@ -14,6 +14,7 @@ from vitcls import images, pretrained
 from vitcls.data import sources
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
+from vitcls.program import Program
 
 log = logging.getLogger("vitcls")
 
@@ -197,4 +198,15 @@ def check_same_data(fingerprint: str, split: sources.Split) -> None:
         raise UserError(
             f"The training data ({split.name}, {len(split)} images) is not what this run began "
             "with: files or labels changed. Use another --workdir, or restore the data."
+        )
+
+
+def check_same_passes(num_passes: int, program: Program, config: ConfigDict) -> None:
+    """Raises `UserError` when a step has another number of passes and that changes the result."""
+    moves_statistics = config.model.batch_norm == "train" and program.state_shapes.batch_stats
+    if moves_statistics and num_passes != program.num_passes:
+        raise UserError(
+            f"This run began with {num_passes} passes per step and would go on with "
+            f"{program.num_passes}: BatchNorm normalises each pass by itself. Choose "
+            f"train.micro_batch and devices that make {num_passes}, or use another --workdir."
         )

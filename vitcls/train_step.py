@@ -102,6 +102,40 @@ def sample_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(batch_size))
 
 
+def in_passes(grad_fn: Callable[..., Any], num_passes: int) -> Callable[..., Any]:
+    """Makes a sum over a batch, and its gradient, the sum of several passes over parts of it.
+
+    The memory is that of one pass. Of `A` passes, pass a takes the rows a, a + A, a + 2 A, ...:
+    every device then divides the rows that it has. BatchNorm normalises each pass by itself and
+    moves its running statistics in each; nothing else depends on the number of passes.
+
+    Args:
+      grad_fn: `(params, frozen, batch_stats, *arrays (B, ...)) -> (loss sum, (weight sum,
+        batch_stats)), gradient of the loss sum`.
+      num_passes: A, a divisor of the rows on one device.
+    """
+    if num_passes == 1:
+        return grad_fn
+
+    def split(array):  # (B, ...) -> (A, B / A, ...)
+        return array.reshape(-1, num_passes, *array.shape[1:]).swapaxes(0, 1)
+
+    def summed(params, frozen, batch_stats, *arrays):
+        def add_pass(carry, part):
+            sums, batch_stats = carry
+            (loss, (weight, batch_stats)), grads = grad_fn(params, frozen, batch_stats, *part)
+            return (jax.tree.map(jnp.add, sums, (loss, weight, grads)), batch_stats), None
+
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        parts = jax.tree.map(split, arrays)
+        ((loss, weight, grads), batch_stats), _ = jax.lax.scan(
+            add_pass, (zeros, batch_stats), parts
+        )
+        return (loss, (weight, batch_stats)), grads
+
+    return summed
+
+
 def make_train_step(
     prepare: Prepare,
     loss_fn: LossFn,
@@ -110,21 +144,26 @@ def make_train_step(
     key: jax.Array,
     schedule: optax.Schedule,
     ema_decay: float,
+    num_passes: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `(state, batch) -> (new state, metrics)`, for the caller to compile.
 
     The metrics are `loss`, `grad_norm` (of the mean loss, before clipping) and `lr` (what
-    `schedule`, which `tx` follows, says of this step).
+    `schedule`, which `tx` follows, says of this step). For `num_passes` see `in_passes`.
     """
+
+    def batch_loss(params, frozen, batch_stats, batch, keys):
+        images, targets, weights = prepare(keys[:, 0], batch)
+        return loss_fn(params, frozen, batch_stats, images, targets, weights, keys[:, 1])
+
     # Sums, divided once: the mean does not depend on how a batch is split.
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    grad_fn = in_passes(jax.value_and_grad(batch_loss, has_aux=True), num_passes)
 
     def train_step(state, batch):
         keys = sample_keys(key, state.step, batch["image"].shape[0])
-        keys = jax.vmap(lambda k: jax.random.split(k, 2), out_axes=1)(keys)
-        images, targets, weights = prepare(keys[0], batch)
+        keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)  # (B, 2)
         (loss_sum, (weight_sum, batch_stats)), grads = grad_fn(
-            state.params, state.frozen, state.batch_stats, images, targets, weights, keys[1]
+            state.params, state.frozen, state.batch_stats, batch, keys
         )
         # All images of a batch may have been skipped: no gradient then, rather than 0 / 0.
         weight_sum = jnp.where(weight_sum > 0, weight_sum, 1.0)

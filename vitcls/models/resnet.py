@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError, unknown
+from vitcls.models.remat import call_layer
 from vitcls.models.vit import ACTIVATIONS
 
 # Layer type, layers per stage, channels per stage. He et al. 2016, table 1; mu is for tests.
@@ -173,6 +174,7 @@ class Stage(nn.Module):
     config: ResNetConfig
     dtype: jnp.dtype
     index: int
+    remat: str
 
     @nn.compact
     def __call__(self, x: jax.Array, *, use_batch_statistics: bool) -> jax.Array:
@@ -181,9 +183,8 @@ class Stage(nn.Module):
         features = config.hidden_sizes[self.index]
         for index in range(config.depths[self.index]):
             layer_stride = stride if index == 0 else 1
-            x = Layer(config, self.dtype, features, layer_stride, name=f"layer_{index}")(
-                x, use_batch_statistics=use_batch_statistics
-            )
+            layer = Layer(config, self.dtype, features, layer_stride, name=f"layer_{index}")
+            x = call_layer(layer, x, remat=self.remat, use_batch_statistics=use_batch_statistics)
         return x
 
 
@@ -192,11 +193,12 @@ class Encoder(nn.Module):
 
     config: ResNetConfig
     dtype: jnp.dtype
+    remat: str
 
     @nn.compact
     def __call__(self, x: jax.Array, *, use_batch_statistics: bool) -> jax.Array:
         for index in range(len(self.config.depths)):
-            x = Stage(self.config, self.dtype, index, name=f"stage_{index}")(
+            x = Stage(self.config, self.dtype, index, self.remat, name=f"stage_{index}")(
                 x, use_batch_statistics=use_batch_statistics
             )
         return x
@@ -214,6 +216,7 @@ class ResNet(nn.Module):
     # True: in training normalise with the batch's statistics and move the running ones. False: use
     # the running ones and leave them; scales and biases are trained all the same.
     train_batch_norm: bool = True
+    remat: str = "none"  # or a key of `remat.POLICIES`: what each layer keeps to go backwards
 
     @nn.compact
     def __call__(
@@ -244,7 +247,7 @@ class ResNet(nn.Module):
             images.astype(self.dtype), use_batch_statistics=use_batch_statistics
         )
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
-        encoder = Encoder(config, self.dtype, name="encoder")
+        encoder = Encoder(config, self.dtype, self.remat, name="encoder")
         x = encoder(x, use_batch_statistics=use_batch_statistics)
         x = x.astype(jnp.float32).mean(axis=(1, 2))  # (B, D)
         if config.num_classes == 0:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError, unknown
+from vitcls.models.remat import call_layer
 
 # width, depth, mlp width, heads. S, B, L, H: Dosovitskiy et al. 2021, table 1, and Steiner et al.
 # 2021 (arXiv:2106.10270), table 2, which adds Ti; Ti and S are also DeiT's (arXiv:2012.12877,
@@ -307,6 +308,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
     dropout_rate: float
     drop_path_rate: float  # of the last layer; rises linearly from 0 at the first
+    remat: str
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -315,7 +317,7 @@ class Encoder(nn.Module):
             # Nothing reads the other tokens after the last layer: without them a 12-layer network
             # saves one fifteenth of its work and computes the very same logits and gradients.
             last = index == depth - 1 and self.config.pool == "cls"
-            x = Layer(
+            layer = Layer(
                 self.config,
                 self.dtype,
                 index,
@@ -323,7 +325,8 @@ class Encoder(nn.Module):
                 self.drop_path_rate * index / max(depth - 1, 1),
                 num_outputs=1 if last else None,
                 name=f"layer_{index}",
-            )(x, keys)
+            )
+            x = call_layer(layer, x, keys, remat=self.remat)
         return x
 
 
@@ -337,6 +340,7 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     dropout_rate: float = 0.0  # of the embeddings and of every branch
     drop_path_rate: float = 0.0  # of the last layer; linear in depth from 0 at the first
+    remat: str = "none"  # or a key of `remat.POLICIES`: what each layer keeps to go backwards
 
     @nn.compact
     def __call__(
@@ -371,8 +375,8 @@ class ViT(nn.Module):
         if config.pre_norm:
             x = _layer_norm(config, self.dtype, name="layernorm_pre")(x)
         x = dropout(x, keys, site=0, rate=self.dropout_rate, shape=x.shape[1:])
-        rates = (self.dropout_rate, self.drop_path_rate)
-        x = Encoder(config, self.dtype, *rates, name="encoder")(x, keys)
+        options = (self.dropout_rate, self.drop_path_rate, self.remat)
+        x = Encoder(config, self.dtype, *options, name="encoder")(x, keys)
         x = pool(x, _layer_norm(config, jnp.float32, name="layernorm"), config)
         if config.num_classes == 0:
             return x

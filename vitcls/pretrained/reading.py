@@ -92,6 +92,7 @@ def make_model(
     dropout_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     train_batch_norm: bool = True,
+    remat: str = "none",
 ) -> nn.Module:
     """The network that `config` describes; see `ViT` and `ResNet` for the arguments.
 
@@ -104,12 +105,14 @@ def make_model(
                 f"model.dropout={dropout_rate} and model.drop_path={drop_path_rate}: a ResNet has "
                 "neither; both must be 0."
             )
-        return ResNet(config, dtype=dtype, train_batch_norm=train_batch_norm)
+        return ResNet(config, dtype=dtype, train_batch_norm=train_batch_norm, remat=remat)
     if not train_batch_norm:
         raise UserError(
             "model.batch_norm='frozen': this network has no BatchNorm; leave it at 'train'."
         )
-    return ViT(config, dtype=dtype, dropout_rate=dropout_rate, drop_path_rate=drop_path_rate)
+    return ViT(
+        config, dtype=dtype, dropout_rate=dropout_rate, drop_path_rate=drop_path_rate, remat=remat
+    )
 
 
 def read_variables(files: Files, config: Config, *, new_head: bool = False) -> dict[str, Any]:

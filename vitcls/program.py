@@ -1,0 +1,143 @@
+"""What a run computes on the devices: its state and its two steps, made from the config."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vitcls import adapt, augment, optim, pretrained, sharding
+from vitcls import train_step as steps
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Functions and shapes; nothing is compiled or placed before it is called.
+
+    Attributes:
+      mesh: The devices.
+      state_shapes: A `TrainState` of `jax.ShapeDtypeStruct`.
+      state_shardings: A `TrainState` of `jax.sharding.NamedSharding`.
+      train_step: Jitted `(state, batch) -> (state, metrics)`; the state's memory is reused.
+      eval_step: Jitted `(variables, batch) -> (sums, predictions)`.
+      num_passes: Parts of the batch that a training step takes one after the other.
+    """
+
+    mesh: Mesh
+    state_shapes: steps.TrainState
+    state_shardings: steps.TrainState
+    train_step: Callable[..., Any]
+    eval_step: Callable[..., Any]
+    num_passes: int
+    _init: Callable[[], PyTree]
+    _init_state: Callable[[PyTree], steps.TrainState]
+
+    def first_state(self, variables: PyTree | None) -> steps.TrainState:
+        """Returns the state before the first step, on the devices.
+
+        Args:
+          variables: The network's, on the host; None: random ones.
+        """
+        shardings = sharding.state_shardings(jax.eval_shape(self._init), self.mesh)
+        if variables is None:
+            variables = jax.jit(self._init, out_shardings=shardings)()
+        else:
+            variables = jax.device_put(variables, shardings)
+        return jax.jit(self._init_state, donate_argnums=0, out_shardings=self.state_shardings)(
+            variables
+        )
+
+
+def make_program(
+    config: ConfigDict,
+    model_config: pretrained.Config,
+    processor: pretrained.Processor,
+    mesh: Mesh,
+) -> Program:
+    """Returns what `config`, with every derived field filled in, trains and evaluates.
+
+    Args:
+      config: The run's, as `train_setup.resolve` returns it.
+      model_config: The network's.
+      processor: How its images are normalised.
+      mesh: The devices.
+
+    Raises:
+      UserError: a pattern matches no parameter, or an option means nothing to this network.
+    """
+    model = pretrained.make_model(
+        model_config,
+        dtype=jnp.dtype(config.model.dtype),
+        dropout_rate=config.model.dropout,
+        drop_path_rate=config.model.drop_path,
+        train_batch_norm=config.model.batch_norm == "train",
+        remat=config.model.remat,
+    )
+    init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
+    init = functools.partial(
+        model.init, init_key, jnp.zeros((1, *config.data.image_size, 3)), train=False
+    )
+    variable_shapes = jax.eval_shape(init)
+    schedule = optim.make_schedule(
+        config.optim.schedule,
+        lr=config.optim.lr,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=config.train.total_steps,
+    )
+    tx = optim.make_optimizer(
+        config.optim.name,
+        schedule,
+        params=adapt.split(variable_shapes["params"], config.adapt.freeze)[0],
+        weight_decay=config.optim.weight_decay,
+        decay=config.optim.decay,
+        clip_norm=config.optim.clip_norm,
+        args=dict(config.optim.args),
+    )
+    init_state = functools.partial(
+        steps.init_state, tx=tx, freeze=config.adapt.freeze, use_ema=config.optim.ema_decay > 0
+    )
+    state_shapes = jax.eval_shape(init_state, variable_shapes)
+    state_shardings = sharding.state_shardings(state_shapes, mesh)
+    normalise = functools.partial(
+        augment.normalise, rescale=processor.rescale, mean=processor.mean, std=processor.std
+    )
+    num_passes = _num_passes(config.train.global_batch_size // mesh.size, config.train.micro_batch)
+    train_step = steps.make_train_step(
+        augment.make_prepare(
+            normalise, flip=config.augment.flip, label_smoothing=config.loss.label_smoothing
+        ),
+        steps.make_loss_fn(model.apply),
+        tx,
+        key=step_key,
+        schedule=schedule,
+        ema_decay=config.optim.ema_decay,
+        num_passes=num_passes,
+    )
+    everywhere = sharding.replicated(mesh)
+    return Program(
+        mesh=mesh,
+        state_shapes=state_shapes,
+        state_shardings=state_shardings,
+        train_step=jax.jit(
+            train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)
+        ),
+        eval_step=jax.jit(steps.make_eval_step(normalise, model.apply), out_shardings=everywhere),
+        num_passes=num_passes,
+        _init=init,
+        _init_state=init_state,
+    )
+
+
+def _num_passes(num_rows: int, micro_batch: int | None) -> int:
+    """The smallest number of equal passes over a device's rows that are not above `micro_batch`."""
+    if micro_batch is None:
+        return 1
+    return next(
+        n for n in range(1, num_rows + 1) if num_rows % n == 0 and num_rows // n <= micro_batch
+    )
