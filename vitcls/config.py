@@ -76,7 +76,7 @@ def default_config() -> ConfigDict:
     c.model.batch_norm = "train"
     # What is kept of every layer for the backward pass, the rest being computed again: "none" (no
     # such saving) keeps all, "dots" the results of products and convolutions, "full" a layer's
-    # input only. The result is the same.
+    # input only. The result is the same. (For accelerators: on CPU, XLA undoes it.)
     c.model.remat = "none"
     # Of a ViT: dropout rate of the token stream.
     c.model.dropout = 0.0
