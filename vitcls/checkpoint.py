@@ -7,6 +7,7 @@ A step directory holds the items `params` (variables of the network as trained),
 import contextlib
 import logging
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,9 @@ class Checkpoints:
           score: Higher is better; None for a checkpoint that was not evaluated.
 
         Raises:
-          StorageError: this or the previous save failed.
+          StorageError: the disk has no room, or this or the previous save failed.
         """
+        self._check_room(step, items)
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
         if score is not None and not math.isfinite(score):
@@ -156,6 +158,16 @@ class Checkpoints:
         return {
             name for name, item in self._manager.item_metadata(step).items() if item is not None
         }
+
+    def _check_room(self, step: int, items: dict[str, PyTree]) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+        free = shutil.disk_usage(self._manager.directory).free
+        if needed > free:
+            raise StorageError(
+                f"The checkpoint of step {step} needs {needed / 1e6:.1f} MB in "
+                f"{self._manager.directory}, where {free / 1e6:.1f} MB are free; make room and run "
+                "the same command again."
+            )
 
     def _failure(self, what: str, step: int | None, error: Exception) -> StorageError:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]

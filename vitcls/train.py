@@ -63,6 +63,11 @@ def train_and_evaluate(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
     )
     program = make_program(config, model_config, processor, mesh)
+    variables = None
+    if files is not None:
+        variables = pretrained.read_variables(
+            files, model_config, new_head=config.model.head == "new"
+        )
 
     # The workdir: finished, begun with this config, or new; what never saved a step is new.
     if begun:
@@ -97,12 +102,8 @@ def train_and_evaluate(
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
         meta = {"seconds": 0.0, "images_per_second": None, "window": []}
-        variables = None
-        if files is not None:
-            variables = pretrained.read_variables(
-                files, model_config, new_head=config.model.head == "new"
-            )
         state = program.first_state(variables)
+    del variables  # the host's copy
     if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
         log.info("%s", memory_line(state))
