@@ -120,6 +120,7 @@ def test_continuing_with_the_same_or_run_fields_is_allowed(tmp_path):
     config = valid_config()
     config.log.every_steps = 3
     config.data.num_workers = 2
+    config.data.cache = "/scratch"
     config.train.total_steps = 20
     check_same_run(config, path)
 
