@@ -145,11 +145,16 @@ def test_worker_processes_have_the_same_batches(tmp_path):
     assert_same(train(split, num_workers=1, num_threads=1), train(Noise()))
 
 
+def test_a_pickled_cache_gives_the_same_batches(where):
+    split = fill(Noise(), where)
+    evaluate(split)
+    assert_same(evaluate(pickle.loads(pickle.dumps(split))), evaluate(Noise()))
+
+
 def test_processes_get_no_copy_of_the_images(tmp_path):
     split = fill(Noise(200), tmp_path)
     evaluate(split)
     assert len(pickle.dumps(split)) < 2000
-    assert_same(evaluate(pickle.loads(pickle.dumps(split))), evaluate(Noise(200)))
 
 
 def test_threads_that_meet_in_memory_see_the_same_pixels():
@@ -260,10 +265,12 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path):
     assert files(tmp_path) == {"lock", "000.rgb", "001.rgb", "002.rgb"}
 
 
-def test_two_runs_at_once_decode_once(tmp_path, decoded):
+def test_two_runs_at_once_decode_once(tmp_path, decoded, caplog):
+    caplog.set_level("INFO", "vitcls")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: fill(Noise(), tmp_path), range(2)))
     assert len(decoded) == NUM_IMAGES
+    assert caplog.text.count("Decoding images of split 'train' into") == 1
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "cut to rows", "longer"])
