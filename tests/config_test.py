@@ -70,6 +70,13 @@ def test_each_mistake_has_its_message(field, value, message):
     assert message in str(error.value)
 
 
+def test_worker_processes_share_no_memory():
+    config = with_field("data.cache", "ram")
+    config.data.num_workers = 2
+    with pytest.raises(UserError, match="'ram' with data.num_workers=2 would keep the images once"):
+        check_config(config)
+
+
 def test_unknown_group_suggests_the_nearest():
     config = valid_config()
     config.optm = ConfigDict({"lr": 0.1})
@@ -113,6 +120,7 @@ def test_continuing_with_the_same_or_run_fields_is_allowed(tmp_path):
     config = valid_config()
     config.log.every_steps = 3
     config.data.num_workers = 2
+    config.data.cache = "/scratch"
     config.train.total_steps = 20
     check_same_run(config, path)
 

@@ -218,8 +218,8 @@ def test_what_another_process_prepared_meanwhile_is_not_prepared_again(monkeypat
 def test_only_one_process_prepares_at_a_time(tmp_path):
     code = f"""if True:
         import pathlib, time
-        from vitcls.data import prepare
-        with prepare._Lock(pathlib.Path({str(tmp_path)!r}) / "lock"):
+        from vitcls.data import lock
+        with lock.Lock(pathlib.Path({str(tmp_path)!r}) / "lock"):
             print("in", flush=True)
             time.sleep(0.3)
             print("out", flush=True)

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vitcls import pretrained, train
+from vitcls import images, pretrained, train
 from vitcls.checkpoint import Checkpoints
 from vitcls.config import default_config, flatten
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
@@ -123,6 +123,21 @@ def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, m
         ]
 
     assert losses("parts") == losses("whole")
+
+
+def test_a_run_from_decoded_images_is_bit_for_bit_the_same(config, tmp_path, monkeypatch):
+    config.train.total_steps = 2
+    train.train_and_evaluate(config, tmp_path / "streamed")
+    decoded, decode = [], images.decode
+    monkeypatch.setattr(images, "decode", lambda data: decoded.append(data) or decode(data))
+    config.data.cache = str(tmp_path)
+    train.train_and_evaluate(config, tmp_path / "cached")
+    assert len(decoded) == 1437 + NUM_TEST  # before training, each image once
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_items(tmp_path / "streamed", 2),
+        final_items(tmp_path / "cached", 2),
+    )
 
 
 def test_a_finished_run_says_so_and_can_be_lengthened(config, tmp_path, capsys):

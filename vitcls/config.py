@@ -38,6 +38,10 @@ def default_config() -> ConfigDict:
     # An image that cannot be decoded: "raise" stops the run and names it; "skip" leaves it out,
     # counts it and lists it in skipped.jsonl, and stops when it is more than half of a split.
     c.data.on_error = "raise"
+    # Keep decoded images, at 3 bytes per pixel: "ram", from their first use on; or a folder on a
+    # local disk, decoded there before training and shared by all runs that use it, until somebody
+    # deletes PATH/vitcls-cache; "": decode every time. Batches are the same.
+    c.data.cache = ""
     # (height, width) the network sees, in pixels; unset: the checkpoint's.
     c.data.image_size = placeholder(tuple)
     # Random crop for training: "inception" (random area and aspect), "resmall" (shorter side to
@@ -158,9 +162,9 @@ def default_config() -> ConfigDict:
 # Fields that may differ when a workdir is continued: they do not change what is computed
 # (train.total_steps may only grow, which train.py checks).
 RUN_FIELDS = (
-    "data.data_dir", "data.num_threads", "data.num_workers", "eval.batch_size",
-    "checkpoint.every_steps", "checkpoint.keep", "train.micro_batch",
-    "model.remat", "mesh.data", "mesh.fsdp", "log.every_steps",
+    "data.data_dir", "data.cache", "data.num_threads", "data.num_workers", "model.remat",
+    "train.micro_batch", "eval.batch_size", "checkpoint.every_steps", "checkpoint.keep",
+    "mesh.data", "mesh.fsdp", "log.every_steps",
 )  # fmt: skip
 SELECT_METRICS = (
     "accuracy",
@@ -319,6 +323,11 @@ def _check_combinations(config: ConfigDict) -> None:
         )
     if data.crop == "resmall" and not data.resize:
         raise UserError("data.crop='resmall' needs data.resize, the shorter side before the crop.")
+    if data.cache == "ram" and data.num_workers:
+        raise UserError(
+            f"data.cache='ram' with data.num_workers={data.num_workers} would keep the images "
+            "once per worker; set data.num_workers=0, or data.cache to a folder, which is shared."
+        )
     if config.eval.select_split == "holdout" and not data.holdout:
         raise UserError(
             "eval.select_split='holdout' but data.holdout=0: hold a share out, or name a "

@@ -108,7 +108,9 @@ def train_and_evaluate(
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
         log.info("%s", memory_line(state))
 
-    # Data: local uint8 batches, one ahead on the devices.
+    # Data: a cache on disk is filled first; then local uint8 batches, one ahead on the devices.
+    for split in [train_split, *eval_splits.values()]:
+        split.fill_cache(num_threads=config.data.num_threads)
     skipped = Skipped(workdir / "skipped.jsonl") if config.data.on_error == "skip" else None
     loading = dict(
         skipped=skipped,

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
 from vitcls.data import sources
+from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
 from vitcls.program import Program
@@ -23,15 +24,18 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     """Returns the split to train on, and by name those that are evaluated."""
     data, seed = config.data, config.train.seed
     open_split = functools.partial(sources.open_split, data.source, data_dir=data.data_dir or None)
-    train = open_split(data.train_split)
-    evaluated = {}
+    keep = functools.partial(cached, where=data.cache)
+    train, evaluated = open_split(data.train_split), {}
+    if not data.per_class:  # whole, and so the same on disk for runs with other seeds
+        train = keep(train)
     if data.holdout and "holdout" in (config.eval.select_split, *data.eval_splits):
         train, evaluated["holdout"] = sources.hold_out(train, data.holdout, seed=seed)
     if data.per_class:
-        train = sources.take_per_class(train, data.per_class, seed=seed)
+        train = keep(sources.take_per_class(train, data.per_class, seed=seed))
+        evaluated = {name: keep(split) for name, split in evaluated.items()}
     for name in [config.eval.select_split, *data.eval_splits]:
         if name and name not in evaluated:
-            evaluated[name] = open_split(name)
+            evaluated[name] = keep(open_split(name))
     for split in evaluated.values():
         _check_same_classes(train, split)
     if config.eval.select_split:

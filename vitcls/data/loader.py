@@ -234,14 +234,14 @@ def _make_batch(
 
 def _read(split: Split, index: int) -> tuple[Image.Image, int]:
     """One example's image and label, an `ImageError`, or a `UserError` that names the example."""
-    data, label = split.read(index)
+    image, label = split.image(index)
     num_classes = len(split.class_names)
     if not 0 <= label < num_classes:
         raise UserError(
             f"Example {split.id(index)} of split {split.name!r} has label {label}, not one of the "
             f"{num_classes} classes 0..{num_classes - 1}; choose a split with labels."
         )
-    return images.decode(data), label
+    return image, label
 
 
 def _iterate(

@@ -5,7 +5,6 @@ are downloaded and rewritten as ArrayRecord files, the format with random access
 """
 
 import argparse
-import fcntl
 import os
 import pathlib
 import shlex
@@ -16,6 +15,7 @@ from typing import TextIO
 import tensorflow_datasets as tfds
 
 from vitcls.data import builders
+from vitcls.data.lock import Lock
 from vitcls.errors import STORAGE_ERRNOS, StorageError, UserError
 
 _FORMAT = "array_record"
@@ -40,7 +40,7 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
     folder = pathlib.Path(builder.data_path)
     if not builders.is_prepared(builder):
         try:
-            with _Lock(folder.parent / f".{folder.name}.lock") as lock:
+            with Lock(folder.parent / f".{folder.name}.lock") as lock:
                 if not builders.is_prepared(builder):  # by whoever held the lock
                     _run(source, data_dir, lock)
         except BrokenPipeError:  # of our own messages, not of the folder
@@ -48,26 +48,6 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
         except OSError as error:
             raise StorageError(f"Cannot prepare {source} in {folder}: {error}") from error
     return tfds.builder_from_directory(folder)
-
-
-class _Lock:
-    """Held by one process at a time, released by the system however the process ends."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-
-    def __enter__(self) -> TextIO:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process that prepares {self._path.parent}.", flush=True)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        return self._file
-
-    def __exit__(self, *_) -> None:
-        self._file.close()  # the file stays: deleting it would let two processes in
 
 
 def _run(source: str, data_dir: str | None, lock: TextIO) -> None:

@@ -5,7 +5,9 @@ import hashlib
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from vitcls import images
 from vitcls.data import order
 from vitcls.errors import UserError
 
@@ -39,6 +41,19 @@ class Split(abc.ABC):
     def labels(self) -> np.ndarray:
         """All labels, int32 (N,)."""
 
+    def image(self, index: int) -> tuple[Image.Image, int]:
+        """The image, upright and RGB, and the label of one example. Safe to call as `read`.
+
+        Raises:
+          ImageError: It cannot be decoded.
+        """
+        data, label = self.read(index)
+        return images.decode(data), label
+
+    def fill_cache(self, *, num_threads: int) -> None:
+        """Decodes beforehand what is kept on disk, see `vitcls.data.cache`; here nothing is."""
+        del num_threads
+
     def origin(self) -> dict[str, Any]:
         """What a run's manifest says of the split beside its size and fingerprint, for JSON."""
         return {}
@@ -65,6 +80,14 @@ class Subset(Split):
     def read(self, index: int) -> tuple[bytes, int]:
         """See `Split`."""
         return self._parent.read(int(self.indices[index]))
+
+    def image(self, index: int) -> tuple[Image.Image, int]:
+        """See `Split`."""
+        return self._parent.image(int(self.indices[index]))
+
+    def fill_cache(self, *, num_threads: int) -> None:
+        """See `Split`; of the whole parent, which other subsets have, too."""
+        self._parent.fill_cache(num_threads=num_threads)
 
     def id(self, index: int) -> str:
         """See `Split`."""
