@@ -32,7 +32,10 @@ def test_plain_lines_without_a_terminal(caplog):
     logging.getLogger("vitcls").propagate = True
     with caplog.at_level("INFO", logger="vitcls"), Progress(0, 10, global_batch_size=4) as progress:
         progress.step_done()
+        assert progress.report(1, METRICS) == {}  # the first step says nothing of the others
+        assert "left" not in caplog.text
         progress.step_done()
         progress.report(2, METRICS)
-    assert "step 2/10: loss 1.0000" in caplog.text
+    assert "step 1/10: loss 1.0000\n" in caplog.text
+    assert "step 2/10: loss 1.0000, " in caplog.text
     assert "images/s" in caplog.text and "left" in caplog.text

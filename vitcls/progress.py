@@ -79,18 +79,25 @@ class Progress:
         return self._steps * self._batch_size / self._seconds if self._seconds else None
 
     def report(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Shows `metrics` (train/loss, train/lr) and returns the speed since the last report."""
-        seconds = max(self._window_seconds, 1e-9)
-        speed = self._window_steps * self._batch_size / seconds
-        waited = min(self._window_waited / seconds, 1.0)
+        """Shows `metrics` (train/loss, train/lr) and returns the speed since the last report.
+
+        Nothing is returned where the only step since then is the first, which compiles.
+        """
+        shown, left, measured = f"loss {metrics['train/loss']:.4f}", "", {}
+        if self._window_steps:
+            seconds = max(self._window_seconds, 1e-9)
+            speed = self._window_steps * self._batch_size / seconds
+            waited = min(self._window_waited / seconds, 1.0)
+            measured = {"train/images_per_second": speed, "train/waiting": waited}
+            shown += f", {speed:.1f} images/s, waiting {waited:.0%}"
+            seconds_left = (self._total_steps - step) * self._batch_size / speed
+            left = f", {duration(seconds_left)} left"
         self._window_steps, self._window_seconds, self._window_waited = 0, 0.0, 0.0
-        shown = f"loss {metrics['train/loss']:.4f}, {speed:.1f} images/s, waiting {waited:.0%}"
         if not self._bar.disable:
             self._bar.set_postfix_str(shown)
         else:
-            left = (self._total_steps - step) * self._batch_size / max(speed, 1e-9)
-            log.info("step %d/%d: %s, %s left", step, self._total_steps, shown, duration(left))
-        return {"train/images_per_second": speed, "train/waiting": waited}
+            log.info("step %d/%d: %s%s", step, self._total_steps, shown, left)
+        return measured
 
 
 def duration(seconds: float) -> str:
