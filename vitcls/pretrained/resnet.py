@@ -1,10 +1,7 @@
 """Hugging Face's `resnet` family: its config, and the names of its tensors."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from vitcls.models.resnet import LAYER_TYPES, ResNetConfig
 from vitcls.pretrained import keys
@@ -16,7 +13,6 @@ from vitcls.pretrained.vit import ACTIVATIONS
 HAS_IMAGE_SIZE = False
 # Far above any ResNet that exists; a config beyond them is broken or hostile.
 _MOST_WIDTH, _MOST_DEPTH, _MOST_STAGES = 1 << 16, 256, 16
-_COUNT = "num_batches_tracked"
 
 
 def read_config(path: Path, *, num_classes: int) -> ResNetConfig:
@@ -79,13 +75,7 @@ def ignored(names: set[str]) -> set[str]:
 
     torch's BatchNorm counts its batches, and reads the count only where `momentum` is None.
     """
-    return {name for name in names if name.endswith(f".normalization.{_COUNT}")}
-
-
-def unread(names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The tensors that `ignored` means, zero, which torch's class expects beside `names`."""
-    means = [name for name in names if name.endswith(".running_mean")]
-    return {f"{name.rpartition('.')[0]}.{_COUNT}": np.zeros((), np.int64) for name in means}
+    return {name for name in names if name.endswith(".normalization.num_batches_tracked")}
 
 
 def key_table(config: ResNetConfig) -> list[Key]:

@@ -43,14 +43,16 @@ def save(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty folder; name another.")
     arrays = jax.tree.map(np.asarray, dict(variables))
-    family = FAMILIES[model.config.family]
-    tensors = keys.dump(arrays, family.key_table(model.config))
+    tensors = keys.dump(arrays, FAMILIES[model.config.family].key_table(model.config))
     if dtype is not None:
         tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+    # torch's BatchNorm expects its number of batches, which nothing here counts.
+    norms = [name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")]
+    tensors |= {f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in norms}
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         write_config(aside, model.config, processor)
-        formats.write(aside / formats.SINGLE, tensors | family.unread(tensors))
+        formats.write(aside / formats.SINGLE, tensors)
         aside.replace(directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

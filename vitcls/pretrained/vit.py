@@ -1,10 +1,7 @@
 """Hugging Face's `vit` family: its config, and the names of its tensors."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from vitcls.errors import UserError
 from vitcls.models.vit import ViTConfig
@@ -112,11 +109,6 @@ def has_head(names: set[str]) -> bool:
 def ignored(names: set[str]) -> set[str]:
     """The tensors among `names` that classification has no use for: the pooler's."""
     return {name for name in names if name.removeprefix("vit.").startswith("pooler.dense.")}
-
-
-def unread(names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Tensors of no use here that torch's class expects beside `names`: none."""
-    return {}
 
 
 def key_table(config: ViTConfig) -> list[Key]:
