@@ -1,4 +1,4 @@
-"""Weight files: safetensors, in one file or sharded over several, or else flax's msgpack."""
+"""Weight files: safetensors, in one file or sharded over several."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vitcls.errors import UserError
-from vitcls.pretrained.flax_file import FlaxFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLAX = "flax_model.msgpack"
+FLAX = "flax_model.msgpack"  # see `FlaxWeights`
 # The file that shows each format -> globs of all its files; the first that is there is read alone.
 FORMATS = {SINGLE: (SINGLE,), INDEX: (INDEX, "model-*.safetensors"), FLAX: (FLAX,)}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -23,44 +22,27 @@ class Weights:
 
     def __init__(self, directory: Path):
         """Opens the files in `directory`. Raises `UserError` if one is missing or damaged."""
-        shown = next((name for name in FORMATS if (directory / name).exists()), INDEX)
-        first = directory / shown
         self._file_of = {}  # tensor name -> open file
-        for path in _shards(first) if shown == INDEX else [first]:
-            file = FlaxFile(path) if shown == FLAX else _SafetensorsFile(path)
-            self._file_of |= dict.fromkeys(file.names(), file)
+        single = directory / SINGLE
+        for path in [single] if single.exists() else _shards(directory / INDEX):
+            try:
+                file = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged or missing ({error}); get it again.") from error
+            self._file_of |= dict.fromkeys(file.keys(), file)
 
     def names(self) -> set[str]:
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file_of[name].shape(name)
+        return tuple(self._file_of[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as float32, whatever floating-point type it is stored in."""
-        return self._file_of[name].read(name)
-
-
-class _SafetensorsFile:
-    """One file, as `FlaxFile` is one of flax's."""
-
-    def __init__(self, path: Path):
-        try:
-            self._file = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or missing ({error}); get it again.") from error
-
-    def names(self) -> set[str]:
-        return set(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def read(self, name: str) -> np.ndarray:
-        stored = self._file.get_slice(name).get_dtype()
+        stored = self._file_of[name].get_slice(name).get_dtype()
         if stored not in _FLOATS:
             raise UserError(f"Tensor {name!r} has type {stored}; weights are {', '.join(_FLOATS)}.")
-        return self._file.get_tensor(name).astype(np.float32)
+        return self._file_of[name].get_tensor(name).astype(np.float32)
 
 
 def _shards(index: Path) -> list[Path]:
