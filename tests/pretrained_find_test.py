@@ -21,8 +21,11 @@ def write(folder, names=NAMES):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub with one model; assign `error` or `names` to change what it answers."""
-    hub = types.SimpleNamespace(error=None, names=NAMES, cached=False, asked=[])
+    """A hub with one model; assign `error` or `names` to change what it answers.
+
+    `asked` and `patterns` are what it was asked for.
+    """
+    hub = types.SimpleNamespace(error=None, names=NAMES, cached=False, asked=[], patterns=None)
     snapshot = write(tmp_path / "cache" / "snapshots" / COMMIT)
 
     def model_info(self, repo_id, *, revision=None):
@@ -36,6 +39,7 @@ def hub(monkeypatch, tmp_path):
         if local_files_only and not hub.cached:
             raise errors.LocalEntryNotFoundError("not cached")
         assert local_files_only or revision == COMMIT
+        hub.patterns = allow_patterns
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
@@ -76,6 +80,28 @@ def test_a_hub_id_is_resolved_to_a_commit(hub, source, asked):
     assert hub.asked == [asked]
     assert files.revision == files.directory.name == COMMIT
     assert files.source == source
+
+
+SHARDS = ("model.safetensors.index.json", "model-00001-of-00001.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        (("flax_model.msgpack",), ("flax_model.msgpack",)),
+        (("flax_model.msgpack", "model.safetensors"), ("model.safetensors",)),
+        (("flax_model.msgpack", *SHARDS), SHARDS),
+        ((*SHARDS, "model.safetensors"), ("model.safetensors",)),
+    ],
+)
+def test_one_form_of_the_weights_is_downloaded_and_read(hub, tmp_path, there, wanted):
+    hub.names = (*NAMES[:2], *there, "pytorch_model.bin", "README.md")
+    find("owner/name")
+    downloaded = set(
+        huggingface_hub.utils.filter_repo_objects(hub.names, allow_patterns=hub.patterns)
+    )
+    assert downloaded == {*NAMES[:2], *wanted}
+    assert find(write(tmp_path / "model", hub.names)).sha256().keys() == downloaded
 
 
 def test_a_cached_model_is_found_without_a_network(hub):
@@ -130,7 +156,7 @@ def test_folder_without_preprocessing(tmp_path):
 
 
 def test_folder_without_weights(tmp_path):
-    with pytest.raises(UserError, match=r"has no weights: neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"neither model.safetensors nor .* nor flax_model.msgpack"):
         find(write(tmp_path, NAMES[:2]))
 
 

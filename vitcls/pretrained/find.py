@@ -10,7 +10,6 @@ from vitcls.pretrained import formats
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
-_PATTERNS = (CONFIG, PREPROCESSOR, formats.SINGLE, formats.INDEX, formats.SHARDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,8 @@ class Files:
     def sha256(self) -> dict[str, str]:
         """Hexadecimal digest of every file that is read, by name."""
         digests = {}
-        for path in sorted(p for pattern in _PATTERNS for p in self.directory.glob(pattern)):
+        patterns = _patterns(self.source, [path.name for path in self.directory.iterdir()])
+        for path in sorted(p for pattern in patterns for p in self.directory.glob(pattern)):
             with path.open("rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         return digests
@@ -48,15 +48,19 @@ def find(checkpoint: str | Path) -> Files:
             "vitcls.pretrained.save(FOLDER, *vitcls.pretrained.load(WORKDIR)) and name that."
         )
     if source and folder.is_dir():  # Path("") would be the current folder
-        _check_names(source, [path.name for path in folder.iterdir()])
+        _patterns(source, [path.name for path in folder.iterdir()])
         return Files(folder, source)
     if isinstance(checkpoint, Path) or source.startswith(("/", ".", "~")):
         raise UserError(f"There is no folder {source!r}.")
     return _from_hub(source)
 
 
-def _check_names(source: str, names: Iterable[str]) -> None:
-    """Raises unless these file names of a folder or repository make a checkpoint we read."""
+def _patterns(source: str, names: Iterable[str]) -> list[str]:
+    """Globs of the files to read among these names of a folder's or repository's files.
+
+    Raises:
+      UserError: they make no checkpoint that we read.
+    """
     names = set(names)
     if CONFIG not in names:
         raise UserError(
@@ -67,15 +71,16 @@ def _check_names(source: str, names: Iterable[str]) -> None:
             f"{source!r} has no {PREPROCESSOR}, which says how images are prepared for the "
             "network; add the one it was trained with."
         )
-    if formats.SINGLE in names or formats.INDEX in names:
-        return
+    for name, patterns in formats.FORMATS.items():
+        if name in names:
+            return [CONFIG, PREPROCESSOR, *patterns]
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickles:
         raise UserError(
             f"{source!r} has its weights as a pickle only ({pickles[0]}), which can run code when "
             "it is opened; convert it to safetensors first."
         )
-    raise UserError(f"{source!r} has no weights: neither {formats.SINGLE} nor {formats.INDEX}.")
+    raise UserError(f"{source!r} has no weights: neither {' nor '.join(formats.FORMATS)}.")
 
 
 def _from_hub(source: str) -> Files:
@@ -94,8 +99,8 @@ def _from_hub(source: str) -> Files:
     try:
         # The commit first: what is downloaded is then one state of the repository.
         info = HfApi().model_info(repo_id, revision=revision or None)
-        _check_names(source, [file.rfilename for file in info.siblings])
-        directory = snapshot_download(repo_id, revision=info.sha, allow_patterns=list(_PATTERNS))
+        patterns = _patterns(source, [file.rfilename for file in info.siblings])
+        directory = snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns)
     except UserError:
         raise
     except errors.GatedRepoError as error:
@@ -128,5 +133,5 @@ def _from_cache(source: str, repo_id: str, revision: str, *, cause: Exception) -
             f"{source!r} is no folder, and the Hugging Face hub cannot be reached ({reason}). "
             "Download it where there is a network and name the folder."
         ) from cause
-    _check_names(source, [path.name for path in Path(directory).iterdir()])
+    _patterns(source, [path.name for path in Path(directory).iterdir()])
     return Files(Path(directory), source, Path(directory).name)  # snapshots/COMMIT

@@ -11,7 +11,9 @@ from vitcls.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARDS = "model-*.safetensors"  # glob of the files that an index lists
+FLAX = "flax_model.msgpack"  # see `FlaxWeights`
+# The file that shows each format -> globs of all its files; the first that is there is read alone.
+FORMATS = {SINGLE: (SINGLE,), INDEX: (INDEX, "model-*.safetensors"), FLAX: (FLAX,)}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 

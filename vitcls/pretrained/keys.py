@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vitcls.errors import UserError
+from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
 
 _MOST_LISTED = 8
@@ -70,7 +71,7 @@ def patch_kernel(patch_size: tuple[int, int]) -> Transform:
 
 
 def load(
-    weights: Weights,
+    weights: Weights | FlaxWeights,
     table: Sequence[Key],
     *,
     shapes: Mapping[str, Any],

@@ -14,8 +14,9 @@ import numpy as np
 from vitcls.errors import UserError, unknown
 from vitcls.models.resnet import ResNet, ResNetConfig
 from vitcls.models.vit import ViT, ViTConfig
-from vitcls.pretrained import keys, processor, resnet, vit
+from vitcls.pretrained import formats, keys, processor, resnet, vit
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR, Files, find
+from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
 from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.positions import resize_positions
@@ -28,18 +29,35 @@ log = logging.getLogger("vitcls")
 FAMILIES = {"resnet": resnet, "vit": vit}
 Config = ViTConfig | ResNetConfig
 _MOST_CLASSES = 1 << 20
+_MOST_SPARE = 1 << 20  # bytes of names, and of a small network's pooler
 
 
 def read_config(files: Files) -> tuple[Config, Processor]:
     """Reads what network a checkpoint holds and how images are prepared for it.
 
-    Reads the JSON files and the names of the tensors, not their data. A checkpoint without a head
-    gives `num_classes=0` and no class names.
+    Reads the JSON files and the names of the tensors, not their data where they are in
+    safetensors. A checkpoint without a head gives `num_classes=0` and no class names.
 
     Raises:
       UserError: an unsupported family, or a field with an unsupported value.
     """
-    return read_json(files.directory, tensors=Weights(files.directory).names())
+    return read_json(files.directory, tensors=_open_weights(files.directory).names())
+
+
+def _open_weights(directory: Path) -> Weights | FlaxWeights:
+    """The weights of a folder; flax's, which are read at once, if their size fits the network."""
+    if next((name for name in formats.FORMATS if (directory / name).exists()), "") != formats.FLAX:
+        return Weights(directory)
+    path = directory / formats.FLAX
+    config, _ = read_json(directory, tensors=None)
+    num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)))
+    most = 2 * 4 * num_values + _MOST_SPARE  # float32; twice, as a bare network has a pooler
+    if path.stat().st_size > most:
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, and the network that the config describes "
+            f"needs {most} at most; get both again."
+        )
+    return FlaxWeights(path)
 
 
 def read_json(directory: Path, *, tensors: set[str] | None) -> tuple[Config, Processor]:
@@ -130,7 +148,7 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
     Raises:
       UserError: a tensor is missing, left over, or of another shape; lists all of them.
     """
-    weights = Weights(files.directory)
+    weights = _open_weights(files.directory)
     stored, _ = read_json(files.directory, tensors=weights.names())
     family = FAMILIES[stored.family]
     variables = keys.load(

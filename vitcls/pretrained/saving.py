@@ -46,6 +46,9 @@ def save(
     tensors = keys.dump(arrays, FAMILIES[model.config.family].key_table(model.config))
     if dtype is not None:
         tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+    # torch's BatchNorm expects its number of batches, which nothing here counts.
+    norms = [name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")]
+    tensors |= {f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in norms}
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         write_config(aside, model.config, processor)
