@@ -292,7 +292,7 @@ def report(result: dict[str, Any]) -> str:
         f"{result['device']}, {result['num_cpus']} CPUs, load {result['load_before']:.1f} before",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         "",
-        f"{'':30}{'images/s':>10}{'min - max':>20}{'ms/step':>10}{'TFLOP/s':>10}{'of limit':>10}",
+        f"{'':36}{'images/s':>10}{'min - max':>20}{'ms/step':>10}{'TFLOP/s':>10}{'of limit':>10}",
     ]
     for name, figures in (("ours", ours), ("peer", peer)):
         if figures:
@@ -300,12 +300,12 @@ def report(result: dict[str, Any]) -> str:
             spread = f"{speed['min']:.2f} - {speed['max']:.2f}"
             name = name if figures is ours else f"{peer['library']}, {peer['variant']}"
             lines.append(
-                f"{name:30}{speed['median']:10.2f}{spread:>20}{figures['step_ms']:10.1f}"
+                f"{name:36}{speed['median']:10.2f}{spread:>20}{figures['step_ms']:10.1f}"
                 f"{figures['tflops']:10.3f}{figures['share_of_limit']:10.1%}"
             )
     tflops = limit["images_per_second"] * result["gflop_per_image"] * 1e-3
     lines += [
-        f"{'limit: products only':30}{limit['images_per_second']:10.2f}{'':30}{tflops:10.3f}",
+        f"{'limit: products only':36}{limit['images_per_second']:10.2f}{'':30}{tflops:10.3f}",
         "",
     ]
     if peer:
