@@ -43,7 +43,9 @@ from vitcls.errors import UserError
 # denormal numbers, which some processors compute slowly.
 LR, WEIGHT_DECAY = 1e-5, 0.05
 COPY_SIZE = 2**27  # float32 numbers: 512 MiB, beyond every cache
-TOLERANCE = 4  # unit roundoffs that loss and gradient may be away from the reference, relatively
+# Unit roundoffs that loss and gradient may be away from the reference, relatively. Independent
+# errors of L layers add up to about sqrt(L): ResNet-50's gradient is 4 away in bfloat16.
+TOLERANCE = 8
 
 Run = Callable[[int], float]  # number of calls -> the seconds they take
 
