@@ -1,0 +1,379 @@
+"""How fast a training step is, beside a peer doing the same work and the machine's limit.
+
+    python -m benchmarks.train_step --model=vit_b16 --image_size=224 --batch_size=8
+
+Ours is the step that training runs: uint8 images on the device, flip, normalisation, network and
+AdamW, compiled once with a donated state. The peer is the same in PyTorch. The limit is the fastest
+product of large matrices in the same dtype that either of them reaches: images per second if a step
+were nothing but its products. All take turns, so that a machine that slows down slows all of them.
+Compilation is reported apart. First of all, the loss and the norm of the gradient of our first step
+are compared with those in float32 at the highest precision; a difference beyond rounding ends it.
+
+One device is used. Needs jax, flax, optax and numpy; the peer also torch, and transformers or timm.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
+from vitcls import augment, optim
+from vitcls import train_step as steps
+from vitcls.errors import UserError
+
+# A rate at which random labels are not learnt while we measure: vanishing gradients would end as
+# denormal numbers, which some processors compute slowly.
+LR, WEIGHT_DECAY = 1e-5, 0.05
+COPY_SIZE = 2**27  # float32 numbers: 512 MiB, beyond every cache
+# Unit roundoffs that loss and gradient may be away from the reference, relatively. Independent
+# errors of L layers add up to about sqrt(L): ResNet-50's gradient is 4 away in bfloat16.
+TOLERANCE = 8
+
+Run = Callable[[int], float]  # number of calls -> the seconds they take
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns all figures, as `--json` writes them.
+
+    Raises:
+      UserError: an argument does not fit, or the peer is not installed.
+      ArithmeticError: loss or gradient are not those of the reference.
+    """
+    config = arch_config(args.model, args.image_size)
+    load_before = os.getloadavg()[0]
+    device = jax.devices()[0]
+    matmul_size = 2048 if device.platform == "cpu" else 8192
+
+    runs = {}
+    library, peer = peer_library(args.peer, device.platform), None
+    if library:  # first: a package that is missing is missed at once
+        call = start_process(args.peer)
+        peer = call(
+            "start", library, dataclasses.asdict(config), dtype=args.dtype, lr=LR,
+            device="cpu" if device.platform == "cpu" else "cuda", batch_size=args.batch_size,
+            weight_decay=WEIGHT_DECAY, matmul_size=matmul_size,
+        )  # fmt: skip
+        runs["peer"] = functools.partial(call, "run", "step")
+        runs["peer_matmul"] = functools.partial(call, "run", "matmul")
+    runs["ours"], ours = make_ours(config, dtype=args.dtype, batch_size=args.batch_size)
+    if peer and peer["num_params"] != ours["num_params"]:
+        raise UserError(
+            f"--model={args.model} has {peer['num_params']} parameters in {library}, "
+            f"{ours['num_params']} here: not the same network; use another --peer, or none."
+        )
+    keys = jax.random.split(jax.random.key(0))
+    x, kernel = (jax.random.normal(key, (matmul_size,) * 2, args.dtype) for key in keys)
+    kernel *= matmul_size**-0.5  # keeps the scale of what is multiplied again and again
+    runs["matmul"] = chain(functools.partial(jax.jit(jnp.matmul), kernel), x)
+    runs["copy"] = chain(jax.jit(jnp.negative, donate_argnums=0), jnp.ones(COPY_SIZE))
+
+    num_calls = {name: calls_per_window(run, args.window_secs) for name, run in runs.items()}
+    rates = {name: [] for name in runs}  # calls per second, one number per window
+    for _ in range(args.windows):
+        for name, run in runs.items():
+            rates[name].append(num_calls[name] / run(num_calls[name]))
+
+    gflop = 6e-9 * macs(published(config))
+    matmul_tflops = {
+        name: summary(rates[name], 2e-12 * matmul_size**3)
+        for name in ("matmul", "peer_matmul") if name in rates
+    }  # fmt: skip
+    limit = max(figures["median"] for figures in matmul_tflops.values()) * 1e3 / gflop
+    for name, figures in (("ours", ours), ("peer", peer)):
+        if figures:
+            images_per_second = summary(rates[name], args.batch_size)
+            figures |= {
+                "images_per_second": images_per_second,
+                "step_ms": 1e3 * args.batch_size / images_per_second["median"],
+                "tflops": 1e-3 * gflop * images_per_second["median"],
+                "share_of_limit": images_per_second["median"] / limit,
+            }
+    own_packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "model": args.model,
+        "image_size": args.image_size,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "device": device_name(device),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "load_before": load_before,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in own_packages},
+        "gflop_per_image": gflop,
+        "gflop_per_image_of_ours": 6e-9 * macs(config),
+        "ours": ours,
+        "peer": peer,
+        "ratio": peer
+        and summary([a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)]),
+        "limit": {
+            "images_per_second": limit,
+            "tflops": matmul_tflops,
+            "copy_gb_per_second": summary(rates["copy"], 8e-9 * COPY_SIZE),
+        },
+    }
+
+
+def make_ours(config: Config, *, dtype: str, batch_size: int) -> tuple[Run, dict[str, Any]]:
+    """Compiles our step, checks its numbers, and returns it with what there is to say of it.
+
+    Raises:
+      ArithmeticError: see `check_numerics`.
+    """
+    model = make_model(config, dtype)
+    key = jax.random.key(0)
+    zeros = jnp.zeros((1, *config.image_size, 3))
+    variables = jax.jit(functools.partial(model.init, train=False))(key, zeros)
+    # Not the zero head of fine-tuning, with which every network's first loss is ln K.
+    head = variables["params"]["classifier"]
+    head["kernel"] = jax.random.normal(key, head["kernel"].shape) * len(head["kernel"]) ** -0.5
+    schedule = optim.make_schedule("constant", lr=LR, warmup_steps=0, total_steps=1)
+    tx = optim.make_optimizer(
+        "adamw", schedule, params=variables["params"], weight_decay=WEIGHT_DECAY,
+        decay=".*/kernel", clip_norm=0.0, args={},
+    )  # fmt: skip
+    normalise = functools.partial(
+        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    prepare = augment.make_prepare(normalise, flip=True, label_smoothing=0.0)
+
+    def train_step(model):
+        loss_fn = steps.make_loss_fn(model.apply)
+        return steps.make_train_step(
+            prepare, loss_fn, tx, key=key, schedule=schedule, ema_decay=0.0
+        )
+
+    init_state = functools.partial(steps.init_state, tx=tx, freeze="", use_ema=False)
+    state = jax.jit(init_state)(variables)
+    batch = jax.device_put(random_batch(config, batch_size))
+    with jax.default_matmul_precision("highest"):
+        reference = train_step(make_model(config, "float32"))
+        expected = jax.jit(lambda *args: reference(*args)[1])(state, batch)
+    begin = time.perf_counter()
+    compiled = jax.jit(train_step(model), donate_argnums=0).lower(state, batch).compile()
+    compile_secs = time.perf_counter() - begin
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    state, found = compiled(state, batch)
+    return chain(lambda carry: compiled(carry[0], batch), (state, found)), {
+        "num_params": num_params,
+        "compile_secs": compile_secs,
+        "numerics": check_numerics(found, expected, dtype),
+    }
+
+
+def random_batch(config: Config, batch_size: int) -> dict[str, np.ndarray]:
+    """Returns what the data loader gives the step, with random pixels and labels."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, config.num_classes, batch_size)
+    return {
+        "image": rng.integers(0, 256, (batch_size, *config.image_size, 3), np.uint8),
+        "targets": np.eye(config.num_classes, dtype=np.float32)[labels],
+        "mask": np.ones(batch_size, np.float32),
+    }
+
+
+def check_numerics(
+    found: dict[str, jax.Array], expected: dict[str, jax.Array], dtype: str
+) -> dict[str, Any]:
+    """Returns the loss and the norm of the gradient, and their relative differences.
+
+    Raises:
+      ArithmeticError: a difference is more than `TOLERANCE` unit roundoffs of the products.
+    """
+    # By default GPUs multiply float32 as TF32, TPUs as bfloat16.
+    of_float32 = {"cpu": 2.0**-24, "gpu": 2.0**-11, "tpu": 2.0**-8}[jax.default_backend()]
+    tolerance = TOLERANCE * (2.0**-8 if dtype == "bfloat16" else of_float32)
+    numerics = {"tolerance": tolerance}
+    for name in ("loss", "grad_norm"):
+        value, reference = float(found[name]), float(expected[name])
+        difference = abs(value - reference) / abs(reference)
+        numerics[name] = {"value": value, "reference": reference, "difference": difference}
+        if not difference <= tolerance:  # a NaN too
+            raise ArithmeticError(
+                f"The first step's {name} is {value} in {dtype}, but {reference} in float32 at the "
+                f"highest precision: a relative difference of {difference:.1e}, more than the "
+                f"{tolerance:.1e} that rounding explains."
+            )
+    return numerics
+
+
+def chain(call: Callable[[Any], Any], carry: Any) -> Run:
+    """Returns a function that does `carry = call(carry)` so many times and waits for the last."""
+
+    def run(num_calls):
+        nonlocal carry
+        begin = time.perf_counter()
+        for _ in range(num_calls):
+            carry = call(carry)
+        jax.block_until_ready(carry)
+        return time.perf_counter() - begin
+
+    return run
+
+
+def calls_per_window(run: Run, window_secs: float) -> int:
+    """Returns how many calls take about `window_secs` seconds; the first, which compiles, apart."""
+    run(1)
+    num_calls = 1
+    while (secs := run(num_calls)) < window_secs / 4:
+        num_calls *= 2
+    return math.ceil(num_calls * window_secs / secs)
+
+
+def summary(values: list[float], scale: float = 1.0) -> dict[str, Any]:
+    """Returns the values, times `scale`, with their median and spread."""
+    values = [value * scale for value in values]
+    middle = statistics.median(values)
+    return {"median": middle, "min": min(values), "max": max(values), "windows": values}
+
+
+def peer_library(peer: str, platform: str) -> str | None:
+    """Returns whose network the peer trains, or None for no peer."""
+    if peer == "auto" and platform == "tpu":
+        return None
+    if peer == "auto":
+        peer = "timm" if platform == "gpu" and importlib.util.find_spec("timm") else "torch"
+    return {"torch": "transformers", "timm": "timm", "none": None}[peer]
+
+
+def start_process(peer: str) -> Callable[..., Any]:
+    """Returns a function that calls those of `benchmarks.torch_peer`, by name, in a new process.
+
+    There the thread pools, allocators and libraries of PyTorch cannot meet those of JAX.
+    """
+    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    return lambda *args, **kwargs: pool.submit(_call_peer, peer, *args, **kwargs).result()
+
+
+def _call_peer(peer: str, function: str, *args, **kwargs) -> Any:
+    try:
+        torch_peer = importlib.import_module("benchmarks.torch_peer")
+        return getattr(torch_peer, function)(*args, **kwargs)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--peer={peer} needs {error.name}, which is not installed: pip install {error.name}, "
+            "or use --peer=none."
+        ) from error
+
+
+def device_name(device: jax.Device) -> str:
+    """Returns the name of the product; JAX calls every processor "cpu"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.platform != "cpu" or not cpuinfo.exists():
+        return device.device_kind
+    lines = dict(line.split("\t: ") for line in cpuinfo.read_text().splitlines() if "\t: " in line)
+    return lines.get("model name", device.device_kind)
+
+
+def report(result: dict[str, Any]) -> str:
+    """Returns the figures as text for people."""
+    ours, peer, limit = result["ours"], result["peer"], result["limit"]
+    versions = result["versions"] | (peer["versions"] if peer else {})
+    lines = [
+        f"{result['model']} at {result['image_size']} px, batch {result['batch_size']}, "
+        f"{result['dtype']}: {ours['num_params'] / 1e6:.1f} M parameters, "
+        f"{result['gflop_per_image']:.1f} GFLOP an image (ours computes "
+        f"{result['gflop_per_image_of_ours']:.1f})",
+        f"{result['device']}, {result['num_cpus']} CPUs, load {result['load_before']:.1f} before",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "",
+        f"{'':36}{'images/s':>10}{'min - max':>20}{'ms/step':>10}{'TFLOP/s':>10}{'of limit':>10}",
+    ]
+    for name, figures in (("ours", ours), ("peer", peer)):
+        if figures:
+            speed = figures["images_per_second"]
+            spread = f"{speed['min']:.2f} - {speed['max']:.2f}"
+            name = name if figures is ours else f"{peer['library']}, {peer['variant']}"
+            lines.append(
+                f"{name:36}{speed['median']:10.2f}{spread:>20}{figures['step_ms']:10.1f}"
+                f"{figures['tflops']:10.3f}{figures['share_of_limit']:10.1%}"
+            )
+    tflops = limit["images_per_second"] * result["gflop_per_image"] * 1e-3
+    lines += [
+        f"{'limit: products only':36}{limit['images_per_second']:10.2f}{'':30}{tflops:10.3f}",
+        "",
+    ]
+    if peer:
+        ratio = result["ratio"]
+        lines.append(
+            f"ours / peer: {ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f} over "
+            f"{len(ratio['windows'])} turns)"
+        )
+    products = ", ".join(
+        f"{name} {figures['median']:.3f} TFLOP/s" for name, figures in limit["tflops"].items()
+    )
+    lines += [
+        f"product of matrices: {products}; copy {limit['copy_gb_per_second']['median']:.1f} GB/s",
+        f"compilation: ours {ours['compile_secs']:.1f} s"
+        + (f", first step of the peer {peer['warm_up_secs']:.1f} s" if peer else ""),
+    ]
+    for name in ("loss", "grad_norm"):
+        lines.append(
+            "first {name}: {value:.6g}, float32 reference {reference:.6g}, relative "
+            "difference {difference:.1e}".format(name=name, **ours["numerics"][name])
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Reads the command line, measures, prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="vit_b16", help=f"{', '.join(NAMES)} (default: vit_b16)")
+    add("--image_size", type=_positive(int), default=224, help="height and width (default: 224)")
+    add("--batch_size", type=_positive(int), default=8, help="images in a step (default: 8)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    add(
+        "--peer", choices=("auto", "torch", "timm", "none"), default="auto",
+        help="torch: the network of transformers; timm: timm's; auto: timm on a GPU if it is "
+        "installed, otherwise torch (default: auto)",
+    )  # fmt: skip
+    add("--windows", type=_positive(int), default=5, help="turns of each (default: 5)")
+    add("--window_secs", type=_positive(float), default=3.0, help="seconds a turn (default: 3)")
+    add("--json", type=Path, help="file to write all figures to")
+    args = parser.parse_args()
+    if args.peer != "none":  # on a GPU it needs what JAX would reserve; read at JAX's first use
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
+    jax.config.update("jax_enable_compilation_cache", False)  # for the time that compiling takes
+    try:
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
+        result = measure(args)
+    except UserError as error:
+        parser.error(str(error))  # exits with 2
+    print(report(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str):
+        if not 0 < kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # argparse names it where `kind` cannot read the text
+    return parse
+
+
+if __name__ == "__main__":
+    main()
