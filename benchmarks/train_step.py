@@ -6,8 +6,9 @@ Ours is the step that training runs: uint8 images on the device, flip, normalisa
 AdamW, compiled once with a donated state. The peer is the same in PyTorch. The limit is the fastest
 product of large matrices in the same dtype that either of them reaches: images per second if a step
 were nothing but its products. All take turns, so that a machine that slows down slows all of them.
-Compilation is reported apart. First of all, the loss and the norm of the gradient of our first step
-are compared with those in float32 at the highest precision; a difference beyond rounding ends it.
+Compilation is reported apart. Before the turns, the loss and the norm of the gradient of our first
+step are compared with those in float32 at the highest precision; a difference beyond rounding ends
+it.
 
 One device is used. Needs jax, flax, optax and numpy; the peer also torch, and transformers or timm.
 """
@@ -80,8 +81,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"{ours['num_params']} here: not the same network; use another --peer, or none."
         )
     keys = jax.random.split(jax.random.key(0))
-    x, kernel = (jax.random.normal(key, (matmul_size,) * 2, args.dtype) for key in keys)
-    kernel *= matmul_size**-0.5  # keeps the scale of what is multiplied again and again
+    x, kernel = (jax.random.normal(key, (matmul_size,) * 2) for key in keys)
+    # Orthogonal: keeps the scale of what is multiplied thousands of times.
+    x, kernel = x.astype(args.dtype), jnp.linalg.qr(kernel)[0].astype(args.dtype)
     runs["matmul"] = chain(functools.partial(jax.jit(jnp.matmul), kernel), x)
     runs["copy"] = chain(jax.jit(jnp.negative, donate_argnums=0), jnp.ones(COPY_SIZE))
 

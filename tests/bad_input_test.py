@@ -102,6 +102,16 @@ def passes_of_no_image(config, folder, tmp_path):
     config.train.micro_batch = 0
 
 
+def passes_that_do_not_divide_the_batch(config, folder, tmp_path):
+    config.train.global_batch_size = 8 * 61
+    config.train.micro_batch = 32
+
+
+def mistyped_cache(config, folder, tmp_path):
+    config.data.cache = "rma"
+    config.data.source = "tfds:never_prepared"
+
+
 def dropout_of_a_resnet(config, folder, tmp_path):
     config.model.arch = "resnet_mu"
     config.model.dropout = 0.1
@@ -121,6 +131,8 @@ def dropout_of_a_resnet(config, folder, tmp_path):
         (pattern_that_matches_nothing, "adapt.freeze='encoder' matches no parameter"),
         (mesh_that_does_not_fit, "mesh.fsdp=3 does not make 8 devices"),
         (passes_of_no_image, "train.micro_batch=0 is out of range: it must be at least 1"),
+        (passes_that_do_not_divide_the_batch, "=32 does not suit the 61 images .* of 1 or 61"),
+        (mistyped_cache, "data.cache='rma' is neither 'ram' nor a folder that exists"),
         (dropout_of_a_resnet, "a ResNet has neither"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

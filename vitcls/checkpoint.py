@@ -101,6 +101,7 @@ class Checkpoints:
         Raises:
           StorageError: the disk has no room, or this or the previous save failed.
         """
+        self.wait()  # for the previous save, as Orbax would: what it takes is then known
         self._check_room(step, items)
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.

@@ -61,10 +61,11 @@ def keep_compiled_programs() -> None:
     """
     import jax  # not at the top: `--help` should not wait for it
 
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "vitcls" / "xla" / _processor()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    home = os.path.expanduser("~")  # stays "~" where the user has none, as in some containers
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    if jax.config.jax_compilation_cache_dir is None and os.path.isabs(cache):
+        folder = os.path.join(cache, "vitcls", "xla", _processor())
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _processor() -> str:

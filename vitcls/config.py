@@ -40,7 +40,8 @@ def default_config() -> ConfigDict:
     c.data.on_error = "raise"
     # Keep decoded images, at 3 bytes per pixel: "ram", from their first use on; or a folder on a
     # local disk, decoded there before training and shared by all runs that use it, until somebody
-    # deletes PATH/vitcls-cache; "": decode every time. Batches are the same.
+    # deletes PATH/vitcls-cache; "": decode every time. Batches are the same, unless images are
+    # replaced by others under the same names and with the same sizes of files: then delete it.
     c.data.cache = ""
     # (height, width) the network sees, in pixels; unset: the checkpoint's.
     c.data.image_size = placeholder(tuple)
@@ -80,7 +81,7 @@ def default_config() -> ConfigDict:
     c.model.batch_norm = "train"
     # What is kept of every layer for the backward pass, the rest being computed again: "none" (no
     # such saving) keeps all, "dots" the results of products and convolutions, "full" a layer's
-    # input only. The result is the same. (For accelerators: on CPU, XLA undoes it.)
+    # input only. Up to rounding the result is the same. For accelerators: on CPU it saves nothing.
     c.model.remat = "none"
     # Of a ViT: dropout rate of the token stream.
     c.model.dropout = 0.0
@@ -123,8 +124,8 @@ def default_config() -> ConfigDict:
     c.train.total_epochs = 0.0
     # Images per step over all devices.
     c.train.global_batch_size = 128
-    # Images per device and pass, at most: a step takes its batch in as many passes as that needs,
-    # in the memory of one, and sums their gradients. The result is the same, but for a trained
+    # Images per device and pass, at most: a step takes its batch in equal passes, in the memory of
+    # one, and sums their gradients. Up to rounding the result is the same, but for a trained
     # BatchNorm, which normalises each pass by itself. Unset: one pass.
     c.train.micro_batch = placeholder(int)
     # Seed of everything random: hold-out, order, crops, augmentation, dropout, new weights.
@@ -323,6 +324,11 @@ def _check_combinations(config: ConfigDict) -> None:
         )
     if data.crop == "resmall" and not data.resize:
         raise UserError("data.crop='resmall' needs data.resize, the shorter side before the crop.")
+    if data.cache not in ("", "ram") and not Path(data.cache).expanduser().is_dir():
+        raise UserError(
+            f"data.cache={data.cache!r} is neither 'ram' nor a folder that exists; make it first, "
+            "on a disk with room for the decoded images."
+        )
     if data.cache == "ram" and data.num_workers:
         raise UserError(
             f"data.cache='ram' with data.num_workers={data.num_workers} would keep the images "

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vitcls import adapt, augment, optim, pretrained, sharding
 from vitcls import train_step as steps
+from vitcls.errors import UserError
 
 PyTree = Any
 
@@ -27,6 +28,9 @@ class Program:
       train_step: Jitted `(state, batch) -> (state, metrics)`; the state's memory is reused.
       eval_step: Jitted `(variables, batch) -> (sums, predictions)`.
       num_passes: Parts of the batch that a training step takes one after the other.
+      pass_size: Images of one part, on each device.
+      init: Returns random variables.
+      init_state: Makes a `TrainState` of variables.
     """
 
     mesh: Mesh
@@ -35,8 +39,13 @@ class Program:
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
     num_passes: int
-    _init: Callable[[], PyTree]
-    _init_state: Callable[[PyTree], steps.TrainState]
+    pass_size: int
+    init: Callable[[], PyTree]
+    init_state: Callable[[PyTree], steps.TrainState]
+
+    def passes_line(self) -> str:
+        """Returns how a step takes its batch, for the log."""
+        return f"A step is {self.num_passes} pass(es) of {self.pass_size} images on each device."
 
     def first_state(self, variables: PyTree | None) -> steps.TrainState:
         """Returns the state before the first step, on the devices.
@@ -44,12 +53,12 @@ class Program:
         Args:
           variables: The network's, on the host; None: random ones.
         """
-        shardings = sharding.state_shardings(jax.eval_shape(self._init), self.mesh)
+        shardings = sharding.state_shardings(jax.eval_shape(self.init), self.mesh)
         if variables is None:
-            variables = jax.jit(self._init, out_shardings=shardings)()
+            variables = jax.jit(self.init, out_shardings=shardings)()
         else:
             variables = jax.device_put(variables, shardings)
-        return jax.jit(self._init_state, donate_argnums=0, out_shardings=self.state_shardings)(
+        return jax.jit(self.init_state, donate_argnums=0, out_shardings=self.state_shardings)(
             variables
         )
 
@@ -69,7 +78,8 @@ def make_program(
       mesh: The devices.
 
     Raises:
-      UserError: a pattern matches no parameter, or an option means nothing to this network.
+      UserError: a pattern matches no parameter, an option means nothing to this network, or the
+        batch cannot be divided into passes of about the size that is asked for.
     """
     model = pretrained.make_model(
         model_config,
@@ -107,7 +117,8 @@ def make_program(
     normalise = functools.partial(
         augment.normalise, rescale=processor.rescale, mean=processor.mean, std=processor.std
     )
-    num_passes = _num_passes(config.train.global_batch_size // mesh.size, config.train.micro_batch)
+    num_rows = config.train.global_batch_size // mesh.size
+    pass_size = _pass_size(num_rows, config.train.micro_batch)
     train_step = steps.make_train_step(
         augment.make_prepare(
             normalise, flip=config.augment.flip, label_smoothing=config.loss.label_smoothing
@@ -117,7 +128,7 @@ def make_program(
         key=step_key,
         schedule=schedule,
         ema_decay=config.optim.ema_decay,
-        num_passes=num_passes,
+        num_passes=num_rows // pass_size,
     )
     everywhere = sharding.replicated(mesh)
     return Program(
@@ -128,16 +139,24 @@ def make_program(
             train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)
         ),
         eval_step=jax.jit(steps.make_eval_step(normalise, model.apply), out_shardings=everywhere),
-        num_passes=num_passes,
-        _init=init,
-        _init_state=init_state,
+        num_passes=num_rows // pass_size,
+        pass_size=pass_size,
+        init=init,
+        init_state=init_state,
     )
 
 
-def _num_passes(num_rows: int, micro_batch: int | None) -> int:
-    """The smallest number of equal passes over a device's rows that are not above `micro_batch`."""
+def _pass_size(num_rows: int, micro_batch: int | None) -> int:
+    """The most images, `micro_batch` at most, that a device's rows can be divided by."""
     if micro_batch is None:
-        return 1
-    return next(
-        n for n in range(1, num_rows + 1) if num_rows % n == 0 and num_rows // n <= micro_batch
-    )
+        return num_rows
+    sizes = [size for size in range(1, num_rows + 1) if num_rows % size == 0]
+    size = max(size for size in sizes if size <= micro_batch)
+    if size < min(num_rows, micro_batch) / 2:
+        larger = min(size for size in sizes if size > micro_batch)
+        raise UserError(
+            f"train.micro_batch={micro_batch} does not suit the {num_rows} images that each device "
+            f"has of a batch: they divide into passes of {size} or {larger}. Set one of these, or "
+            "another train.global_batch_size."
+        )
+    return size

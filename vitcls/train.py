@@ -69,7 +69,9 @@ def train_and_evaluate(
             files, model_config, new_head=config.model.head == "new"
         )
 
-    # The workdir: finished, begun with this config, or new; what never saved a step is new.
+    # The workdir: finished, begun with this config and data, or new, as is what never saved a step.
+    is_main = jax.process_index() == 0
+    meta = {"seconds": 0.0, "images_per_second": None, "window": []}
     if begun:
         check_same_run(config, workdir / "config.json")
         results = records.read_results(workdir)
@@ -77,9 +79,16 @@ def train_and_evaluate(
             log.info("This run is finished; raise train.total_steps to continue it.")
             print(records.last_line(results, workdir, splits=config.data.eval_splits))
             return results
-    is_main = jax.process_index() == 0
     if is_main:
         records.make(workdir)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    start_step = checkpoints.latest_step() or 0
+    if start_step:
+        meta = checkpoints.meta(start_step)
+        train_setup.check_same_data(meta["data"], train_split)
+        if start_step < config.train.total_steps:
+            train_setup.check_same_passes(meta.get("num_passes", 1), program, config)
+    if is_main:
         records.write_json(workdir / "config.json", config.to_dict())
         if not begun:
             pretrained.write_config(workdir / "model", model_config, processor)
@@ -88,12 +97,7 @@ def train_and_evaluate(
             (workdir / "skipped.jsonl").unlink(missing_ok=True)
 
     # Where the weights come from: 1. the workdir, 2. the pretrained checkpoint, 3. random.
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    start_step = checkpoints.latest_step() or 0
     if start_step:
-        meta = checkpoints.meta(start_step)
-        train_setup.check_same_data(meta["data"], train_split)
-        train_setup.check_same_passes(meta.get("num_passes", 1), program, config)
         state = checkpoint.restore_state(
             checkpoints, start_step, program.state_shapes, program.state_shardings
         )
@@ -101,12 +105,12 @@ def train_and_evaluate(
             records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
-        meta = {"seconds": 0.0, "images_per_second": None, "window": []}
         state = program.first_state(variables)
     del variables  # the host's copy
     if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
         log.info("%s", memory_line(state))
+        log.info("%s", program.passes_line())
 
     # Data: a cache on disk is filled first; then local uint8 batches, one ahead on the devices.
     for split in [train_split, *eval_splits.values()]:

@@ -29,9 +29,10 @@ class FlaxWeights:
 
     def __init__(self, path: Path):
         """Reads `path`. Raises `UserError` if it is damaged, or no tree of floats."""
+        content = path.read_bytes()
         try:
             tree = msgpack.unpackb(
-                path.read_bytes(), ext_hook=_array, object_hook=_at_most(_MOST_ENTRIES), **_TREE
+                content, ext_hook=_array, object_hook=_at_most(_MOST_ENTRIES), **_TREE
             )
             arrays = flatten_dict(tree, is_leaf=lambda _, node: _CHUNKED in node)
             self._tensors = dict(_tensor(names, leaf) for names, leaf in arrays.items())
