@@ -62,7 +62,8 @@ def test_our_vit_saves_the_last_layers_unread_tokens():
 @pytest.mark.parametrize(
     ("model", "peer", "dtype"),
     [
-        ("vit_mu16", "torch", "bfloat16"),
+        ("vit_mu16", "none", "float32"),
+        pytest.param("vit_mu16", "torch", "bfloat16", marks=pytest.mark.slow),
         pytest.param("resnet_mu", "none", "float32", marks=pytest.mark.slow),
     ],
 )

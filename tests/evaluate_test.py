@@ -91,6 +91,8 @@ class Damaged(sources.Subset):
         data, label = super().read(index)
         return (data if index % 7 else b""), label
 
+    image = sources.Split.image  # of what `read` returns, not of the parent's
+
 
 @pytest.mark.parametrize(("num_devices", "batch_size"), [(1, 7), (8, 128)])
 def test_skipped_images_are_counted_and_the_rest_evaluated(

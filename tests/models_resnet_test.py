@@ -136,7 +136,9 @@ def test_trained_statistics_move_in_training_only():
     "changes",
     [
         {},
-        dict(layer_type="basic", downsample_in_first_stage=True),
+        pytest.param(
+            dict(layer_type="basic", downsample_in_first_stage=True), marks=pytest.mark.slow
+        ),
         dict(downsample_in_bottleneck=True, activation="gelu"),
     ],
     ids=["bottleneck", "basic", "version 1"],

@@ -36,6 +36,12 @@ CASES = {
         True,
         (64, 64),
     ),
+    "bottlenecks": (
+        dict(layer_type="bottleneck", depths=[2, 1, 1], embedding_size=16,
+             hidden_sizes=[32, 48, 64]),
+        True,
+        (64, 64),
+    ),
     "downsample in bottleneck": (
         dict(layer_type="bottleneck", depths=[2, 1, 2], embedding_size=12,
              hidden_sizes=[24, 32, 40], hidden_act="gelu", downsample_in_bottleneck=True,
@@ -58,7 +64,15 @@ PREPROCESSOR = {
 NUM_CLASSES, BATCH = 7, 8
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "_"))
+# Compiling 53 layers forwards and backwards takes a minute; the other cases have what they have.
+SLOW = {"resnet50": pytest.mark.slow}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=SLOW.get(name, ())) for name in CASES],
+    ids=[name.replace(" ", "_") for name in CASES],
+)
 def case(request, tmp_path_factory):
     """(torch model, folder that `save_pretrained` wrote, with a head, image size)."""
     fields, has_head, image_size = CASES[request.param]

@@ -1,6 +1,8 @@
 """What a run is made from: heads, sizes and derived fields."""
 
+import contextlib
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -177,3 +179,17 @@ def test_fine_tuning_starts_from_the_checkpoint(make_checkpoint, digits_dir, tmp
         jax.tree.map(np.testing.assert_array_equal, variables["params"][name], expected[name])
     assert tuple(processor.id2label.values()) == DIGITS
     assert variables["params"]["classifier"]["kernel"].any()
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "batch_stats", "is_refused"),
+    [("train", {"mean": 0}, True), ("frozen", {"mean": 0}, False), ("train", {}, False)],
+)
+def test_a_trained_batch_norm_keeps_its_passes(batch_norm, batch_stats, is_refused):
+    config = default_config()
+    config.model.batch_norm = batch_norm
+    program = SimpleNamespace(num_passes=2, state_shapes=SimpleNamespace(batch_stats=batch_stats))
+    train_setup.check_same_passes(2, program, config)
+    message = "began with 4 passes per step and would go on with 2"
+    with pytest.raises(UserError, match=message) if is_refused else contextlib.nullcontext():
+        train_setup.check_same_passes(4, program, config)

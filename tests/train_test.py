@@ -169,11 +169,12 @@ def test_a_mistake_does_not_claim_the_workdir(config, tmp_path):
 
 
 def test_passes_and_remat_may_change_on_continuing(config, tmp_path, monkeypatch, caplog):
-    """A run of two passes, then of one with layers computed again, is the run of one pass."""
+    """A run of two passes and layers computed again, then of neither, is the run of neither."""
     monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
     config.optim.name = "sgd"  # Adam makes rounding errors of tiny gradients full steps
     whole = train.train_and_evaluate(config, tmp_path / "whole")
     config.train.micro_batch = 1
+    config.model.remat = "full"
     with monkeypatch.context() as patch, caplog.at_level("INFO", logger="vitcls"):
         interrupt_at(3, patch)
         with pytest.raises(Interrupted):
@@ -182,25 +183,30 @@ def test_passes_and_remat_may_change_on_continuing(config, tmp_path, monkeypatch
     assert "On each device: parameters 0.1 MB, optimizer 0.0 MB, average 0.1 MB." in caplog.text
     assert Checkpoints(tmp_path / "parts/checkpoints", read_only=True).meta(3)["num_passes"] == 2
     config.train.micro_batch = None
-    config.model.remat = "full"
+    config.model.remat = "none"
     parts = train.train_and_evaluate(config, tmp_path / "parts")
     assert parts["splits"]["test"]["loss"] == pytest.approx(
         whole["splits"]["test"]["loss"], abs=1e-5
     )
 
 
-def test_a_batch_norm_run_keeps_its_passes(config, tmp_path, monkeypatch):
-    config.model.update(arch="resnet_mu", dropout=0.0, drop_path=0.0)
-    config.eval.select_split = ""
+def test_a_refused_continuation_leaves_the_workdir_as_it_was(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(1, patch)
         with pytest.raises(Interrupted):
             train.train_and_evaluate(config, tmp_path)
     before = (tmp_path / "config.json").read_text()
     config.train.micro_batch = 1
-    with pytest.raises(UserError, match="began with 1 passes per step and would go on with 2"):
-        train.train_and_evaluate(config, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_setup, "check_same_passes", refuse)
+        with pytest.raises(UserError, match="another number of passes"):
+            train.train_and_evaluate(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
+
+
+def refuse(num_passes, program, config):
+    assert (num_passes, program.num_passes) == (1, 2)
+    raise UserError("another number of passes")
 
 
 def test_a_run_can_be_loaded_at_any_of_its_checkpoints(config, tmp_path):
