@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit; the newest and the best stay."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,23 @@ def test_truncated_file_is_a_storage_error_that_names_the_step(tmp_path):
             path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(StorageError, match="checkpoint of step 5 .* could not be read"):
         checkpoints.restore(5, {"params": target()})
+
+
+def test_a_disk_without_room_ends_a_run_with_74_and_leaves_no_half_checkpoint(
+    tmp_path, monkeypatch
+):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        with monkeypatch.context() as patch:
+            usage = shutil.disk_usage(tmp_path)
+            patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300))
+            message = f"step 2 needs 0.0 MB in {tmp_path}, where 0.0 MB are free; make room and run"
+            with pytest.raises(StorageError, match=message) as error:
+                save(checkpoints, 2)
+        assert error.value.exit_code == 74
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
+        save(checkpoints, 2)  # with room again
+        assert checkpoints.latest_step() == 2
 
 
 def test_read_only_needs_an_existing_directory(tmp_path):

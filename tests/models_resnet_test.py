@@ -28,6 +28,7 @@ def images(batch=4, seed=0):
 
 
 @functools.cache
+@functools.cache
 def fresh(config):
     """Variables as training starts with them."""
     return jax.jit(ResNet(config).init, static_argnames="train")(
@@ -195,4 +196,4 @@ def test_unknown_architectures_list_the_known():
 
 def test_images_of_another_size_are_refused():
     with pytest.raises(UserError, match=r"shape \(24, 16, 3\), this network takes \(16, 24, 3\)"):
-        ResNet(TINY).apply(fresh(TINY), jnp.zeros((1, 24, 16, 3)), train=False)
+        ResNet(TINY).init(jax.random.key(0), jnp.zeros((1, 24, 16, 3)), train=False)

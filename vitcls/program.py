@@ -45,7 +45,8 @@ class Program:
 
     def passes_line(self) -> str:
         """Returns how a step takes its batch, for the log."""
-        return f"A step is {self.num_passes} pass(es) of {self.pass_size} images on each device."
+        num_rows = self.num_passes * self.pass_size
+        return f"A step takes {num_rows} images on each device, {self.pass_size} at a time."
 
     def first_state(self, variables: PyTree | None) -> steps.TrainState:
         """Returns the state before the first step, on the devices.
