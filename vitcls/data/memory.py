@@ -3,10 +3,15 @@
 import contextlib
 import math
 import pathlib
+from collections.abc import Iterator
+
+# Of a control group's folder: the files of limit and use, and how memory.stat names what it counts.
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+_V2 = ("memory.max", "memory.current", "")
 
 
 def available_memory(root: pathlib.Path = pathlib.Path("/")) -> float:
-    """Bytes that this process can still take: of the system, and of its control groups (v2).
+    """Bytes that this process can still take: of the system, and of its control groups.
 
     Files that the system keeps in memory count as available. Infinite where nothing is known, as
     on other systems than Linux.
@@ -16,22 +21,25 @@ def available_memory(root: pathlib.Path = pathlib.Path("/")) -> float:
         lines = (root / "proc/meminfo").read_text().splitlines()
         system = dict(line.split(":") for line in lines)
         available.append(1024 * int(system["MemAvailable"].split()[0]))
-    for group in _control_groups(root):
+    for group, (limit_name, used_name, prefix) in _control_groups(root):
         with contextlib.suppress(OSError, ValueError):  # no files or "max": no limit here
-            limit = int((group / "memory.max").read_text())
+            limit, used = (int((group / name).read_text()) for name in (limit_name, used_name))
             lines = (group / "memory.stat").read_text().splitlines()
-            used = {name: int(number) for name, number in map(str.split, lines)}
-            files = used["active_file"] + used["inactive_file"]
-            available.append(limit - int((group / "memory.current").read_text()) + files)
+            stat = {name: int(number) for name, number in map(str.split, lines)}
+            files = stat[f"{prefix}active_file"] + stat[f"{prefix}inactive_file"]
+            available.append(limit - used + files)
     return min(available)
 
 
-def _control_groups(root: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of this process' control group and of those that it is in."""
+def _control_groups(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, tuple[str, str, str]]]:
+    """The folders of this process' control group and of those that it is in, and their files."""
     mount = root / "sys/fs/cgroup"
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                own = mount / line.removeprefix("0::/")
-                return [own, *(folder for folder in own.parents if folder.is_relative_to(mount))]
-    return []
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                top = mount / controllers
+                own = top / path.removeprefix("/")
+                for folder in (own, *own.parents):
+                    if folder.is_relative_to(top):
+                        yield folder, _V1 if controllers else _V2
