@@ -26,8 +26,10 @@ def with_field(field: str, value) -> ConfigDict:
     return config
 
 
-def test_valid_config_passes():
-    check_config(valid_config())
+def test_valid_config_passes_as_it_is():
+    config = valid_config()
+    check_config(config)
+    assert config.to_dict() == valid_config().to_dict()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import types
 import numpy as np
 import PIL
 import pytest
+from data_loader_test import assert_same
 from PIL import Image
 
 from vitcls import images, train_setup
@@ -106,14 +107,6 @@ def train(split, **options):
 def evaluate(split, **options):
     defaults = dict(global_batch_size=12, num_threads=3)
     return list(loader.eval_batches(split, transform=SQUASH, **defaults | options))
-
-
-def assert_same(batches, expected):
-    assert len(batches) == len(expected)
-    for batch, other in zip(batches, expected, strict=True):
-        assert batch.keys() == other.keys()
-        for name in batch:
-            np.testing.assert_array_equal(batch[name], other[name])
 
 
 # --- the same batches -----------------------------------------------------------------------------

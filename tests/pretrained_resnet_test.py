@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
+from pretrained_vit_test import apply
 from safetensors import safe_open
 
 from vitcls import pretrained
@@ -111,12 +112,6 @@ def torch_outputs(model, images, has_head):
     dtype = next(model.parameters()).dtype
     out = model(pixel_values=torch.from_numpy(np.moveaxis(images, -1, 1).copy()).to(dtype))
     return out.logits if has_head else out.pooler_output[:, :, 0, 0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model, variables, images):
-    with jax.default_matmul_precision("highest"):
-        return model.apply(variables, images, train=False)
 
 
 def test_logits_equal_torch(case):

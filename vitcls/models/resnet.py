@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vitcls.errors import UserError, unknown
 from vitcls.models.remat import call_layer
-from vitcls.models.vit import ACTIVATIONS
+from vitcls.models.vit import ACTIVATIONS, check_image_size
 
 # Layer type, layers per stage, channels per stage. He et al. 2016, table 1; mu is for tests.
 SIZES = {
@@ -237,11 +237,7 @@ class ResNet(nn.Module):
           UserError: images of another size.
         """
         config = self.config
-        if images.shape[1:] != (*config.image_size, 3):
-            raise UserError(
-                f"Got images of shape {images.shape[1:]}, this network takes "
-                f"{(*config.image_size, 3)}; load it with another image_size or resize them."
-            )
+        check_image_size(images, config.image_size)
         use_batch_statistics = train and self.train_batch_norm
         x = ConvLayer(config.embedding_size, 7, 2, config.activation, self.dtype, name="embedder")(
             images.astype(self.dtype), use_batch_statistics=use_batch_statistics

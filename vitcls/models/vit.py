@@ -363,11 +363,7 @@ class ViT(nn.Module):
           UserError: images of another size, or no keys where they are needed.
         """
         config = self.config
-        if images.shape[1:] != (*config.image_size, 3):
-            raise UserError(
-                f"Got images of shape {images.shape[1:]}, this network takes "
-                f"{(*config.image_size, 3)}; load it with another image_size or resize them."
-            )
+        check_image_size(images, config.image_size)
         if train and keys is None and (self.dropout_rate or self.drop_path_rate):
             raise UserError("Dropout and stochastic depth in training need keys, one per sample.")
         keys = keys if train else None
@@ -382,6 +378,15 @@ class ViT(nn.Module):
             return x
         # A zero kernel: the first loss is ln K, and the first gradient leaves the backbone alone.
         return nn.Dense(config.num_classes, kernel_init=nn.initializers.zeros, name="classifier")(x)
+
+
+def check_image_size(images: jax.Array, image_size: tuple[int, int]) -> None:
+    """Raises `UserError` unless images (B, H, W, 3) have the size (height, width)."""
+    if images.shape[1:] != (*image_size, 3):
+        raise UserError(
+            f"Got images of shape {images.shape[1:]}, this network takes {(*image_size, 3)}; load "
+            "it with another image_size or resize them."
+        )
 
 
 def pool(x: jax.Array, norm: Callable[[jax.Array], jax.Array], config: ViTConfig) -> jax.Array:
