@@ -115,14 +115,13 @@ def make_program(
     )
     state_shapes = jax.eval_shape(init_state, variable_shapes)
     state_shardings = sharding.state_shardings(state_shapes, mesh)
-    normalise = functools.partial(
-        augment.normalise, rescale=processor.rescale, mean=processor.mean, std=processor.std
-    )
     num_rows = config.train.global_batch_size // mesh.size
     pass_size = _pass_size(num_rows, config.train.micro_batch)
     train_step = steps.make_train_step(
         augment.make_prepare(
-            normalise, flip=config.augment.flip, label_smoothing=config.loss.label_smoothing
+            processor.normalise,
+            flip=config.augment.flip,
+            label_smoothing=config.loss.label_smoothing,
         ),
         steps.make_loss_fn(model.apply),
         tx,
@@ -139,7 +138,9 @@ def make_program(
         train_step=jax.jit(
             train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)
         ),
-        eval_step=jax.jit(steps.make_eval_step(normalise, model.apply), out_shardings=everywhere),
+        eval_step=jax.jit(
+            steps.make_eval_step(processor.normalise, model.apply), out_shardings=everywhere
+        ),
         num_passes=num_rows // pass_size,
         pass_size=pass_size,
         init=init,

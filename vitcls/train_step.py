@@ -225,3 +225,14 @@ def make_eval_step(
         }
 
     return eval_step
+
+
+def make_predict_step(
+    normalise: Callable[[jax.Array], jax.Array], apply: Callable[..., jax.Array]
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """Returns `(variables, uint8 images (B, H, W, 3)) -> probabilities`, float32 (B, K)."""
+
+    def predict_step(variables, images):
+        return jax.nn.softmax(apply(variables, normalise(images), train=False))
+
+    return predict_step

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
+from vitcls import augment
 from vitcls import images as pixels_of
 from vitcls.errors import UserError, unknown
 from vitcls.pretrained.json_fields import JsonFields
@@ -57,6 +59,10 @@ class Processor:
         pixels = np.stack([self.pixels(image) for image in images]).astype(np.float32)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return (pixels * np.float32(self.rescale) - mean) / std
+
+    def normalise(self, pixels: jax.Array) -> jax.Array:
+        """The device's part: uint8 (B, height, width, 3) -> float32, normalised."""
+        return augment.normalise(pixels, rescale=self.rescale, mean=self.mean, std=self.std)
 
     def resized(self, size: tuple[int, int]) -> "Processor":
         """The same for another (height, width); what is cropped away keeps its proportion."""
