@@ -220,7 +220,8 @@ class Embeddings(nn.Module):
 
 def _prepend(token: jax.Array, tokens: jax.Array) -> jax.Array:
     """(1, T, D) in front of every sample of (B, N, D) -> (B, T + N, D)."""
-    token = jnp.broadcast_to(token.astype(tokens.dtype), (len(tokens), *token.shape[1:]))
+    shape = (tokens.shape[0], *token.shape[1:])  # not `len`: batches may have symbolic sizes
+    token = jnp.broadcast_to(token.astype(tokens.dtype), shape)
     return jnp.concatenate([token, tokens], axis=1)
 
 
@@ -244,7 +245,7 @@ class Attention(nn.Module):
         q = q[:, : self.num_outputs]  # (B, Q, A, d)
         self.sow("intermediates", "q", q)  # kept only when the caller makes the collection mutable
         self.sow("intermediates", "k", k)
-        out = attention(q, k, v).reshape(len(x), -1, config.width)  # (B, Q, D)
+        out = attention(q, k, v).reshape(x.shape[0], -1, config.width)  # (B, Q, D)
         return dense(config.width, name="output")(out)
 
 
