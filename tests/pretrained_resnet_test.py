@@ -20,7 +20,9 @@ from vitcls import train_step as steps
 from vitcls.errors import UserError
 from vitcls.models.resnet import MOMENTUM, ResNetConfig
 from vitcls.pretrained import keys
-from vitcls.pretrained import resnet as family
+from vitcls.pretrained.json_fields import JsonFields
+from vitcls.pretrained.resnet import RESNET
+from vitcls.pretrained.saving import config_to_json
 
 # name -> (fields of transformers' config, with a head, image size): the published networks' layers
 # with fewer channels.
@@ -159,7 +161,11 @@ def test_gradients_through_a_random_head_equal_torch(case, train_batch_norm):
     logits = torch_outputs(reference, images, has_head) @ torch.from_numpy(head)
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
     expected = {name: param.grad.numpy() for name, param in reference.named_parameters()}
-    table = [key for key in family.key_table(model.config) if key.collection == "params"]
+    table = [
+        key
+        for key in RESNET.key_table(model.config, RESNET.written_prefix(model.config))
+        if key.collection == "params"
+    ]
     found = keys.dump({"params": grads}, table)
     assert found.keys() == expected.keys()
     scale = np.sqrt(sum(np.square(grad).sum() for grad in expected.values()))
@@ -212,7 +218,11 @@ def test_running_statistics_after_one_step_equal_a_float64_reference(case):
     state = steps.init_state(variables, tx, freeze="", use_ema=False)
     with jax.default_matmul_precision("highest"):
         state, _ = jax.jit(step)(state, batch)
-    table = [key for key in family.key_table(model.config) if key.collection == "batch_stats"]
+    table = [
+        key
+        for key in RESNET.key_table(model.config, RESNET.written_prefix(model.config))
+        if key.collection == "batch_stats"
+    ]
     found = keys.dump({"batch_stats": jax.device_get(state.batch_stats)}, table)
     before = torch_model.state_dict()
     assert len(found) == 2 * len(moments)
@@ -323,14 +333,13 @@ def test_tensors_of_other_layers_are_one_error(case, tmp_path):
 # The config
 
 
-def read(tmp_path, **fields):
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    return family.read_config(tmp_path / "config.json", num_classes=4)
+def read(**fields):
+    return RESNET.read_config(JsonFields(fields, path="config.json"), 4, None)
 
 
-def test_absent_fields_mean_what_they_mean_in_transformers(tmp_path):
+def test_absent_fields_mean_what_they_mean_in_transformers():
     theirs = transformers.ResNetConfig()
-    config = read(tmp_path)
+    config = read()
     assert config.embedding_size == theirs.embedding_size
     assert config.hidden_sizes == tuple(theirs.hidden_sizes)
     assert config.depths == tuple(theirs.depths)
@@ -340,11 +349,11 @@ def test_absent_fields_mean_what_they_mean_in_transformers(tmp_path):
     assert config.downsample_in_bottleneck == theirs.downsample_in_bottleneck
 
 
-def test_config_to_json_is_read_back(tmp_path):
+def test_config_to_json_is_read_back():
     config = dataclasses.replace(
         TINY, num_classes=4, image_size=(224, 224), downsample_in_first_stage=True
     )
-    assert read(tmp_path, **family.config_to_json(config)) == config
+    assert read(**config_to_json(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -360,9 +369,9 @@ def test_config_to_json_is_read_back(tmp_path):
         ({"downsample_in_bottleneck": 1}, "downsample_in_bottleneck=1 .* true or false"),
     ],
 )
-def test_unsupported_values_are_named(tmp_path, fields, message):
+def test_unsupported_values_are_named(fields, message):
     with pytest.raises(UserError, match=message):
-        read(tmp_path, **fields)
+        read(**fields)
 
 
 def test_every_variable_has_a_key():
@@ -377,5 +386,7 @@ def test_every_variable_has_a_key():
             jax.random.key(0),
             jnp.zeros((1, *TINY.image_size, 3)),
         )
-        names = {key.path for key in family.key_table(model.config)}
+        names = {
+            key.path for key in RESNET.key_table(model.config, RESNET.written_prefix(model.config))
+        }
         assert names == flatten_dict(variables, sep="/").keys()

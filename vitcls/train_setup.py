@@ -100,11 +100,9 @@ def open_model(
         if config.model.head == "keep":
             _check_kept_head(model_config, processor, class_names)
             class_names = tuple(processor.id2label.values())
-        model_config = dataclasses.replace(
-            model_config,
-            num_classes=len(class_names),
-            image_size=image_size or model_config.image_size,
-        )
+        model_config = dataclasses.replace(model_config, num_classes=len(class_names))
+        if image_size:
+            model_config = model_config.resized(image_size)
         processor = processor.resized(model_config.image_size)
     if 0 < config.data.resize < max(processor.size):
         raise UserError(

@@ -66,6 +66,10 @@ class ResNetConfig:
                 f"{REDUCTION}; got {self}."
             )
 
+    def resized(self, image_size: tuple[int, int]) -> "ResNetConfig":
+        """The same for images of another (height, width)."""
+        return dataclasses.replace(self, image_size=tuple(image_size))
+
 
 def resnet_config(name: str, *, num_classes: int, image_size: tuple[int, int]) -> ResNetConfig:
     """The config of a network named after its number of layers: `resnet18`, `resnet50`.

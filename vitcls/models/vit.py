@@ -44,9 +44,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-POOLS = ("cls", "mean", "cls_mean")
+# Pool -> how many of the first tokens it reads, 0: all of them.
+POOLS = {"cls": 1, "mean": 0, "cls_mean": 0, "cls_dist": 2}
 MLPS = ("mlp", "swiglu")
-_REGISTERS = re.compile(r"reg(\d+)")
+_REGISTERS = re.compile(r"reg([1-9]\d*)")
 NAME = re.compile(rf"vit_({'|'.join(SIZES)})([1-9]\d*)")  # of an architecture
 EXAMPLES = [f"vit_{size}{4 if size == 'nano' else 16}" for size in SIZES]
 
@@ -56,38 +57,41 @@ class ViTConfig:
     """Everything that decides the parameters' shapes and what is computed from them.
 
     Raises:
-      UserError: the patch does not divide the image, the heads do not divide the width, a size is
+      UserError: the image is smaller than a patch, the heads do not divide the width, a size is
         not positive, or an option has an unknown value.
     """
 
     family: str = "vit"  # checkpoint format: names the key table and the config writer
-    image_size: tuple[int, int]  # height, width in pixels
+    # height, width in pixels; those right and below of the last whole patch are left out, as by
+    # the convolutions of all families (SigLIP so400m has patches of 14 pixels and images of 384)
+    image_size: tuple[int, int]
     patch_size: tuple[int, int]  # height, width in pixels
     width: int
     depth: int
     num_heads: int
     mlp_dim: int
     num_classes: int  # 0: no head, the network returns its pooled features
-    prefix_tokens: tuple[str, ...] = ("cls",)  # "cls"; "regR": R registers, without a position
-    pool: str = "cls"  # cls | mean (of the patches) | cls_mean (the two side by side, 2 D wide)
+    # In this order "cls", "dist" (DeiT's distillation token) and "regR" (R registers, which have no
+    # position).
+    prefix_tokens: tuple[str, ...] = ("cls",)
+    # cls | mean (of the patches) | cls_mean (the two side by side, 2 D wide) | cls_dist (a head for
+    # each of the two tokens, the logits are their mean)
+    pool: str = "cls"
     mlp: str = "mlp"  # mlp | swiglu (whose gate is SiLU, whatever `activation` says)
     activation: str = "gelu"  # a name of ACTIVATIONS
     pre_norm: bool = False  # a LayerNorm between the embeddings and the first layer
     epsilon: float = 1e-6  # of every LayerNorm
     qkv_bias: bool = True
+    patch_bias: bool = True  # of the patch embedding
+    final_norm: bool = True  # a LayerNorm after the last layer
     layer_scale: bool = False  # one learnt factor per channel on both branches of every layer
 
     def __post_init__(self):
         sizes = (*self.image_size, *self.patch_size, self.width, self.num_heads, self.mlp_dim)
         if min(sizes) < 1 or min(self.depth, self.num_classes) < 0:
             raise UserError(f"A ViT's sizes must be positive; got {self}.")
-        (height, width), (p, q) = self.image_size, self.patch_size
-        if height % p or width % q:
-            nearest = (max(round(height / p), 1) * p, max(round(width / q), 1) * q)
-            raise UserError(
-                f"image_size={self.image_size} is not divisible by the patch size "
-                f"{self.patch_size}; use {nearest}, for example."
-            )
+        if min(self.grid) < 1:
+            raise UserError(f"image_size={self.image_size} is below a patch, {self.patch_size}.")
         if self.width % self.num_heads:
             raise UserError(
                 f"num_heads={self.num_heads} does not divide width={self.width}; "
@@ -97,10 +101,26 @@ class ViTConfig:
             if getattr(self, field) not in known:
                 raise unknown(f"ViT {field}", getattr(self, field), known)
         for token in self.prefix_tokens:
-            if token != "cls" and not _REGISTERS.fullmatch(token):
-                raise unknown("ViT prefix token", token, ("cls", "reg4"))
-        if "cls" in self.pool and "cls" not in self.prefix_tokens:
-            raise UserError(f"pool={self.pool!r} needs 'cls' among prefix_tokens.")
+            if token not in ("cls", "dist") and not _REGISTERS.fullmatch(token):
+                raise unknown("ViT prefix token", token, ("cls", "dist", "reg4"))
+        for token in ("cls", "dist"):
+            if token in self.pool and token not in self.prefix_tokens:
+                raise UserError(f"pool={self.pool!r} needs {token!r} among prefix_tokens.")
+
+    def resized(self, image_size: tuple[int, int]) -> "ViTConfig":
+        """The same for images of another (height, width), cut into whole patches.
+
+        Raises:
+          UserError: the patch does not divide the image.
+        """
+        (height, width), (p, q) = image_size, self.patch_size
+        if height % p or width % q:
+            nearest = (max(round(height / p), 1) * p, max(round(width / q), 1) * q)
+            raise UserError(
+                f"image_size={(height, width)} is not divisible by the patch size "
+                f"{self.patch_size}; use {nearest}, for example."
+            )
+        return dataclasses.replace(self, image_size=(height, width))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -109,17 +129,19 @@ class ViTConfig:
         return height // p, width // q
 
     @property
-    def has_cls(self) -> bool:
-        return "cls" in self.prefix_tokens
+    def placed_tokens(self) -> tuple[str, ...]:
+        """The prefix tokens that have a position: the class and the distillation token."""
+        return tuple(token for token in ("cls", "dist") if token in self.prefix_tokens)
 
     @property
     def num_registers(self) -> int:
-        return sum(int(_REGISTERS.fullmatch(t)[1]) for t in self.prefix_tokens if t != "cls")
+        matches = map(_REGISTERS.fullmatch, self.prefix_tokens)
+        return sum(int(match[1]) for match in matches if match)
 
     @property
     def num_positions(self) -> int:
-        """Rows of the position embeddings: the class token's, if any, then the patches'."""
-        return self.has_cls + self.grid[0] * self.grid[1]
+        """Rows of the position embeddings: the prefix tokens' that have one, then the patches'."""
+        return len(self.placed_tokens) + self.grid[0] * self.grid[1]
 
 
 def vit_config(name: str, *, num_classes: int, image_size: tuple[int, int]) -> ViTConfig:
@@ -137,15 +159,17 @@ def vit_config(name: str, *, num_classes: int, image_size: tuple[int, int]) -> V
     if not match:
         raise unknown("architecture", name, EXAMPLES)
     width, depth, mlp_dim, num_heads = SIZES[match[1]]
-    return ViTConfig(
-        image_size=tuple(image_size),
-        patch_size=(int(match[2]),) * 2,
+    patch_size = (int(match[2]),) * 2
+    config = ViTConfig(
+        image_size=patch_size,
+        patch_size=patch_size,
         width=width,
         depth=depth,
         num_heads=num_heads,
         mlp_dim=mlp_dim,
         num_classes=num_classes,
     )
+    return config.resized(image_size)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -201,20 +225,23 @@ class Embeddings(nn.Module):
         (h, w), (p, q) = config.grid, config.patch_size
         batch = images.shape[0]
         # A convolution whose stride is its size, as one product: (B, H, W, 3) -> (B, h w, p q 3).
-        patches = images.astype(self.dtype).reshape(batch, h, p, w, q, 3)
+        patches = images[:, : h * p, : w * q].astype(self.dtype).reshape(batch, h, p, w, q, 3)
         patches = patches.swapaxes(2, 3).reshape(batch, h * w, p * q * 3)
-        tokens = nn.Dense(config.width, dtype=self.dtype, name="patch_embedding")(patches)
-        if config.has_cls:
-            cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, config.width))
-            tokens = _prepend(cls_token, tokens)
+        embed = nn.Dense(
+            config.width, dtype=self.dtype, use_bias=config.patch_bias, name="patch_embedding"
+        )
+        tokens = embed(patches)
+        for token in reversed(config.placed_tokens):
+            param = self.param(f"{token}_token", nn.initializers.zeros, (1, 1, config.width))
+            tokens = _prepend(param, tokens)
         shape = (1, config.num_positions, config.width)
         positions = self.param("position_embeddings", nn.initializers.normal(0.02), shape)
         tokens = tokens + positions.astype(self.dtype)
         if config.num_registers:
             shape = (1, config.num_registers, config.width)
             registers = self.param("register_tokens", nn.initializers.normal(0.02), shape)
-            cls, patches = jnp.split(tokens, [int(config.has_cls)], axis=1)
-            tokens = jnp.concatenate([cls, _prepend(registers, patches)], axis=1)
+            placed, patches = jnp.split(tokens, [len(config.placed_tokens)], axis=1)
+            tokens = jnp.concatenate([placed, _prepend(registers, patches)], axis=1)
         return tokens  # (B, N, D)
 
 
@@ -317,14 +344,14 @@ class Encoder(nn.Module):
         for index in range(depth):
             # Nothing reads the other tokens after the last layer: without them a 12-layer network
             # saves one fifteenth of its work and computes the very same logits and gradients.
-            last = index == depth - 1 and self.config.pool == "cls"
+            last = index == depth - 1
             layer = Layer(
                 self.config,
                 self.dtype,
                 index,
                 self.dropout_rate,
                 self.drop_path_rate * index / max(depth - 1, 1),
-                num_outputs=1 if last else None,
+                num_outputs=POOLS[self.config.pool] or None if last else None,
                 name=f"layer_{index}",
             )
             x = call_layer(layer, x, keys, remat=self.remat)
@@ -355,10 +382,10 @@ class ViT(nn.Module):
           keys: (B,) typed keys, one per sample; needed only when `train` and a rate is above 0.
 
         Returns:
-          (B, K) float32 logits; with `num_classes=0` (B, D) pooled features (2 D for cls_mean).
+          (B, K) float32 logits; with `num_classes=0` (B, D) pooled features (2 D for pools of two).
 
           With `mutable=["intermediates"]` every layer also gives its attention's `q` and `k`,
-          (B, N, A, d); with `pool="cls"` the last layer's q is that of the class token alone.
+          (B, N, A, d); the last layer's q has only the tokens that the pool reads.
 
         Raises:
           UserError: images of another size, or no keys where they are needed.
@@ -374,11 +401,16 @@ class ViT(nn.Module):
         x = dropout(x, keys, site=0, rate=self.dropout_rate, shape=x.shape[1:])
         options = (self.dropout_rate, self.drop_path_rate, self.remat)
         x = Encoder(config, self.dtype, *options, name="encoder")(x, keys)
-        x = pool(x, _layer_norm(config, jnp.float32, name="layernorm"), config)
+        norm = _layer_norm(config, jnp.float32, name="layernorm") if config.final_norm else _float32
+        x = pool(x, norm, config)
         if config.num_classes == 0:
             return x
         # A zero kernel: the first loss is ln K, and the first gradient leaves the backbone alone.
-        return nn.Dense(config.num_classes, kernel_init=nn.initializers.zeros, name="classifier")(x)
+        head = functools.partial(nn.Dense, config.num_classes, kernel_init=nn.initializers.zeros)
+        if config.pool != "cls_dist":
+            return head(name="classifier")(x)
+        cls, dist = jnp.split(x, 2, axis=-1)
+        return (head(name="classifier")(cls) + head(name="distillation_classifier")(dist)) / 2
 
 
 def check_image_size(images: jax.Array, image_size: tuple[int, int]) -> None:
@@ -392,11 +424,15 @@ def check_image_size(images: jax.Array, image_size: tuple[int, int]) -> None:
 
 def pool(x: jax.Array, norm: Callable[[jax.Array], jax.Array], config: ViTConfig) -> jax.Array:
     """(B, N, D) tokens -> (B, D) or (B, 2 D) float32 features; normalises what it reads."""
-    if config.pool == "cls":
-        return norm(x[:, 0])
+    if num_tokens := POOLS[config.pool]:
+        return norm(x[:, :num_tokens]).reshape(x.shape[0], num_tokens * config.width)
     x = norm(x)
-    mean = x[:, config.has_cls + config.num_registers :].mean(axis=1)
+    mean = x[:, len(config.placed_tokens) + config.num_registers :].mean(axis=1)
     return mean if config.pool == "mean" else jnp.concatenate([x[:, 0], mean], axis=-1)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 def _layer_norm(config: ViTConfig, dtype: jnp.dtype, *, name: str) -> nn.LayerNorm:

@@ -17,19 +17,34 @@ class JsonFields:
     names file, field and value where the value is not of the kind asked for.
     """
 
-    def __init__(self, path: Path):
-        """Reads `path`. Raises `UserError` if it holds no JSON object."""
+    def __init__(self, content: Any, *, path: Path | str):
+        """Takes what was parsed. Raises `UserError` if it is no JSON object.
+
+        Args:
+          content: The object.
+          path: Where it stands, as messages name it.
+        """
         self.path = path
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds no JSON object.")
+        self._content = content
+
+    @classmethod
+    def read(cls, path: Path) -> "JsonFields":
+        """Reads a file. Raises `UserError` if it holds no JSON object."""
         try:
             if path.stat().st_size > _MOST_BYTES:
                 raise UserError(f"{path} has more than {_MOST_BYTES} bytes: not a checkpoint's.")
-            self._content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} is not readable JSON: {error}.") from error
-        if not isinstance(self._content, dict):
-            raise UserError(f"{path} holds no JSON object.")
+        return cls(content, path=path)
+
+    def group(self, name: str) -> "JsonFields":
+        """The fields of an object inside this one; none where it is absent."""
+        return JsonFields(self.any(name, {}), path=f"{self.path}, {name}")
 
     def __contains__(self, name: str) -> bool:
         return self._content.get(name) is not None

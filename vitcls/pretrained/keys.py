@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vitcls.errors import UserError
+from vitcls.models.vit import ViTConfig
 from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
 
@@ -56,6 +57,9 @@ CONV = Transform(
     split=lambda param, _: [param.transpose(3, 2, 0, 1)],
 )
 BIAS = Transform(join=np.concatenate, split=np.split)
+# What torch keeps without the leading axes of ours: (D,) for (1, 1, D), and (N, D) for (1, N, D).
+ROW = Transform(join=lambda tensors: tensors[0][None, None], split=lambda param, _: [param[0, 0]])
+TABLE = Transform(join=lambda tensors: tensors[0][None], split=lambda param, _: [param[0]])
 
 
 def patch_kernel(patch_size: tuple[int, int]) -> Transform:
@@ -68,6 +72,37 @@ def patch_kernel(patch_size: tuple[int, int]) -> Transform:
         join=lambda tensors: tensors[0].transpose(2, 3, 1, 0).reshape(-1, len(tensors[0])),
         split=split,
     )
+
+
+def patches(config: ViTConfig, theirs: str) -> list[Key]:
+    """Keys of a ViT's patch embedding, a convolution named `theirs`."""
+    ours = "embeddings/patch_embedding"
+    table = [Key(f"{ours}/kernel", (f"{theirs}.weight",), patch_kernel(config.patch_size))]
+    return table + ([Key(f"{ours}/bias", (f"{theirs}.bias",), SAME)] if config.patch_bias else [])
+
+
+def norm(ours: str, theirs: str) -> list[Key]:
+    """Keys of a LayerNorm."""
+    return [
+        Key(f"{ours}/scale", (f"{theirs}.weight",), SAME),
+        Key(f"{ours}/bias", (f"{theirs}.bias",), SAME),
+    ]
+
+
+def batch_norm(ours: str, theirs: str) -> list[Key]:
+    """Keys of a BatchNorm, with its running statistics."""
+    return [
+        *norm(ours, theirs),
+        Key(f"{ours}/mean", (f"{theirs}.running_mean",), SAME, "batch_stats"),
+        Key(f"{ours}/var", (f"{theirs}.running_var",), SAME, "batch_stats"),
+    ]
+
+
+def dense(ours: str, *theirs: str, bias: bool = True) -> list[Key]:
+    """Keys of a product, which may be several of theirs side by side."""
+    table = [Key(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), LINEAR)]
+    biases = Key(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), BIAS)
+    return [*table, biases] if bias else table
 
 
 def load(

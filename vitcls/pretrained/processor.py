@@ -93,7 +93,7 @@ def read(path: Path, *, id2label: Mapping[int, str]) -> Processor:
     Raises:
       UserError: it asks for steps or values that are not supported.
     """
-    fields = JsonFields(path)
+    fields = JsonFields.read(path)
     kind = _kind(fields)
     defaults = _DEFAULTS[kind]
     if not fields.boolean("do_resize", True):

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,20 +14,34 @@ import numpy as np
 from vitcls.errors import UserError, unknown
 from vitcls.models.resnet import ResNet, ResNetConfig
 from vitcls.models.vit import ViT, ViTConfig
-from vitcls.pretrained import formats, keys, processor, resnet, vit
+from vitcls.pretrained import formats, keys, processor
+from vitcls.pretrained.clip import CLIP, SIGLIP
+from vitcls.pretrained.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from vitcls.pretrained.family import Config, Family
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR, Files, find
 from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
 from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.positions import resize_positions
 from vitcls.pretrained.processor import Processor
+from vitcls.pretrained.resnet import RESNET
+from vitcls.pretrained.vit import DEIT, VIT
 from vitcls.pretrained.workdir import find_run
 
 log = logging.getLogger("vitcls")
 
-# `model_type` of a config.json -> the module that knows its fields and its tensors' names.
-FAMILIES = {"resnet": resnet, "vit": vit}
-Config = ViTConfig | ResNetConfig
+# `model_type` of a config.json -> what its fields and its tensors' names are.
+FAMILIES: dict[str, Family] = {
+    "clip": CLIP,
+    "clip_vision_model": CLIP,
+    "deit": DEIT,
+    "dinov2": DINOV2,
+    "dinov2_with_registers": DINOV2_WITH_REGISTERS,
+    "resnet": RESNET,
+    "siglip": SIGLIP,
+    "siglip_vision_model": SIGLIP,
+    "vit": VIT,
+}
 _MOST_CLASSES = 1 << 20
 _MOST_SPARE = 1 << 20  # bytes of names, and of a small network's pooler
 
@@ -67,22 +81,49 @@ def read_json(directory: Path, *, tensors: set[str] | None) -> tuple[Config, Pro
       directory: Holds config.json and preprocessor_config.json.
       tensors: Names of the checkpoint's tensors, which tell whether it has a head; None: it has.
     """
-    fields = JsonFields(directory / CONFIG)
+    stored = _read_stored(directory, tensors=tensors)
+    if not stored.family.takes_any_size:
+        return stored.config, stored.processor
+    config = dataclasses.replace(stored.config, image_size=stored.processor.size)
+    return config, stored.processor
+
+
+class _Stored(NamedTuple):
+    """What a checkpoint's JSON files say."""
+
+    family: Family
+    config: Config  # of the network whose variables are stored
+    processor: Processor
+
+
+def _read_stored(directory: Path, *, tensors: set[str] | None) -> _Stored:
+    fields = JsonFields.read(directory / CONFIG)
+    family = _family(fields)
+    has_head = tensors is None or family.has_head(tensors)
+    id2label = _class_names(fields) if has_head else {}
+    config = family.read_config(fields, len(id2label), tensors)
+    if family.read_processor is not None:
+        prepared = family.read_processor(fields, id2label)
+    else:
+        prepared = processor.read(directory / PREPROCESSOR, id2label=id2label)
+    if not family.has_image_size:
+        config = dataclasses.replace(config, image_size=prepared.size)
+    if not family.takes_any_size:
+        # The two files rarely differ; the network takes one size only, so that one is meant.
+        prepared = prepared.resized(config.image_size)
+    return _Stored(family, config, prepared)
+
+
+def _family(fields: JsonFields) -> Family:
+    """The family that a config.json names."""
     if "auto_map" in fields:
         raise UserError(f"{fields.path} asks to run code that it brings (auto_map); refused.")
     if "model_type" not in fields:
         raise UserError(f"{fields.path} has no model_type: it is not a Hugging Face config.")
-    if fields.any("model_type") not in FAMILIES:
-        raise unknown("model_type", str(fields.any("model_type")), FAMILIES)
-    family = FAMILIES[fields.any("model_type")]
-    has_head = tensors is None or family.has_head(tensors)
-    id2label = _class_names(fields) if has_head else {}
-    config = family.read_config(fields.path, num_classes=len(id2label))
-    prepared = processor.read(directory / PREPROCESSOR, id2label=id2label)
-    if not family.HAS_IMAGE_SIZE:
-        config = dataclasses.replace(config, image_size=prepared.size)
-    # The two files rarely differ; the network takes one size only, so that one is meant.
-    return config, prepared.resized(config.image_size)
+    model_type = fields.any("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise unknown("model_type", str(model_type), FAMILIES)
+    return FAMILIES[model_type]
 
 
 def _class_names(fields: JsonFields) -> dict[int, str]:
@@ -149,37 +190,57 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
       UserError: a tensor is missing, left over, or of another shape; lists all of them.
     """
     weights = _open_weights(files.directory)
-    stored, _ = read_json(files.directory, tensors=weights.names())
-    family = FAMILIES[stored.family]
+    names = weights.names()
+    stored = _read_stored(files.directory, tensors=names)
+    family, prefix = stored.family, stored.family.prefix_of(names)
     variables = keys.load(
         weights,
-        family.key_table(stored),
-        shapes=variable_shapes(stored),
-        ignored=family.ignored(weights.names()),
+        family.key_table(stored.config, prefix),
+        shapes=variable_shapes(stored.config),
+        ignored={name for name in names if family.ignored.fullmatch(name.removeprefix(prefix))},
         source=files.source,
     )
-    return fit_variables(variables, stored, config, new_head=new_head)
+    return fit_variables(
+        variables, stored.config, config, antialias=family.antialias, new_head=new_head
+    )
 
 
 def fit_variables(
-    variables: dict[str, Any], stored: Config, config: Config, *, new_head: bool = False
+    variables: dict[str, Any],
+    stored: Config,
+    config: Config,
+    *,
+    antialias: bool,
+    new_head: bool = False,
 ) -> dict[str, Any]:
-    """Makes variables of the network `stored` those of `config`: see `read_variables`."""
+    """Makes variables of the network `stored` those of `config`: see `read_variables`.
+
+    Args:
+      variables: Nested dicts of float32 numpy arrays; some are replaced.
+      stored: The network's config.
+      config: The wanted network's.
+      antialias: How position embeddings are resized, see `resize_positions`.
+      new_head: See `read_variables`.
+    """
     params = variables["params"]
     if isinstance(stored, ViTConfig) and stored.grid != config.grid:
         log.info("Position embeddings resized from %s to %s patches.", stored.grid, config.grid)
         embeddings = params["embeddings"]
         embeddings["position_embeddings"] = resize_positions(
-            embeddings["position_embeddings"], old=stored.grid, new=config.grid
+            embeddings["position_embeddings"],
+            old=stored.grid,
+            new=config.grid,
+            antialias=antialias,
         )
     wanted = variable_shapes(config)
     if new_head or stored.num_classes != config.num_classes:
-        params.pop("classifier", None)
-        if "classifier" in wanted["params"]:
-            log.info("New, zero: the head of %d classes.", config.num_classes)
-            params["classifier"] = jax.tree.map(
-                lambda leaf: np.zeros(leaf.shape, np.float32), wanted["params"]["classifier"]
-            )
+        for head in ("classifier", "distillation_classifier"):
+            params.pop(head, None)
+            if head in wanted["params"]:
+                log.info("New, zero: the %s of %d classes.", head, config.num_classes)
+                params[head] = jax.tree.map(
+                    lambda leaf: np.zeros(leaf.shape, np.float32), wanted["params"][head]
+                )
     shapes = jax.tree.map(np.shape, variables)
     assert shapes == jax.tree.map(np.shape, wanted), "config is another network's"
     return variables
@@ -227,10 +288,12 @@ def load(
         config = dataclasses.replace(config, num_classes=num_classes)
         prepared = dataclasses.replace(prepared, id2label=label_names(num_classes))
     if image_size is not None:
-        config = dataclasses.replace(config, image_size=tuple(image_size))
+        config = config.resized(image_size)
         prepared = prepared.resized(config.image_size)
     if run is None:
         variables = read_variables(files, config)
     else:
-        variables = fit_variables(run.read_variables(variable_shapes(stored)), stored, config)
+        variables = run.read_variables(variable_shapes(stored))
+        antialias = FAMILIES[stored.family].antialias
+        variables = fit_variables(variables, stored, config, antialias=antialias)
     return make_model(config, dtype=dtype), variables, prepared

@@ -1,5 +1,6 @@
 """From a network to a folder that Hugging Face's tools load unchanged."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 from vitcls.errors import UserError
 from vitcls.pretrained import formats, keys
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR
+from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.processor import Processor, to_json
 from vitcls.pretrained.reading import FAMILIES, Config
 
@@ -43,12 +45,13 @@ def save(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty folder; name another.")
     arrays = jax.tree.map(np.asarray, dict(variables))
-    tensors = keys.dump(arrays, FAMILIES[model.config.family].key_table(model.config))
+    family = FAMILIES[model.config.family]
+    prefix = family.written_prefix(model.config)
+    tensors = keys.dump(arrays, family.key_table(model.config, prefix))
     if dtype is not None:
         tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
-    # torch's BatchNorm expects its number of batches, which nothing here counts.
-    norms = [name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")]
-    tensors |= {f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in norms}
+    # Without them `transformers` reports tensors as missing, and makes them up.
+    tensors |= {prefix + name: tensor for name, tensor in family.unused(model.config).items()}
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         write_config(aside, model.config, processor)
@@ -71,7 +74,7 @@ def write_config(directory: str | Path, config: Config, processor: Processor) ->
             f"The network has {config.num_classes} classes and the processor's id2label names "
             f"{len(processor.id2label)}; give one name for each class."
         )
-    content = FAMILIES[config.family].config_to_json(config) | {
+    content = config_to_json(config) | {
         "id2label": {str(index): name for index, name in processor.id2label.items()},
         "label2id": {name: index for index, name in processor.id2label.items()},
         "dtype": "float32",  # what to compute in; stored weights may be narrower
@@ -79,6 +82,22 @@ def write_config(directory: str | Path, config: Config, processor: Processor) ->
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / CONFIG, content)
     _write_json(directory / PREPROCESSOR, to_json(processor))
+
+
+def config_to_json(config: Config) -> dict[str, Any]:
+    """The content of a config.json, all but the class names.
+
+    Raises:
+      UserError: the family's format cannot describe the network.
+    """
+    family = FAMILIES[config.family]
+    content = family.write_config(config)
+    read = family.read_config(JsonFields(content, path=CONFIG), config.num_classes, None)
+    if not family.has_image_size:
+        read = dataclasses.replace(read, image_size=config.image_size)
+    if read != config:
+        raise UserError(f"The {config.family!r} format cannot describe this network: {config}.")
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

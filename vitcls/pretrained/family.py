@@ -1,0 +1,65 @@
+"""What one family of checkpoints says, and where: its config, its tensors, its preprocessing."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vitcls.models.resnet import ResNetConfig
+from vitcls.models.vit import ViTConfig
+from vitcls.pretrained.json_fields import JsonFields
+from vitcls.pretrained.keys import Key
+from vitcls.pretrained.processor import Processor
+
+Config = ViTConfig | ResNetConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Checkpoints that are stored alike; reading and writing need nothing else to tell them apart.
+
+    Attributes:
+      read_config: `(config.json, num_classes, names of the tensors or None if there are none yet)
+        -> config`; raises `UserError` for values that are not supported.
+      write_config: `config -> content of a config.json`, all but the class names; None for formats
+        that are only read.
+      key_table: `(config, prefix) -> keys`, one for every variable of the network.
+      prefix: Begins the names of the backbone's tensors beside a head. Without a head they have
+        none when we write, and may have it when we read.
+      heads: Tensors that show that there is a head.
+      ignored: Matches the names of tensors that may be there and that classification does not use,
+        without the prefix.
+      unused: `config -> tensors` (without the prefix) that torch's network has and ours does not.
+      read_processor: How images are prepared, from config.json and the class names; None: it stands
+        in a preprocessor_config.json.
+      has_image_size: Whether a config.json has one; else it is what the preprocessing makes.
+      takes_any_size: Whether the network resizes its position embeddings to what it is given: the
+        preprocessing then says for what size, and config.json for what size they are stored.
+      antialias: Whether it does so with antialiasing.
+    """
+
+    read_config: Callable[[JsonFields, int, set[str] | None], Config]
+    write_config: Callable[[Config], dict[str, Any]] | None
+    key_table: Callable[[Config, str], list[Key]]
+    prefix: str
+    heads: Sequence[str]
+    ignored: re.Pattern
+    unused: Callable[[Config], Mapping[str, np.ndarray]] = lambda config: {}
+    read_processor: Callable[[JsonFields, Mapping[int, str]], Processor] | None = None
+    has_image_size: bool = True
+    takes_any_size: bool = False
+    antialias: bool = False
+
+    def has_head(self, tensors: set[str]) -> bool:
+        """Whether a checkpoint with tensors of these names has a head."""
+        return not tensors.isdisjoint(self.heads)
+
+    def written_prefix(self, config: Config) -> str:
+        """What begins the names of the backbone's tensors when `config`'s network is written."""
+        return self.prefix if config.num_classes else ""
+
+    def prefix_of(self, tensors: set[str]) -> str:
+        """What begins the names of the backbone's tensors among these."""
+        return self.prefix if any(name.startswith(self.prefix) for name in tensors) else ""
