@@ -114,7 +114,7 @@ class ViTConfig:
           UserError: the patch does not divide the image.
         """
         (height, width), (p, q) = image_size, self.patch_size
-        if height % p or width % q:
+        if (height, width) != self.image_size and (height % p or width % q):
             nearest = (max(round(height / p), 1) * p, max(round(width / q), 1) * q)
             raise UserError(
                 f"image_size={(height, width)} is not divisible by the patch size "
@@ -161,7 +161,7 @@ def vit_config(name: str, *, num_classes: int, image_size: tuple[int, int]) -> V
     width, depth, mlp_dim, num_heads = SIZES[match[1]]
     patch_size = (int(match[2]),) * 2
     config = ViTConfig(
-        image_size=patch_size,
+        image_size=patch_size,  # until it is known to be a multiple
         patch_size=patch_size,
         width=width,
         depth=depth,
