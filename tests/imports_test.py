@@ -15,7 +15,7 @@ LEVELS = [
     {"augment", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"},
-    {"config", "recipes", "records", "evaluate", "program", "train_setup", "train"},
+    {"config", "recipes", "records", "evaluation", "program", "train_setup", "train"},
     {"cli", "main"},
 ]
 # What a machine without the data stack can import.

@@ -12,7 +12,7 @@ from vitcls import train_step as steps
 from vitcls.data import loader, sources
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
-from vitcls.evaluate import evaluate
+from vitcls.evaluation import evaluate
 from vitcls.models import vit
 from vitcls.signals import StopRequest
 
