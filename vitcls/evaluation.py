@@ -1,17 +1,29 @@
-"""One exact pass over a split: every example counts once, on any number of devices."""
+"""One exact pass over a split: every example counts once, on any number of devices.
 
+B batch, N images, K classes.
+"""
+
+from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vitcls import metrics, progress, sharding
-from vitcls.errors import Interrupted
+from vitcls import inference, metrics, progress, sharding
+from vitcls import train_step as steps
+from vitcls.data import loader
+from vitcls.data.skipped import Skipped
+from vitcls.data.split import Split
+from vitcls.errors import Interrupted, UserError
 from vitcls.signals import StopRequest
 
 Batch = dict[str, np.ndarray]
+
+_MOST_SHOWN = 5  # class names in a message
 
 
 def evaluate(
@@ -61,3 +73,100 @@ def evaluate(
     is_used = arrays["index"] >= 0
     assert np.unique(arrays["index"][is_used]).size == num_used, name
     return summary, {field: array[is_used] for field, array in arrays.items()}
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    split: Split,
+    *,
+    labels: str = "name",
+    batch_size: int = 0,
+    skipped: Skipped | None = None,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Evaluates any checkpoint on any split, over the K classes of the checkpoint.
+
+    Args:
+      checkpoint: As `pretrained.load` takes it.
+      split: The examples.
+      labels: How the split's classes are found among the checkpoint's, see `match_classes`.
+      batch_size: Images at a time over all devices; 0: chosen by their memory.
+      skipped: As for `loader.eval_batches`.
+
+    Returns:
+      What `evaluate` returns of everything, with the checkpoint's labels.
+
+    Raises:
+      UserError: no such checkpoint, one without classes, or classes that do not match.
+    """
+    model, variables, processor, mesh = inference.load_classifier(checkpoint)
+    names = tuple(processor.id2label.values())
+    positions = match_classes(split.class_names, names, by=labels)
+    eval_step = steps.make_eval_step(processor.normalise, model.apply)
+
+    def step(variables, batch):
+        targets = jnp.zeros((len(batch["targets"]), len(names)))
+        targets = targets.at[:, positions].set(batch["targets"])
+        return eval_step(variables, batch | {"targets": targets})
+
+    row = {
+        "image": jax.ShapeDtypeStruct((*processor.size, 3), np.uint8),
+        "targets": jax.ShapeDtypeStruct((len(positions),), np.float32),
+        "mask": jax.ShapeDtypeStruct((), np.float32),
+        "index": jax.ShapeDtypeStruct((), np.int32),
+    }
+    compiled, batch_size = inference.compile_step(
+        jax.jit(step, out_shardings=sharding.replicated(mesh)),
+        variables,
+        row,
+        mesh=mesh,
+        num_images=len(split),
+        batch_size=batch_size,
+    )
+    batches = loader.eval_batches(
+        split,
+        global_batch_size=batch_size,
+        transform=processor.pixels,
+        num_threads=inference.NUM_THREADS,
+        skipped=skipped,
+    )
+    return evaluate(
+        compiled, variables, batches,
+        mesh=mesh, name=split.name, num_examples=len(split), keep_predictions=True,
+    )  # fmt: skip
+
+
+def match_classes(
+    class_names: tuple[str, ...], model_names: tuple[str, ...], *, by: str
+) -> np.ndarray:
+    """Returns where each class of the data is among those of the model, integers.
+
+    Args:
+      class_names: The data's.
+      model_names: The model's, which may have more.
+      by: "name", or "index": the data's classes are the model's, in its order.
+
+    Raises:
+      UserError: they do not match; shows both.
+    """
+    both = f"{_show('the data has', class_names)}; {_show('the checkpoint has', model_names)}."
+    if by == "index" and len(class_names) != len(model_names):
+        raise UserError(
+            f"--labels=index needs the same number of classes: {both} Use --labels=name."
+        )
+    if by == "index" or class_names == model_names:
+        return np.arange(len(class_names))
+    counts, own = Counter(model_names), Counter(class_names)
+    unclear = [name for name in class_names if counts[name] != 1 or own[name] != 1]
+    if unclear:
+        raise UserError(
+            f"--labels=name cannot match {len(unclear)} of the data's classes, such as "
+            f"{unclear[0]!r}, to exactly one of the checkpoint's: {both} If they are the same in "
+            "the same order under other names, use --labels=index; otherwise choose other data or "
+            "another checkpoint."
+        )
+    return np.array([model_names.index(name) for name in class_names])
+
+
+def _show(whose: str, names: tuple[str, ...]) -> str:
+    listed = ", ".join(map(repr, names[:_MOST_SHOWN]))
+    return f"{whose} {len(names)} ({listed}{', ...' if len(names) > _MOST_SHOWN else ''})"

@@ -1,0 +1,83 @@
+"""Evaluates any checkpoint on any split of a data set, exactly.
+
+  python -m vitcls.evaluate --checkpoint=runs/quickstart --data=digits --split=test
+
+The checkpoint is the workdir of a run (DIR, DIR@best, DIR@last or DIR@STEP), a folder in Hugging
+Face format, or a hub id such as google/vit-base-patch16-224, optionally with @REVISION.
+
+Classes are matched by their names, in whichever order, and the checkpoint may have more than the
+data. Where names differ but classes and order are the same, as with ImageNet from tfds and from the
+hub, --labels=index matches them by position.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
+_DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
+)
+_SPLIT = flags.DEFINE_string("split", "test", "Split of the data set; of tfds, also slices.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+)
+_LABELS = flags.DEFINE_enum(
+    "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
+)
+_ON_ERROR = flags.DEFINE_enum(
+    "on_error", "raise", ["raise", "skip"],
+    "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
+)  # fmt: skip
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Folder for results.json and predictions/SPLIT.npz; empty: none is written."
+)
+
+
+def main() -> None:
+    """Checks the flags, then evaluates."""
+    checkpoint, data = cli.required(_CHECKPOINT), cli.required(_DATA)
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if _ON_ERROR.value == "skip" and output is None:
+        raise UserError("--on_error=skip needs --output, the folder for the list of what it skips.")
+    if output is not None and (output / "checkpoints").exists():
+        raise UserError(
+            f"--output={output} is the workdir of a run, whose results.json would be replaced; "
+            "name another folder."
+        )
+    # These import jax: only once the flags are known to be right.
+    from vitcls import evaluation, records
+    from vitcls.data import sources
+    from vitcls.data.skipped import Skipped
+
+    cli.keep_compiled_programs()
+    split = sources.open_split(data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
+    skipped = None
+    if output is not None:
+        records.make(output, flag="--output")
+        (output / "skipped.jsonl").unlink(missing_ok=True)
+    if _ON_ERROR.value == "skip":
+        skipped = Skipped(output / "skipped.jsonl")
+    metrics, predictions = evaluation.evaluate_checkpoint(
+        checkpoint, split, labels=_LABELS.value, batch_size=_BATCH_SIZE.value, skipped=skipped
+    )
+    if output is not None:
+        ids = [split.id(index) for index in predictions.pop("index").tolist()]
+        records.save_predictions(
+            output / "predictions" / f"{split.name}.npz", ids=ids, **predictions
+        )
+        origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
+        records.write_json(output / "results.json", origin | metrics)
+    for name, value in metrics.items():
+        print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})")
+
+
+if __name__ == "__main__":
+    cli.run(main)
