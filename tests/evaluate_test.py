@@ -1,135 +1,222 @@
-"""Every image counts exactly once, on any number of devices and at any batch size."""
+"""Any checkpoint on any split: torch's and scikit-learn's numbers, in the checkpoint's classes."""
 
 import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.metrics
+import torch
+import transformers
+from PIL import Image
 
-from vitcls import augment, images, sharding
-from vitcls import train_step as steps
-from vitcls.data import loader, sources
+from vitcls import evaluation
+from vitcls.data import sources
 from vitcls.data.skipped import Skipped
-from vitcls.errors import Interrupted
-from vitcls.evaluate import evaluate
-from vitcls.models import vit
-from vitcls.signals import StopRequest
+from vitcls.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("ant", "bee", "cat")
+NAMES = ("cat", "dog", "ant", "eel", "bee", "fox", "gnu")  # more, and in another order
+
+
+def save_checkpoint(folder: Path, names: tuple[str, ...], *, order: list[int]) -> Path:
+    """A network with these classes; `order` permutes the outputs of one and the same."""
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=8, patch_size=4, id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.5 * torch.randn_like(param))
+        for param in (model.classifier.weight, model.classifier.bias):
+            param.copy_(param[order].clone())
+    model.save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def model_and_variables():
-    model = vit.ViT(vit.vit_config("vit_mu4", num_classes=10, image_size=(8, 8)))
-    variables = jax.jit(functools.partial(model.init, train=False))(
-        jax.random.key(0), jnp.zeros((1, 8, 8, 3))
-    )
-    head = variables["params"]["classifier"]
-    head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
-    return model, variables
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return save_checkpoint(folder, NAMES, order=list(range(len(NAMES))))
 
 
-def run(
-    digits_dir,
-    model_and_variables,
-    *,
-    num_devices,
-    batch_size,
-    skipped=None,
-    change=lambda split: split,
-    **kwargs,
-):
-    model, variables = model_and_variables
-    split = change(sources.open_split("digits", "test", data_dir=digits_dir))
-    mesh = sharding.make_mesh(-1, 1, devices=jax.devices()[:num_devices])
-    normalise = functools.partial(
-        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
-    eval_step = jax.jit(
-        steps.make_eval_step(normalise, model.apply), out_shardings=sharding.replicated(mesh)
-    )
-    batches = loader.eval_batches(
-        split,
-        global_batch_size=batch_size,
-        transform=functools.partial(images.squash, size=(8, 8), resample="bilinear"),
-        num_threads=2,
-        skipped=skipped,
-    )
-    metrics, predictions = evaluate(
-        eval_step,
-        jax.device_put(variables, sharding.replicated(mesh)),
-        batches,
-        mesh=mesh,
-        name="test",
-        num_examples=len(split),
-        keep_predictions=True,
-        **kwargs,
-    )
-    return metrics, predictions, split.labels()
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder with 30 random images, of a size that needs no resizing."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        path = root / "test" / CLASSES[number % 3] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    return root
 
 
-@pytest.mark.parametrize(("num_devices", "batch_size"), [(3, 48), (8, 128), (8, 360), (1, 1024)])
-def test_metrics_do_not_depend_on_devices_or_batches(
-    digits_dir, model_and_variables, num_devices, batch_size
-):
-    one, one_predictions, labels = run(
-        digits_dir, model_and_variables, num_devices=1, batch_size=90
+def expected_of(checkpoint: Path, data: Path, paths: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and logits of images, by torch, in the checkpoint's classes."""
+    labels = [NAMES.index(Path(path).parent.name) for path in paths]
+    pixels = np.stack([np.asarray(Image.open(data / path), np.float32) for path in paths])
+    model = transformers.ViTForImageClassification.from_pretrained(checkpoint)
+    with torch.no_grad():
+        inputs = torch.from_numpy(np.moveaxis(pixels / 127.5 - 1, -1, 1).copy())
+        return np.array(labels), model(inputs).logits.numpy()
+
+
+def check(metrics: dict, labels: np.ndarray, logits: np.ndarray) -> None:
+    found = logits.argmax(-1)
+    macro = functools.partial(
+        sklearn.metrics.precision_recall_fscore_support, average="macro", zero_division=0
     )
-    many, predictions, _ = run(
-        digits_dir, model_and_variables, num_devices=num_devices, batch_size=batch_size
-    )
-    assert one["num_examples"] == many["num_examples"] == 360
-    for name in one:
-        assert many[name] == pytest.approx(one[name], abs=1e-6), name
+    precision, recall, f1, _ = macro(labels, found)
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
+    expected = {
+        "num_examples": len(labels),
+        "accuracy": sklearn.metrics.accuracy_score(labels, found),
+        "top5_accuracy": sklearn.metrics.top_k_accuracy_score(
+            labels, logits, k=5, labels=range(len(NAMES))
+        ),
+        "macro_precision": precision,
+        "macro_recall": recall,
+        "macro_f1": f1,
+        "loss": loss.item(),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def split(data) -> sources.Split:
+    return sources.open_split(f"folder:{data}", "test")
+
+
+@pytest.fixture(scope="module")
+def evaluated(checkpoint, split) -> tuple[dict, dict]:
+    return evaluation.evaluate_checkpoint(checkpoint, split)
+
+
+def test_metrics_are_those_of_torch_and_sklearn(checkpoint, data, split, evaluated):
+    metrics, predictions = evaluated
+    labels, logits = expected_of(checkpoint, data, [split.id(i) for i in range(30)])
+    assert 0 < metrics["accuracy"] < 1
+    check(metrics, labels, logits)
     np.testing.assert_array_equal(predictions["labels"], labels)
-    np.testing.assert_allclose(predictions["logits"], one_predictions["logits"], atol=1e-5)
+    np.testing.assert_allclose(predictions["logits"], logits, atol=1e-4)
 
 
-class Damaged(sources.Subset):
-    """The whole of a split, in which every seventh image is empty."""
-
-    def read(self, index):
-        data, label = super().read(index)
-        return (data if index % 7 else b""), label
-
-    image = sources.Split.image  # of what `read` returns, not of the parent's
+def test_the_order_of_classes_does_not_matter(evaluated, split, tmp_path):
+    order = [6, 5, 0, 2, 4, 1, 3]
+    permuted = save_checkpoint(tmp_path, tuple(NAMES[i] for i in order), order=order)
+    metrics, predictions = evaluation.evaluate_checkpoint(permuted, split, batch_size=8)
+    assert metrics == pytest.approx(evaluated[0], abs=1e-6)
+    assert (np.array(order)[predictions["labels"]] == evaluated[1]["labels"]).all()
 
 
-@pytest.mark.parametrize(("num_devices", "batch_size"), [(1, 7), (8, 128)])
-def test_skipped_images_are_counted_and_the_rest_evaluated(
-    digits_dir, model_and_variables, tmp_path, num_devices, batch_size
-):
-    good = np.flatnonzero(np.arange(360) % 7)
-    expected, expected_predictions, _ = run(
-        digits_dir, model_and_variables, num_devices=1, batch_size=90,
-        change=lambda split: sources.Subset("test", split, indices=good),
+@pytest.mark.parametrize(
+    ("model_names", "by", "expected"),
+    [
+        (NAMES, "name", [2, 4, 0]),
+        (CLASSES, "name", [0, 1, 2]),
+        (("bee", "cat", "ant"), "index", [0, 1, 2]),
+    ],
+)
+def test_classes_are_matched(model_names, by, expected):
+    assert evaluation.match_classes(CLASSES, model_names, by=by).tolist() == expected
+
+
+def test_equal_lists_match_although_names_repeat():
+    cranes = ("crane", "eel", "crane")  # as in ImageNet: the bird and the machine
+    assert evaluation.match_classes(cranes, cranes, by="name").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("class_names", "model_names", "by", "message"),
+    [
+        (("n01", "bee"), ("ant", "bee"), "name",
+         "--labels=name cannot match 1 of the data's classes, such as 'n01', to exactly one of the "
+         "checkpoint's: the data has 2 ('n01', 'bee'); the checkpoint has 2 ('ant', 'bee'). If "),
+        (("a",), tuple("xbcdefgh"), "name",
+         "the checkpoint has 8 ('x', 'b', 'c', 'd', 'e', ...). If they are the same in the same "
+         "order under other names, use --labels=index"),
+        (("crane",), ("crane", "eel", "crane"), "name", "cannot match 1 of the data's classes"),
+        (("eel", "eel"), ("eel", "fox"), "name", "cannot match 2 of the data's classes"),
+        (("a", "b"), ("a", "b", "c"), "index",
+         "--labels=index needs the same number of classes: the data has 2 ('a', 'b'); the "
+         "checkpoint has 3 ('a', 'b', 'c'). Use --labels=name."),
+    ],
+)  # fmt: skip
+def test_classes_that_do_not_match_are_shown(class_names, model_names, by, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluation.match_classes(class_names, model_names, by=by)
+
+
+def test_examples_without_a_label_are_refused(checkpoint, split, monkeypatch):
+    """And not taken for the last class."""
+    read = split.read
+    monkeypatch.setattr(split, "read", lambda index: (read(index)[0], -1))
+    with pytest.raises(UserError, match="has label -1, not one of the 3 classes"):
+        evaluation.evaluate_checkpoint(checkpoint, split)
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "vitcls.evaluate", *args], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_command_leaves_what_the_trainer_leaves(checkpoint, data, tmp_path):
+    bad = data / "test" / "bee" / "bad.png"
+    bad.write_bytes(b"no image")
+    output = tmp_path / "out"
+    result = run(
+        f"--checkpoint={checkpoint}", f"--data=folder:{data}", f"--output={output}",
+        "--on_error=skip",
     )  # fmt: skip
-    skipped = Skipped(tmp_path / "skipped.jsonl")
-    metrics, predictions, _ = run(
-        digits_dir, model_and_variables, num_devices=num_devices, batch_size=batch_size,
-        change=lambda split: Damaged("test", split, indices=np.arange(360)), skipped=skipped,
+    bad.unlink()
+    assert result.returncode == 0, result.stderr
+    results = json.loads((output / "results.json").read_text())
+    assert (results["checkpoint"], results["data"]) == (str(checkpoint), f"folder:{data}")
+    assert (results["split"], results["num_examples"], results["num_skipped"]) == ("test", 30, 1)
+    lines = result.stdout.splitlines()
+    assert lines[-1] == f"test accuracy {results['accuracy']:.4f} (30 images, 1 skipped)"
+    assert f"loss {results['loss']:.4f}" in lines
+    saved = np.load(output / "predictions" / "test.npz")
+    labels, logits = expected_of(checkpoint, data, saved["ids"].tolist())
+    check(results, labels, logits)
+    np.testing.assert_array_equal(saved["labels"], labels)
+    np.testing.assert_allclose(saved["logits"], logits, atol=1e-4)
+    assert Skipped(output / "skipped.jsonl").count("test") == 1
+
+
+def test_a_checkpoint_without_classes_is_refused(split, tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        image_size=8, patch_size=4,
     )  # fmt: skip
-    assert (metrics.pop("num_skipped"), metrics["num_examples"]) == (52, 308)
-    assert expected.pop("num_skipped") == 0
-    assert metrics == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_array_equal(predictions["index"], good)
-    np.testing.assert_array_equal(predictions["labels"], expected_predictions["labels"])
-    np.testing.assert_allclose(predictions["logits"], expected_predictions["logits"], atol=1e-5)
-    assert skipped.count("test") == 52
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"--checkpoint={tmp_path} has no head.*fine-tune it first"):
+        evaluation.evaluate_checkpoint(tmp_path, split)
 
 
-def test_lost_or_repeated_rows_are_a_bug(digits_dir, model_and_variables, monkeypatch):
-    iterate = loader.EvalBatches.__iter__
-    options = dict(num_devices=1, batch_size=90)
-    for broken in (lambda batches: batches[1:], lambda batches: [batches[0], *batches[:3]]):
-        monkeypatch.setattr(
-            loader.EvalBatches, "__iter__", lambda self, f=broken: iter(f(list(iterate(self))))
-        )
-        with pytest.raises(AssertionError, match="test"):
-            run(digits_dir, model_and_variables, **options)
-
-
-def test_a_signal_stops_the_pass(digits_dir, model_and_variables):
-    stop = StopRequest()
-    stop.name = "SIGINT"
-    with pytest.raises(Interrupted, match="SIGINT: evaluation of test stopped"):
-        run(digits_dir, model_and_variables, num_devices=1, batch_size=90, stop=stop)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "--checkpoint is missing"),
+        (("--checkpoint=x",), "--data is missing"),
+        (("--checkpoint=x", "--data=digits", "--labels=nmae"), "--labels=nmae"),
+        (("--checkpoint=x", "--data=digits", "--on_error=skip"), "skip needs --output"),
+        (("--checkpoint=x", "--data=digits", "--output={}"), "is the workdir of a run"),
+    ],
+)
+def test_mistakes_exit_2_with_one_message(args, message, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    result = run(*(arg.format(tmp_path) for arg in args))
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr

@@ -35,7 +35,7 @@ def run(main: Callable[[], None]) -> None:
         _parse_flags(sys.argv)
         main()
     except KeyboardInterrupt:
-        print("Interrupted; checkpoints that were saved before are kept.", file=sys.stderr)
+        print("Interrupted; what was saved before is kept.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # `| head` closed our output: nothing left to tell anyone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,6 +100,13 @@ def _help(main_module) -> str:
         if flag.default not in (None, ""):
             lines[-1] += f" (default: {flag.default})"
     return "\n".join(lines)
+
+
+def required(flag: flags.FlagHolder) -> Any:
+    """Returns the value of a flag; raises `UserError` if it is missing or empty."""
+    if not flag.value:
+        raise UserError(f"--{flag.name} is missing. Try --help.")
+    return flag.value
 
 
 def config_value(flag: flags.FlagHolder) -> Any:

@@ -1,63 +1,83 @@
-"""One exact pass over a split: every example counts once, on any number of devices."""
+"""Evaluates any checkpoint on any split of a data set, exactly.
 
-from collections.abc import Callable, Iterable
-from typing import Any
+  python -m vitcls.evaluate --checkpoint=runs/quickstart --data=digits --split=test
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
+The checkpoint is the workdir of a run (DIR, DIR@best, DIR@last or DIR@STEP), a folder in Hugging
+Face format, or a hub id such as google/vit-base-patch16-224, optionally with @REVISION.
 
-from vitcls import metrics, progress, sharding
-from vitcls.errors import Interrupted
-from vitcls.signals import StopRequest
+Classes are matched by their names, in whichever order, and the checkpoint may have more than the
+data. Where names differ but classes and order are the same, as with ImageNet from tfds and from the
+hub, --labels=index matches them by position.
+"""
 
-Batch = dict[str, np.ndarray]
+from pathlib import Path
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
+_DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
+)
+_SPLIT = flags.DEFINE_string("split", "test", "Split of the data set; of tfds, also slices.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+)
+_LABELS = flags.DEFINE_enum(
+    "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
+)
+_ON_ERROR = flags.DEFINE_enum(
+    "on_error", "raise", ["raise", "skip"],
+    "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
+)  # fmt: skip
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Folder for results.json and predictions/SPLIT.npz; empty: none is written."
+)
 
 
-def evaluate(
-    eval_step: Callable[[Any, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]],
-    variables: Any,
-    batches: Iterable[Batch],
-    *,
-    mesh: Mesh,
-    name: str,
-    num_examples: int,
-    keep_predictions: bool = False,
-    stop: StopRequest | None = None,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Evaluates `variables` on all of `batches`.
+def main() -> None:
+    """Checks the flags, then evaluates."""
+    checkpoint, data = cli.required(_CHECKPOINT), cli.required(_DATA)
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if _ON_ERROR.value == "skip" and output is None:
+        raise UserError("--on_error=skip needs --output, the folder for the list of what it skips.")
+    if output is not None and (output / "checkpoints").exists():
+        raise UserError(
+            f"--output={output} is the workdir of a run, whose results.json would be replaced; "
+            "name another folder."
+        )
+    # These import jax: only once the flags are known to be right.
+    from vitcls import evaluation, records
+    from vitcls.data import sources
+    from vitcls.data.skipped import Skipped
 
-    Args:
-      eval_step: `train_step.make_eval_step`'s result, compiled to return the same to every process.
-      variables: The network's variables, on the devices of `mesh`.
-      batches: This process' local batches in the split's order; padding has mask 0 and index -1,
-        images that are skipped have mask 0 and their index.
-      name: The split's name, for the progress bar.
-      num_examples: Size of the split.
-      keep_predictions: Whether to return what the network said of each example.
-      stop: Ends the pass with `Interrupted` when a signal came.
+    cli.keep_compiled_programs()
+    split = sources.open_split(data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
+    skipped = None
+    if output is not None:
+        records.make(output, flag="--output")
+        (output / "skipped.jsonl").unlink(missing_ok=True)
+    if _ON_ERROR.value == "skip":
+        skipped = Skipped(output / "skipped.jsonl")
+    metrics, predictions = evaluation.evaluate_checkpoint(
+        checkpoint, split, labels=_LABELS.value, batch_size=_BATCH_SIZE.value, skipped=skipped
+    )
+    if output is not None:
+        ids = [split.id(index) for index in predictions.pop("index").tolist()]
+        records.save_predictions(
+            output / "predictions" / f"{split.name}.npz", ids=ids, **predictions
+        )
+        origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
+        records.write_json(output / "results.json", origin | metrics)
+    for name, value in metrics.items():
+        print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})")
 
-    Returns:
-      The metrics of `metrics.summarise`, of the N images that could be used, and `num_skipped`, of
-      those that could not; and, if kept, `labels` int32 (N,), `logits` float32 (N, K) and `index`
-      int32 (N,), which of the split they are, in its order.
-    """
-    total, kept = None, []
-    for batch in progress.track(batches, name):
-        if stop is not None and stop.name:
-            raise Interrupted(f"{stop.name}: evaluation of {name} stopped; run the command again.")
-        sums, predictions = eval_step(variables, sharding.to_global(batch, mesh))
-        total = metrics.add_sums(total, jax.device_get(sums))
-        if keep_predictions:
-            kept.append(jax.device_get(predictions))
-    # Loader and devices disagree only through a bug, which would make the numbers wrong in silence.
-    assert total["num_seen"] == num_examples, (name, total["num_seen"], num_examples)
-    num_used = int(total["num_examples"])
-    summary = metrics.summarise(total) | {"num_skipped": num_examples - num_used}
-    if not keep_predictions:
-        return summary, {}
-    # Rows of a global batch are in the split's order.
-    arrays = {field: np.concatenate([batch[field] for batch in kept]) for field in kept[0]}
-    is_used = arrays["index"] >= 0
-    assert np.unique(arrays["index"][is_used]).size == num_used, name
-    return summary, {field: array[is_used] for field, array in arrays.items()}
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -12,6 +12,7 @@ image's shape: the same box applies to a smaller copy of the image.
 
 import io
 import math
+import os
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -62,6 +63,12 @@ def decode(data: bytes) -> Image.Image:
         raise ImageError("Not a readable image: cannot identify its format.") from error
     except Exception as error:  # damaged files raise nearly any type from Pillow's plug-ins
         raise ImageError(f"Not a readable image: {error}.") from error
+
+
+def has_image_suffix(path: str) -> bool:
+    """Whether a file of this name should be an image that `decode` can read."""
+    suffix = os.path.splitext(path)[1].lower()
+    return Image.registered_extensions().get(suffix) in Image.OPEN
 
 
 def _check_num_pixels(image: Image.Image) -> None:

@@ -19,7 +19,6 @@ from ml_collections import config_flags
 
 from vitcls import cli
 from vitcls.config import check_config
-from vitcls.errors import UserError
 
 # Unknown fields are accepted here and refused by `check_config`, which knows the nearest name;
 # this is also what lets `--config.optim.args.NAME=` through.
@@ -43,13 +42,12 @@ def main() -> None:
     """Checks the flags, then trains."""
     config = cli.config_value(_CONFIG)
     check_config(config)
-    if not _WORKDIR.value:
-        raise UserError("--workdir is missing. Try --help.")
+    workdir = cli.required(_WORKDIR)
     from vitcls import START_TIME, train  # imports jax: only once the flags are known to be right
 
     cli.keep_compiled_programs()
     train.train_and_evaluate(
-        config, _WORKDIR.value, num_profiled_steps=_PROFILE.value, start_time=START_TIME
+        config, workdir, num_profiled_steps=_PROFILE.value, start_time=START_TIME
     )
 
 

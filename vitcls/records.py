@@ -23,16 +23,16 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def make(workdir: Path) -> None:
-    """Makes the folder; raises `UserError` or `StorageError` when that cannot be."""
+def make(folder: Path, *, flag: str = "--workdir") -> None:
+    """Makes the folder of a flag; raises `UserError` or `StorageError` when that cannot be."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
+        raise UserError(f"{flag}={folder} cannot be made: {error.strerror}.") from error
     except OSError as error:
-        raise StorageError(f"--workdir={workdir} cannot be made: {error.strerror}.") from error
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir} cannot be written to; name another.")
+        raise StorageError(f"{flag}={folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}={folder} cannot be written to; name another.")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
-from vitcls.evaluate import evaluate
+from vitcls.evaluation import evaluate
 from vitcls.metric_writers import LateMetrics, MetricWriter
 from vitcls.parameters import memory_line, parameter_table
 from vitcls.program import make_program

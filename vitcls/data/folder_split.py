@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from vitcls import images
 from vitcls.data.split import Split, Subset, hold_out
 from vitcls.errors import StorageError, UserError, unknown
 
@@ -165,7 +165,8 @@ def _unknown_split(path: str, split: str, names: list[str]) -> UserError:
         return error
     if validation:
         return UserError(
-            f'{error} To measure on {validation[0]!r}, set data.eval_splits="({validation[0]!r},)".'
+            f"{error} To measure on {validation[0]!r}, set "
+            f'data.eval_splits="({validation[0]!r},)", or --split={validation[0]} in evaluation.'
         )
     return UserError(f"{error} folder:{os.path.join(path, names[0])} is divided into both.")
 
@@ -173,7 +174,9 @@ def _unknown_split(path: str, split: str, names: list[str]) -> UserError:
 def _class_folders(folder: str) -> list[str]:
     """Names of the folders in `folder`; images beside them are mentioned in the log."""
     names = _subfolders(folder)
-    num_beside = sum(not _is_dir(entry) and _is_image(entry.name) for entry in _scan(folder))
+    num_beside = sum(
+        not _is_dir(entry) and images.has_image_suffix(entry.name) for entry in _scan(folder)
+    )
     if not names:
         raise UserError(
             f"{folder} has {num_beside or 'no'} images and no folders; put the images into one "
@@ -227,7 +230,7 @@ def _list_images(root: str, prefix: str) -> list[tuple[str, int]]:
             name = os.path.join(folder, entry.name)
             if _is_dir(entry):
                 pending.append((name, (*parents, own)))
-            elif _is_image(entry.name):
+            elif images.has_image_suffix(entry.name):
                 found.append((name, _stat(entry).st_size))
     return sorted(found)
 
@@ -270,8 +273,3 @@ def _unusable(path: str, error: OSError) -> Exception:
     if error.errno not in reasons:
         return StorageError(f"Cannot list {path}: {error.strerror}.")
     return UserError(f"data.source: {path} {reasons[error.errno]}.")
-
-
-def _is_image(name: str) -> bool:
-    extension = os.path.splitext(name)[1].lower()
-    return Image.registered_extensions().get(extension) in Image.OPEN

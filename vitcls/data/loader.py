@@ -283,7 +283,8 @@ def _take_note(
         name, reason = bad[0]
         raise UserError(
             f"Example {name} of split {source.split.name!r} cannot be used: {reason} Mend it or "
-            "take it out of the data set, or set data.on_error='skip' to go on without it."
+            "take it out of the data set, or go on without it: data.on_error='skip' in training, "
+            "--on_error=skip in evaluation."
         )
 
 

@@ -1,0 +1,172 @@
+"""One exact pass over a split: every example counts once, on any number of devices.
+
+B batch, N images, K classes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vitcls import inference, metrics, progress, sharding
+from vitcls import train_step as steps
+from vitcls.data import loader
+from vitcls.data.skipped import Skipped
+from vitcls.data.split import Split
+from vitcls.errors import Interrupted, UserError
+from vitcls.signals import StopRequest
+
+Batch = dict[str, np.ndarray]
+
+_MOST_SHOWN = 5  # class names in a message
+
+
+def evaluate(
+    eval_step: Callable[[Any, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]],
+    variables: Any,
+    batches: Iterable[Batch],
+    *,
+    mesh: Mesh,
+    name: str,
+    num_examples: int,
+    keep_predictions: bool = False,
+    stop: StopRequest | None = None,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Evaluates `variables` on all of `batches`.
+
+    Args:
+      eval_step: `train_step.make_eval_step`'s result, compiled to return the same to every process.
+      variables: The network's variables, on the devices of `mesh`.
+      batches: This process' local batches in the split's order; padding has mask 0 and index -1,
+        images that are skipped have mask 0 and their index.
+      name: The split's name, for the progress bar.
+      num_examples: Size of the split.
+      keep_predictions: Whether to return what the network said of each example.
+      stop: Ends the pass with `Interrupted` when a signal came.
+
+    Returns:
+      The metrics of `metrics.summarise`, of the N images that could be used, and `num_skipped`, of
+      those that could not; and, if kept, `labels` int32 (N,), `logits` float32 (N, K) and `index`
+      int32 (N,), which of the split they are, in its order.
+    """
+    total, kept = None, []
+    for batch in progress.track(batches, name):
+        if stop is not None and stop.name:
+            raise Interrupted(f"{stop.name}: evaluation of {name} stopped; run the command again.")
+        sums, predictions = eval_step(variables, sharding.to_global(batch, mesh))
+        total = metrics.add_sums(total, jax.device_get(sums))
+        if keep_predictions:
+            kept.append(jax.device_get(predictions))
+    # Loader and devices disagree only through a bug, which would make the numbers wrong in silence.
+    assert total["num_seen"] == num_examples, (name, total["num_seen"], num_examples)
+    num_used = int(total["num_examples"])
+    summary = metrics.summarise(total) | {"num_skipped": num_examples - num_used}
+    if not keep_predictions:
+        return summary, {}
+    # Rows of a global batch are in the split's order.
+    arrays = {field: np.concatenate([batch[field] for batch in kept]) for field in kept[0]}
+    is_used = arrays["index"] >= 0
+    assert np.unique(arrays["index"][is_used]).size == num_used, name
+    return summary, {field: array[is_used] for field, array in arrays.items()}
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    split: Split,
+    *,
+    labels: str = "name",
+    batch_size: int = 0,
+    skipped: Skipped | None = None,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Evaluates any checkpoint on any split, over the K classes of the checkpoint.
+
+    Args:
+      checkpoint: As `pretrained.load` takes it.
+      split: The examples.
+      labels: How the split's classes are found among the checkpoint's, see `match_classes`.
+      batch_size: Images at a time over all devices; 0: chosen by their memory.
+      skipped: As for `loader.eval_batches`.
+
+    Returns:
+      What `evaluate` returns of everything, with the checkpoint's labels.
+
+    Raises:
+      UserError: no such checkpoint, one without classes, or classes that do not match.
+    """
+    model, variables, processor, mesh = inference.load_classifier(checkpoint)
+    names = tuple(processor.id2label.values())
+    positions = match_classes(split.class_names, names, by=labels)
+    eval_step = steps.make_eval_step(processor.normalise, model.apply)
+
+    def step(variables, batch):
+        targets = jnp.zeros((len(batch["targets"]), len(names)))
+        targets = targets.at[:, positions].set(batch["targets"])
+        return eval_step(variables, batch | {"targets": targets})
+
+    row = {
+        "image": jax.ShapeDtypeStruct((*processor.size, 3), np.uint8),
+        "targets": jax.ShapeDtypeStruct((len(positions),), np.float32),
+        "mask": jax.ShapeDtypeStruct((), np.float32),
+        "index": jax.ShapeDtypeStruct((), np.int32),
+    }
+    compiled, batch_size = inference.compile_step(
+        jax.jit(step, out_shardings=sharding.replicated(mesh)),
+        variables,
+        row,
+        mesh=mesh,
+        num_images=len(split),
+        batch_size=batch_size,
+    )
+    batches = loader.eval_batches(
+        split,
+        global_batch_size=batch_size,
+        transform=processor.pixels,
+        num_threads=inference.NUM_THREADS,
+        skipped=skipped,
+    )
+    return evaluate(
+        compiled, variables, batches,
+        mesh=mesh, name=split.name, num_examples=len(split), keep_predictions=True,
+    )  # fmt: skip
+
+
+def match_classes(
+    class_names: tuple[str, ...], model_names: tuple[str, ...], *, by: str
+) -> np.ndarray:
+    """Returns where each class of the data is among those of the model, integers.
+
+    Args:
+      class_names: The data's.
+      model_names: The model's, which may have more.
+      by: "name", or "index": the data's classes are the model's, in its order.
+
+    Raises:
+      UserError: they do not match; shows both.
+    """
+    both = f"{_show('the data has', class_names)}; {_show('the checkpoint has', model_names)}."
+    if by == "index" and len(class_names) != len(model_names):
+        raise UserError(
+            f"--labels=index needs the same number of classes: {both} Use --labels=name."
+        )
+    if by == "index" or class_names == model_names:
+        return np.arange(len(class_names))
+    counts, own = Counter(model_names), Counter(class_names)
+    unclear = [name for name in class_names if counts[name] != 1 or own[name] != 1]
+    if unclear:
+        raise UserError(
+            f"--labels=name cannot match {len(unclear)} of the data's classes, such as "
+            f"{unclear[0]!r}, to exactly one of the checkpoint's: {both} If they are the same in "
+            "the same order under other names, use --labels=index; otherwise choose other data or "
+            "another checkpoint."
+        )
+    return np.array([model_names.index(name) for name in class_names])
+
+
+def _show(whose: str, names: tuple[str, ...]) -> str:
+    listed = ", ".join(map(repr, names[:_MOST_SHOWN]))
+    return f"{whose} {len(names)} ({listed}{', ...' if len(names) > _MOST_SHOWN else ''})"

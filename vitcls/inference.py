@@ -1,0 +1,125 @@
+"""A checkpoint's classifier on all devices of this process, in batches that fit into their memory.
+
+B batch, H W pixels, K classes.
+"""
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from vitcls import parameters, pretrained, sharding
+from vitcls.data.memory import available_memory
+from vitcls.errors import UserError
+
+PyTree = Any
+log = logging.getLogger("vitcls")
+
+# Threads that decode: files on a network need more than there are processors.
+NUM_THREADS = max(8, os.cpu_count() or 1)
+# Images per device and step, at most: more are hardly faster, and the first results come later.
+_MOST_ON_CPU, _MOST = 32, 256
+# Of the free memory; the rest is for the next batch, and for what the compiler does not count.
+_SHARE = 0.8
+
+
+def load_classifier(
+    checkpoint: str | Path,
+) -> tuple[nn.Module, PyTree, pretrained.Processor, Mesh]:
+    """Loads what `pretrained.load` takes, whole onto every device of the mesh that it returns.
+
+    Raises:
+      UserError: nothing there that can be read, or it has no classes.
+    """
+    model, variables, processor = pretrained.load(checkpoint)
+    if not processor.id2label:
+        raise UserError(
+            f"--checkpoint={checkpoint} has no head, and so no classes; fine-tune it first: "
+            f"python -m vitcls.main --config=... --config.model.pretrained={checkpoint}"
+        )
+    mesh = sharding.make_mesh(-1, 1)
+    return model, jax.device_put(variables, sharding.replicated(mesh)), processor, mesh
+
+
+def compile_step(
+    step: Callable[[PyTree, PyTree], Any],
+    variables: PyTree,
+    row: PyTree,
+    *,
+    mesh: Mesh,
+    num_images: int,
+    batch_size: int = 0,
+) -> tuple[Callable[[PyTree, PyTree], Any], int]:
+    """Compiles `(variables, batch) -> ...` once, for one size of batch.
+
+    Args:
+      step: Jitted.
+      variables: On the devices of `mesh`.
+      row: Shapes and dtypes of one image's part of a batch.
+      mesh: The devices.
+      num_images: How many there are in all.
+      batch_size: B, made a multiple of the devices; 0: the largest that is of use and fits.
+
+    Returns:
+      The compiled step, for batches that are split over all devices, and B.
+    """
+
+    @functools.cache
+    def compiled(size: int) -> jax.stages.Compiled:
+        split = sharding.batch_sharding(mesh)
+        batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                (size * mesh.size, *leaf.shape), leaf.dtype, sharding=split
+            ),
+            row,
+        )
+        return step.lower(variables, batch).compile()
+
+    def bytes_needed(size: int) -> float:
+        """Beside the variables, on each device."""
+        try:
+            memory = compiled(size).memory_analysis()
+        except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what does not fit
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return math.inf
+        arguments = memory.argument_size_in_bytes - parameters.bytes_per_device(variables)
+        return arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    if batch_size:
+        size = math.ceil(batch_size / mesh.size)
+    else:
+        per_device = math.ceil(num_images / mesh.size)
+        num_batches = math.ceil(per_device / (_MOST_ON_CPU if _on_cpu(mesh) else _MOST))
+        # Equal batches: the last one is computed whole, however few images it has.
+        most = math.ceil(per_device / num_batches)
+        size = fitting_size(most, bytes_needed, available=_available_bytes(mesh))
+        log.info("Batches of %d images.", size * mesh.size)
+    return compiled(size), size * mesh.size
+
+
+def fitting_size(most: int, bytes_needed: Callable[[int], float], *, available: float) -> int:
+    """Halves `most` until what it needs fits into most of what is available; 1 is always tried."""
+    size = most
+    while size > 1 and bytes_needed(size) > _SHARE * available:
+        size //= 2
+    return size
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _available_bytes(mesh: Mesh) -> float:
+    """Free memory of each device."""
+    if _on_cpu(mesh):  # simulated devices share the machine's
+        return available_memory() / mesh.size
+    stats = [device.memory_stats() for device in mesh.devices.flat]
+    return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
