@@ -16,6 +16,7 @@ LEVELS = [
     {"train_step", "models", "images", "adapt", "optim"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"},
     {"config", "recipes", "records", "evaluate", "program", "train_setup", "train"},
+    {"model_card"},
     {"cli", "main"},
 ]
 # What a machine without the data stack can import.
