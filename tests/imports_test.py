@@ -16,8 +16,8 @@ LEVELS = [
     {"train_step", "models", "images", "adapt", "optim"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"},
     {"config", "recipes", "records", "evaluate", "program", "train_setup", "train"},
-    {"model_card"},
-    {"cli", "main"},
+    {"model_card", "exporting"},
+    {"cli", "main", "export"},
 ]
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt", "augment", "losses", "metrics", "sharding"}
@@ -74,7 +74,7 @@ def test_only_commands_touch_flags():
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
     }
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
-    assert with_flags <= {"main", "cli", "data"}
+    assert with_flags <= {"main", "cli", "export", "data"}
 
 
 def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):
