@@ -17,7 +17,8 @@ LEVELS = [
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records"},
     {"program", "train_setup", "train"},
-    {"cli", "main", "evaluate", "predict"},
+    {"model_card", "exporting"},
+    {"cli", "main", "evaluate", "predict", "export"},
 ]
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt", "augment", "losses", "metrics", "sharding"}
@@ -74,7 +75,7 @@ def test_only_commands_touch_flags():
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
     }
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
-    assert with_flags <= {"main", "cli", "evaluate", "predict", "data"}
+    assert with_flags <= {"main", "cli", "evaluate", "predict", "export", "data"}
 
 
 def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):

@@ -44,8 +44,8 @@ def find(checkpoint: str | Path) -> Files:
     folder = Path(source).expanduser()
     if (folder / "checkpoints").is_dir() and (folder / "model" / CONFIG).is_file():
         raise UserError(
-            f"{source!r} is the workdir of a run. Write its weights to a folder with "
-            "vitcls.pretrained.save(FOLDER, *vitcls.pretrained.load(WORKDIR)) and name that."
+            f"{source!r} is the workdir of a run. Write its weights to a folder and name that: "
+            f"python -m vitcls.export --checkpoint={source} --format=huggingface --output=FOLDER"
         )
     if source and folder.is_dir():  # Path("") would be the current folder
         _patterns(source, [path.name for path in folder.iterdir()])

@@ -29,6 +29,11 @@ class Run:
         """Folder of the JSON files in Hugging Face format."""
         return self.directory / "model"
 
+    def step(self) -> int:
+        """The training step it was saved after. Raises as `read_variables`."""
+        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+            return self._step(checkpoints)
+
     def read_variables(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables as float32 numpy arrays: the averaged ones if there are any.
 
