@@ -24,8 +24,12 @@ from vitcls.train_step import TrainState
 PyTree = Any
 _ITEMS = ("params", "opt_state", "ema")
 
-# Orbax warns at every save without a score, although most checkpoints are not evaluated.
-logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+# Orbax warns at every save without a score, although most checkpoints are not evaluated, and where
+# a directory is opened to be read only, as we ask for.
+_EXPECTED = ("tracked_metric", "Given directory is read only")
+logging.getLogger("absl").addFilter(
+    lambda record: not any(text in record.getMessage() for text in _EXPECTED)
+)
 
 
 class Checkpoints:
