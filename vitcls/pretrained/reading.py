@@ -25,6 +25,7 @@ from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.positions import resize_positions
 from vitcls.pretrained.processor import Processor
 from vitcls.pretrained.resnet import RESNET
+from vitcls.pretrained.torch_file import TorchWeights
 from vitcls.pretrained.vit import DEIT, VIT
 from vitcls.pretrained.workdir import find_run
 
@@ -55,15 +56,19 @@ def read_config(files: Files) -> tuple[Config, Processor]:
     Raises:
       UserError: an unsupported family, or a field with an unsupported value.
     """
-    return read_json(files.directory, tensors=_open_weights(files.directory).names())
+    return read_json(files.directory, tensors=_open_weights(files).names())
 
 
-def _open_weights(directory: Path) -> Weights | FlaxWeights:
+def _open_weights(files: Files) -> Weights | FlaxWeights | TorchWeights:
     """The weights of a folder; flax's, which are read at once, if their size fits the network."""
-    if next((name for name in formats.FORMATS if (directory / name).exists()), "") != formats.FLAX:
-        return Weights(directory)
-    path = directory / formats.FLAX
-    config, _ = read_json(directory, tensors=None)
+    names = formats.readable(allow_pickle=files.allow_pickle)
+    name = next((name for name in names if (files.directory / name).exists()), formats.SINGLE)
+    path = files.directory / name
+    if name in formats.PICKLES:
+        return TorchWeights(path)
+    if name != formats.FLAX:
+        return Weights(files.directory)
+    config, _ = read_json(files.directory, tensors=None)
     num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)))
     most = 2 * 4 * num_values + _MOST_SPARE  # float32; twice, as a bare network has a pooler
     if path.stat().st_size > most:
@@ -189,7 +194,7 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
     Raises:
       UserError: a tensor is missing, left over, or of another shape; lists all of them.
     """
-    weights = _open_weights(files.directory)
+    weights = _open_weights(files)
     names = weights.names()
     stored = _read_stored(files.directory, tensors=names)
     family, prefix = stored.family, stored.family.prefix_of(names)
@@ -259,15 +264,17 @@ def load(
     num_classes: int | None = None,
     image_size: tuple[int, int] | None = None,
     dtype: jnp.dtype = jnp.float32,
+    allow_pickle: bool = False,
 ) -> tuple[nn.Module, dict[str, Any], Processor]:
     """Loads a checkpoint, ready to apply.
 
     Args:
-      checkpoint: A folder in Hugging Face format, a hub id with optional `@revision`, or the
-        workdir of a run with optional `@best`, `@last` or `@STEP`.
+      checkpoint: A folder in Hugging Face format, a hub id with optional `@revision`,
+        or the workdir of a run with optional `@best`, `@last` or `@STEP`.
       num_classes: Width of the head; another than the checkpoint's gives a new zero head, 0 none.
       image_size: (height, width); another than the checkpoint's resizes position embeddings.
       dtype: Type of the computation; parameters are float32.
+      allow_pickle: See `find`.
 
     Returns:
       The network, its variables (`{"params": ...}`, and "batch_stats" with BatchNorm) and the
@@ -279,7 +286,7 @@ def load(
     """
     run = find_run(checkpoint)
     if run is None:
-        files = find(checkpoint)
+        files = find(checkpoint, allow_pickle=allow_pickle)
         stored, prepared = read_config(files)
     else:
         stored, prepared = read_json(run.model, tensors=None)
