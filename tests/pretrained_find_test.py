@@ -166,6 +166,30 @@ def test_folder_without_preprocessing(tmp_path):
         find(folder)
 
 
+TIMM_NAMES = ("config.json", "model.safetensors")
+TIMM_CONFIG = '{"architecture": "resnet18", "pretrained_cfg": {}}'
+
+
+def test_timm_needs_no_preprocessing(hub, tmp_path):
+    folder = write(tmp_path / "model", (*TIMM_NAMES, "pytorch_model.bin"))
+    (folder / "config.json").write_text(TIMM_CONFIG)
+    assert find(folder).sha256().keys() == set(TIMM_NAMES)
+    hub.names = (*TIMM_NAMES, "pytorch_model.bin", "README.md")
+    hub.config.write_text(TIMM_CONFIG)
+    find("timm/resnet18")
+    assert hub.fetched == ["config.json"]
+    wanted = huggingface_hub.utils.filter_repo_objects(hub.names, allow_patterns=hub.patterns)
+    assert set(wanted) == set(TIMM_NAMES)
+
+
+def test_a_hub_model_without_preprocessing_is_not_downloaded(hub):
+    hub.names = TIMM_NAMES
+    hub.config.write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match=r"'owner/name' has no preprocessor_config.json, which say"):
+        find("owner/name")
+    assert hub.fetched == ["config.json"] and hub.patterns is None
+
+
 def test_folder_without_weights(tmp_path):
     with pytest.raises(UserError, match=r"neither model.safetensors nor .* nor flax_model.msgpack"):
         find(write(tmp_path, NAMES[:2]))

@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.pretrained import formats, torch_file
+from vitcls.pretrained.json_fields import JsonFields
+from vitcls.pretrained.timm import is_timm
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -35,6 +37,7 @@ class Files:
         return _patterns(
             self.source,
             [path.name for path in self.directory.iterdir()],
+            config=lambda: self.directory / CONFIG,
             allow_pickle=self.allow_pickle,
         )
 
@@ -43,7 +46,7 @@ def find(checkpoint: str | Path, *, allow_pickle: bool = False) -> Files:
     """Finds a checkpoint, downloading what is not in the hub's cache.
 
     Args:
-      checkpoint: A folder in Hugging Face format, or a hub id: `OWNER/NAME` or
+      checkpoint: A folder in Hugging Face's or timm's format, or a hub id: `OWNER/NAME` or
         `OWNER/NAME@REVISION`, the revision a branch, a tag or a commit. A folder comes first.
       allow_pickle: Whether to read torch's pickles (pytorch_model.bin) where there is nothing else;
         torch's restricted unpickler keeps them from running code.
@@ -67,8 +70,12 @@ def find(checkpoint: str | Path, *, allow_pickle: bool = False) -> Files:
     return _from_hub(source, allow_pickle)
 
 
-def _patterns(source: str, names: Iterable[str], *, allow_pickle: bool) -> list[str]:
+def _patterns(
+    source: str, names: Iterable[str], *, config: Callable[[], Path], allow_pickle: bool
+) -> list[str]:
     """Globs of the files to read among these names of a folder's or repository's files.
+
+    `config` gets the config.json, which is asked for only where the preprocessing may stand in it.
 
     Raises:
       UserError: they make no checkpoint that we read.
@@ -78,7 +85,7 @@ def _patterns(source: str, names: Iterable[str], *, allow_pickle: bool) -> list[
         raise UserError(
             f"{source!r} has no {CONFIG}, so it is no checkpoint in Hugging Face format."
         )
-    if PREPROCESSOR not in names:
+    if PREPROCESSOR not in names and not is_timm(JsonFields.read(config())):
         raise UserError(
             f"{source!r} has no {PREPROCESSOR}, which says how images are prepared for the "
             "network; add the one it was trained with."
@@ -101,7 +108,7 @@ def _patterns(source: str, names: Iterable[str], *, allow_pickle: bool) -> list[
 
 def _from_hub(source: str, allow_pickle: bool) -> Files:
     # Imported here: half a second that a folder's users need not wait.
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
     from huggingface_hub.utils import validate_repo_id
 
     repo_id, _, revision = source.partition("@")
@@ -118,6 +125,7 @@ def _from_hub(source: str, allow_pickle: bool) -> Files:
         patterns = _patterns(
             source,
             [file.rfilename for file in info.siblings],
+            config=lambda: Path(hf_hub_download(repo_id, CONFIG, revision=info.sha)),
             allow_pickle=allow_pickle,
         )
         directory = snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns)

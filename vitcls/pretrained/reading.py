@@ -17,7 +17,7 @@ from vitcls.models.vit import ViT, ViTConfig
 from vitcls.pretrained import formats, keys, processor
 from vitcls.pretrained.clip import CLIP, SIGLIP
 from vitcls.pretrained.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
-from vitcls.pretrained.family import Config, Family
+from vitcls.pretrained.family import MOST_CLASSES, Config, Family, label_names
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR, Files, find
 from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
@@ -25,6 +25,7 @@ from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.positions import resize_positions
 from vitcls.pretrained.processor import Processor
 from vitcls.pretrained.resnet import RESNET
+from vitcls.pretrained.timm import TIMM, is_timm
 from vitcls.pretrained.torch_file import TorchWeights
 from vitcls.pretrained.vit import DEIT, VIT
 from vitcls.pretrained.workdir import find_run
@@ -43,7 +44,6 @@ FAMILIES: dict[str, Family] = {
     "siglip_vision_model": SIGLIP,
     "vit": VIT,
 }
-_MOST_CLASSES = 1 << 20
 _MOST_SPARE = 1 << 20  # bytes of names, and of a small network's pooler
 
 
@@ -105,7 +105,8 @@ def _read_stored(directory: Path, *, tensors: set[str] | None) -> _Stored:
     fields = JsonFields.read(directory / CONFIG)
     family = _family(fields)
     has_head = tensors is None or family.has_head(tensors)
-    id2label = _class_names(fields) if has_head else {}
+    read_class_names = family.read_class_names or _class_names
+    id2label = read_class_names(fields) if has_head else {}
     config = family.read_config(fields, len(id2label), tensors)
     if family.read_processor is not None:
         prepared = family.read_processor(fields, id2label)
@@ -123,6 +124,8 @@ def _family(fields: JsonFields) -> Family:
     """The family that a config.json names."""
     if "auto_map" in fields:
         raise UserError(f"{fields.path} asks to run code that it brings (auto_map); refused.")
+    if is_timm(fields):
+        return TIMM
     if "model_type" not in fields:
         raise UserError(f"{fields.path} has no model_type: it is not a Hugging Face config.")
     model_type = fields.any("model_type")
@@ -135,18 +138,13 @@ def _class_names(fields: JsonFields) -> dict[int, str]:
     """Class names by index, from id2label or else as many as num_labels (2 if it is absent)."""
     named = fields.any("id2label")
     if named is None:
-        return label_names(fields.integer("num_labels", 2, most=_MOST_CLASSES))
-    if not isinstance(named, dict) or not 1 <= len(named) <= _MOST_CLASSES:
+        return label_names(fields.integer("num_labels", 2, most=MOST_CLASSES))
+    if not isinstance(named, dict) or not 1 <= len(named) <= MOST_CLASSES:
         raise fields.error("id2label", "an object of class names")
     names = [named.get(str(index)) for index in range(len(named))]
     if not all(isinstance(name, str) for name in names):
         raise fields.error("id2label", f"class names under the keys 0 to {len(named) - 1}")
     return dict(enumerate(names))
-
-
-def label_names(num_classes: int) -> dict[int, str]:
-    """Names for classes that have none, as `transformers` makes them up."""
-    return {index: f"LABEL_{index}" for index in range(num_classes)}
 
 
 def make_model(
@@ -269,7 +267,7 @@ def load(
     """Loads a checkpoint, ready to apply.
 
     Args:
-      checkpoint: A folder in Hugging Face format, a hub id with optional `@revision`,
+      checkpoint: A folder in Hugging Face's or timm's format, a hub id with optional `@revision`,
         or the workdir of a run with optional `@best`, `@last` or `@STEP`.
       num_classes: Width of the head; another than the checkpoint's gives a new zero head, 0 none.
       image_size: (height, width); another than the checkpoint's resizes position embeddings.
