@@ -1,4 +1,5 @@
 import hashlib
+import sys
 import types
 
 import huggingface_hub
@@ -23,9 +24,10 @@ def write(folder, names=NAMES):
 def hub(monkeypatch, tmp_path):
     """A hub with one model; assign `error` or `names` to change what it answers.
 
-    `asked` and `patterns` are what it was asked for.
+    `asked`, `fetched` and `patterns` are what it was asked for; `config` is the config.json there.
     """
     hub = types.SimpleNamespace(error=None, names=NAMES, cached=False, asked=[], patterns=None)
+    hub.fetched, hub.config = [], tmp_path / "fetched.json"
     snapshot = write(tmp_path / "cache" / "snapshots" / COMMIT)
 
     def model_info(self, repo_id, *, revision=None):
@@ -42,6 +44,12 @@ def hub(monkeypatch, tmp_path):
         hub.patterns = allow_patterns
         return str(snapshot)
 
+    def hf_hub_download(repo_id, filename, *, revision):
+        assert revision == COMMIT
+        hub.fetched.append(filename)
+        return str(hub.config)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return hub
@@ -97,6 +105,7 @@ SHARDS = ("model.safetensors.index.json", "model-00001-of-00001.safetensors")
 def test_one_form_of_the_weights_is_downloaded_and_read(hub, tmp_path, there, wanted):
     hub.names = (*NAMES[:2], *there, "pytorch_model.bin", "README.md")
     find("owner/name")
+    assert hub.fetched == []
     downloaded = set(
         huggingface_hub.utils.filter_repo_objects(hub.names, allow_patterns=hub.patterns)
     )
@@ -151,8 +160,34 @@ def test_folder_without_a_config(tmp_path):
 
 
 def test_folder_without_preprocessing(tmp_path):
+    folder = write(tmp_path, ("config.json", "model.safetensors"))
+    (folder / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UserError, match=r"has no preprocessor_config.json, which says how images"):
-        find(write(tmp_path, ("config.json", "model.safetensors")))
+        find(folder)
+
+
+TIMM_NAMES = ("config.json", "model.safetensors")
+TIMM_CONFIG = '{"architecture": "resnet18", "pretrained_cfg": {}}'
+
+
+def test_timm_needs_no_preprocessing(hub, tmp_path):
+    folder = write(tmp_path / "model", (*TIMM_NAMES, "pytorch_model.bin"))
+    (folder / "config.json").write_text(TIMM_CONFIG)
+    assert find(folder).sha256().keys() == set(TIMM_NAMES)
+    hub.names = (*TIMM_NAMES, "pytorch_model.bin", "README.md")
+    hub.config.write_text(TIMM_CONFIG)
+    find("timm/resnet18")
+    assert hub.fetched == ["config.json"]
+    wanted = huggingface_hub.utils.filter_repo_objects(hub.names, allow_patterns=hub.patterns)
+    assert set(wanted) == set(TIMM_NAMES)
+
+
+def test_a_hub_model_without_preprocessing_is_not_downloaded(hub):
+    hub.names = TIMM_NAMES
+    hub.config.write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match=r"'owner/name' has no preprocessor_config.json, which say"):
+        find("owner/name")
+    assert hub.fetched == ["config.json"] and hub.patterns is None
 
 
 def test_folder_without_weights(tmp_path):
@@ -161,7 +196,11 @@ def test_folder_without_weights(tmp_path):
 
 
 def test_pickle_only_folder(tmp_path):
-    with pytest.raises(UserError, match=r"as a pickle only \(pytorch_model.bin\), which can run"):
+    with pytest.raises(
+        UserError,
+        match=r"as a pickle only \(pytorch_model.bin\), which can run .*"
+        "model.allow_pickle=True, or allow_pickle=True in Python",
+    ):
         find(write(tmp_path, (*NAMES[:2], "pytorch_model.bin")))
 
 
@@ -169,3 +208,50 @@ def test_pickle_only_hub_model(hub):
     hub.names = (*NAMES[:2], "pytorch_model.bin")
     with pytest.raises(UserError, match=r"'owner/name' has its weights as a pickle only"):
         find("owner/name")
+
+
+PICKLE_SHARDS = ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin")
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        (("pytorch_model.bin", "training_args.bin"), ("pytorch_model.bin",)),
+        (PICKLE_SHARDS, PICKLE_SHARDS),
+        (("pytorch_model.bin", "model.safetensors"), ("model.safetensors",)),
+        (("pytorch_model.bin", "flax_model.msgpack"), ("flax_model.msgpack",)),
+    ],
+)
+def test_pickles_are_read_when_allowed_and_alone(hub, tmp_path, there, wanted):
+    hub.names = (*NAMES[:2], *there, "README.md")
+    assert find("owner/name", allow_pickle=True).allow_pickle
+    downloaded = set(
+        huggingface_hub.utils.filter_repo_objects(hub.names, allow_patterns=hub.patterns)
+    )
+    assert downloaded == {*NAMES[:2], *wanted}
+    folder = write(tmp_path / "model", hub.names)
+    assert find(folder, allow_pickle=True).sha256().keys() == downloaded
+
+
+def test_a_cached_pickle_needs_the_same_leave(hub, tmp_path):
+    hub.error, hub.cached = ConnectionError("no route to host"), True
+    (tmp_path / "cache" / "snapshots" / COMMIT / "model.safetensors").rename(
+        tmp_path / "cache" / "snapshots" / COMMIT / "pytorch_model.bin"
+    )
+    with pytest.raises(UserError, match="as a pickle only"):
+        find("owner/name")
+    assert find("owner/name", allow_pickle=True).allow_pickle
+
+
+def test_other_pickles_are_never_read(tmp_path):
+    folder = write(tmp_path, (*NAMES[:2], "model.pth"))
+    with pytest.raises(UserError, match=r"as a pickle only \(model.pth\)"):
+        find(folder, allow_pickle=True)
+
+
+def test_pickles_without_torch_are_not_downloaded(hub, monkeypatch):
+    hub.names = (*NAMES[:2], "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="needs torch 2.10 or newer, and there is none; install"):
+        find("owner/name", allow_pickle=True)
+    assert hub.patterns is None

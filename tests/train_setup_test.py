@@ -2,17 +2,21 @@
 
 import contextlib
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from vitcls import pretrained, train, train_setup
 from vitcls.config import default_config
 from vitcls.errors import UserError
 from vitcls.models import vit
+from vitcls.pretrained import formats
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -43,6 +47,16 @@ def make_config(checkpoint: str, **model):
     config.train.total_steps = 2
     config.train.global_batch_size = 16
     return config
+
+
+def test_pickles_are_read_when_allowed(make_checkpoint):
+    folder = Path(make_checkpoint(("cat", "dog")))
+    torch.save(load_file(folder / formats.SINGLE), folder / "pytorch_model.bin")
+    (folder / formats.SINGLE).unlink()
+    with pytest.raises(UserError, match="as a pickle only"):
+        train_setup.open_model(make_config(str(folder)), DIGITS)
+    files, _, _ = train_setup.open_model(make_config(str(folder), allow_pickle=True), DIGITS)
+    assert "pytorch_model.bin" in files.sha256()
 
 
 def test_new_head_takes_the_classes_of_the_data(make_checkpoint):

@@ -68,6 +68,9 @@ def default_config() -> ConfigDict:
     # Checkpoint to start from: Hugging Face id with optional @revision, or a folder; "": random
     # weights of model.arch.
     c.model.pretrained = ""
+    # Read torch's pickles (pytorch_model.bin) where model.pretrained has nothing else: needs torch,
+    # whose restricted unpickler keeps them from running code.
+    c.model.allow_pickle = False
     # Architecture for random weights, such as "vit_b16" or "resnet50"; must be "" when
     # model.pretrained is set.
     c.model.arch = ""
@@ -163,9 +166,9 @@ def default_config() -> ConfigDict:
 # Fields that may differ when a workdir is continued: they do not change what is computed
 # (train.total_steps may only grow, which train.py checks).
 RUN_FIELDS = (
-    "data.data_dir", "data.cache", "data.num_threads", "data.num_workers", "model.remat",
-    "train.micro_batch", "eval.batch_size", "checkpoint.every_steps", "checkpoint.keep",
-    "mesh.data", "mesh.fsdp", "log.every_steps",
+    "data.data_dir", "data.cache", "data.num_threads", "data.num_workers", "model.allow_pickle",
+    "model.remat", "train.micro_batch", "eval.batch_size", "checkpoint.every_steps",
+    "checkpoint.keep", "mesh.data", "mesh.fsdp", "log.every_steps",
 )  # fmt: skip
 SELECT_METRICS = (
     "accuracy",

@@ -14,6 +14,12 @@ from vitcls.pretrained.keys import Key
 from vitcls.pretrained.processor import Processor
 
 Config = ViTConfig | ResNetConfig
+MOST_CLASSES = 1 << 20
+
+
+def label_names(num_classes: int) -> dict[int, str]:
+    """Names for classes that have none, as `transformers` makes them up."""
+    return {index: f"LABEL_{index}" for index in range(num_classes)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,7 @@ class Family:
       ignored: Matches the names of tensors that may be there and that classification does not use,
         without the prefix.
       unused: `config -> tensors` (without the prefix) that torch's network has and ours does not.
+      read_class_names: Class names by index, from config.json; None: as Hugging Face has them.
       read_processor: How images are prepared, from config.json and the class names; None: it stands
         in a preprocessor_config.json.
       has_image_size: Whether a config.json has one; else it is what the preprocessing makes.
@@ -47,6 +54,7 @@ class Family:
     heads: Sequence[str]
     ignored: re.Pattern
     unused: Callable[[Config], Mapping[str, np.ndarray]] = lambda config: {}
+    read_class_names: Callable[[JsonFields], dict[int, str]] | None = None
     read_processor: Callable[[JsonFields, Mapping[int, str]], Processor] | None = None
     has_image_size: bool = True
     takes_any_size: bool = False

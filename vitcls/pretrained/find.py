@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vitcls.errors import STORAGE_ERRNOS, UserError
-from vitcls.pretrained import formats
+from vitcls.pretrained import formats, torch_file
+from vitcls.pretrained.json_fields import JsonFields
+from vitcls.pretrained.timm import is_timm
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -19,23 +21,35 @@ class Files:
     directory: Path
     source: str  # what the user named: a folder, or a hub id with its revision
     revision: str | None = None  # commit of the hub's repository; None for a folder
+    allow_pickle: bool = False  # read torch's pickles where there is nothing else
 
     def sha256(self) -> dict[str, str]:
         """Hexadecimal digest of every file that is read, by name."""
         digests = {}
-        patterns = _patterns(self.source, [path.name for path in self.directory.iterdir()])
+        patterns = self.patterns()
         for path in sorted(p for pattern in patterns for p in self.directory.glob(pattern)):
             with path.open("rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         return digests
 
+    def patterns(self) -> list[str]:
+        """Globs of the files to read. Raises `UserError` if they make no checkpoint."""
+        return _patterns(
+            self.source,
+            [path.name for path in self.directory.iterdir()],
+            config=lambda: self.directory / CONFIG,
+            allow_pickle=self.allow_pickle,
+        )
 
-def find(checkpoint: str | Path) -> Files:
+
+def find(checkpoint: str | Path, *, allow_pickle: bool = False) -> Files:
     """Finds a checkpoint, downloading what is not in the hub's cache.
 
     Args:
-      checkpoint: A folder in Hugging Face format, or a hub id: `OWNER/NAME` or
+      checkpoint: A folder in Hugging Face's or timm's format, or a hub id: `OWNER/NAME` or
         `OWNER/NAME@REVISION`, the revision a branch, a tag or a commit. A folder comes first.
+      allow_pickle: Whether to read torch's pickles (pytorch_model.bin) where there is nothing else;
+        torch's restricted unpickler keeps them from running code.
 
     Raises:
       UserError: nothing there, or nothing there that can be read; says which.
@@ -48,15 +62,20 @@ def find(checkpoint: str | Path) -> Files:
             f"python -m vitcls.export --checkpoint={source} --format=huggingface --output=FOLDER"
         )
     if source and folder.is_dir():  # Path("") would be the current folder
-        _patterns(source, [path.name for path in folder.iterdir()])
-        return Files(folder, source)
+        files = Files(folder, source, allow_pickle=allow_pickle)
+        files.patterns()
+        return files
     if isinstance(checkpoint, Path) or source.startswith(("/", ".", "~")):
         raise UserError(f"There is no folder {source!r}.")
-    return _from_hub(source)
+    return _from_hub(source, allow_pickle)
 
 
-def _patterns(source: str, names: Iterable[str]) -> list[str]:
+def _patterns(
+    source: str, names: Iterable[str], *, config: Callable[[], Path], allow_pickle: bool
+) -> list[str]:
     """Globs of the files to read among these names of a folder's or repository's files.
+
+    `config` gets the config.json, which is asked for only where the preprocessing may stand in it.
 
     Raises:
       UserError: they make no checkpoint that we read.
@@ -66,26 +85,30 @@ def _patterns(source: str, names: Iterable[str]) -> list[str]:
         raise UserError(
             f"{source!r} has no {CONFIG}, so it is no checkpoint in Hugging Face format."
         )
-    if PREPROCESSOR not in names:
+    if PREPROCESSOR not in names and not is_timm(JsonFields.read(config())):
         raise UserError(
             f"{source!r} has no {PREPROCESSOR}, which says how images are prepared for the "
             "network; add the one it was trained with."
         )
-    for name, patterns in formats.FORMATS.items():
+    for name, patterns in formats.readable(allow_pickle=allow_pickle).items():
         if name in names:
+            if name in formats.PICKLES:
+                torch_file.import_torch()  # complains before anything is downloaded
             return [CONFIG, PREPROCESSOR, *patterns]
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickles:
         raise UserError(
             f"{source!r} has its weights as a pickle only ({pickles[0]}), which can run code when "
-            "it is opened; convert it to safetensors first."
+            "it is opened. Convert it to safetensors first; or, where it is a pytorch_model.bin, "
+            "let torch read it with safeguards: model.allow_pickle=True, or allow_pickle=True in "
+            "Python."
         )
     raise UserError(f"{source!r} has no weights: neither {' nor '.join(formats.FORMATS)}.")
 
 
-def _from_hub(source: str) -> Files:
+def _from_hub(source: str, allow_pickle: bool) -> Files:
     # Imported here: half a second that a folder's users need not wait.
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
     from huggingface_hub.utils import validate_repo_id
 
     repo_id, _, revision = source.partition("@")
@@ -99,7 +122,12 @@ def _from_hub(source: str) -> Files:
     try:
         # The commit first: what is downloaded is then one state of the repository.
         info = HfApi().model_info(repo_id, revision=revision or None)
-        patterns = _patterns(source, [file.rfilename for file in info.siblings])
+        patterns = _patterns(
+            source,
+            [file.rfilename for file in info.siblings],
+            config=lambda: Path(hf_hub_download(repo_id, CONFIG, revision=info.sha)),
+            allow_pickle=allow_pickle,
+        )
         directory = snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns)
     except UserError:
         raise
@@ -118,11 +146,13 @@ def _from_hub(source: str) -> Files:
     except Exception as error:  # no network raises many types, which differ between versions
         if getattr(error, "errno", None) in STORAGE_ERRNOS:
             raise
-        return _from_cache(source, repo_id, revision, cause=error)
-    return Files(Path(directory), source, info.sha)
+        return _from_cache(source, repo_id, revision, allow_pickle, cause=error)
+    return Files(Path(directory), source, info.sha, allow_pickle)
 
 
-def _from_cache(source: str, repo_id: str, revision: str, *, cause: Exception) -> Files:
+def _from_cache(
+    source: str, repo_id: str, revision: str, allow_pickle: bool, *, cause: Exception
+) -> Files:
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -133,5 +163,7 @@ def _from_cache(source: str, repo_id: str, revision: str, *, cause: Exception) -
             f"{source!r} is no folder, and the Hugging Face hub cannot be reached ({reason}). "
             "Download it where there is a network and name the folder."
         ) from cause
-    _patterns(source, [path.name for path in Path(directory).iterdir()])
-    return Files(Path(directory), source, Path(directory).name)  # snapshots/COMMIT
+    commit = Path(directory).name  # of snapshots/COMMIT
+    files = Files(Path(directory), source, commit, allow_pickle)
+    files.patterns()
+    return files

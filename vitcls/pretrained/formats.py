@@ -14,7 +14,17 @@ INDEX = "model.safetensors.index.json"
 FLAX = "flax_model.msgpack"  # see `FlaxWeights`
 # The file that shows each format -> globs of all its files; the first that is there is read alone.
 FORMATS = {SINGLE: (SINGLE,), INDEX: (INDEX, "model-*.safetensors"), FLAX: (FLAX,)}
+# The same of torch's pickles, which are read only when allowed, and last: see `TorchWeights`.
+PICKLES = {
+    "pytorch_model.bin": ("pytorch_model.bin",),
+    "pytorch_model.bin.index.json": ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+}
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def readable(*, allow_pickle: bool) -> dict[str, tuple[str, ...]]:
+    """The entries of `FORMATS`, and those of `PICKLES` if allowed, in the order of preference."""
+    return FORMATS | PICKLES if allow_pickle else FORMATS
 
 
 class Weights:
@@ -24,7 +34,7 @@ class Weights:
         """Opens the files in `directory`. Raises `UserError` if one is missing or damaged."""
         self._file_of = {}  # tensor name -> open file
         single = directory / SINGLE
-        for path in [single] if single.exists() else _shards(directory / INDEX):
+        for path in [single] if single.exists() else shards(directory / INDEX):
             try:
                 file = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:
@@ -45,7 +55,8 @@ class Weights:
         return self._file_of[name].get_tensor(name).astype(np.float32)
 
 
-def _shards(index: Path) -> list[Path]:
+def shards(index: Path) -> list[Path]:
+    """The files that an index names. Raises `UserError` if it is damaged or leaves its folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

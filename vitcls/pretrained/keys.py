@@ -17,6 +17,7 @@ from vitcls.errors import UserError
 from vitcls.models.vit import ViTConfig
 from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
+from vitcls.pretrained.torch_file import TorchWeights
 
 _MOST_LISTED = 8
 
@@ -106,7 +107,7 @@ def dense(ours: str, *theirs: str, bias: bool = True) -> list[Key]:
 
 
 def load(
-    weights: Weights | FlaxWeights,
+    weights: Weights | FlaxWeights | TorchWeights,
     table: Sequence[Key],
     *,
     shapes: Mapping[str, Any],

@@ -17,7 +17,7 @@ from vitcls.models.vit import ViT, ViTConfig
 from vitcls.pretrained import formats, keys, processor
 from vitcls.pretrained.clip import CLIP, SIGLIP
 from vitcls.pretrained.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
-from vitcls.pretrained.family import Config, Family
+from vitcls.pretrained.family import MOST_CLASSES, Config, Family, label_names
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR, Files, find
 from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
@@ -25,6 +25,8 @@ from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.positions import resize_positions
 from vitcls.pretrained.processor import Processor
 from vitcls.pretrained.resnet import RESNET
+from vitcls.pretrained.timm import TIMM, is_timm
+from vitcls.pretrained.torch_file import TorchWeights
 from vitcls.pretrained.vit import DEIT, VIT
 from vitcls.pretrained.workdir import find_run
 
@@ -42,7 +44,6 @@ FAMILIES: dict[str, Family] = {
     "siglip_vision_model": SIGLIP,
     "vit": VIT,
 }
-_MOST_CLASSES = 1 << 20
 _MOST_SPARE = 1 << 20  # bytes of names, and of a small network's pooler
 
 
@@ -55,15 +56,19 @@ def read_config(files: Files) -> tuple[Config, Processor]:
     Raises:
       UserError: an unsupported family, or a field with an unsupported value.
     """
-    return read_json(files.directory, tensors=_open_weights(files.directory).names())
+    return read_json(files.directory, tensors=_open_weights(files).names())
 
 
-def _open_weights(directory: Path) -> Weights | FlaxWeights:
+def _open_weights(files: Files) -> Weights | FlaxWeights | TorchWeights:
     """The weights of a folder; flax's, which are read at once, if their size fits the network."""
-    if next((name for name in formats.FORMATS if (directory / name).exists()), "") != formats.FLAX:
-        return Weights(directory)
-    path = directory / formats.FLAX
-    config, _ = read_json(directory, tensors=None)
+    names = formats.readable(allow_pickle=files.allow_pickle)
+    name = next((name for name in names if (files.directory / name).exists()), formats.SINGLE)
+    path = files.directory / name
+    if name in formats.PICKLES:
+        return TorchWeights(path)
+    if name != formats.FLAX:
+        return Weights(files.directory)
+    config, _ = read_json(files.directory, tensors=None)
     num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)))
     most = 2 * 4 * num_values + _MOST_SPARE  # float32; twice, as a bare network has a pooler
     if path.stat().st_size > most:
@@ -100,7 +105,8 @@ def _read_stored(directory: Path, *, tensors: set[str] | None) -> _Stored:
     fields = JsonFields.read(directory / CONFIG)
     family = _family(fields)
     has_head = tensors is None or family.has_head(tensors)
-    id2label = _class_names(fields) if has_head else {}
+    read_class_names = family.read_class_names or _class_names
+    id2label = read_class_names(fields) if has_head else {}
     config = family.read_config(fields, len(id2label), tensors)
     if family.read_processor is not None:
         prepared = family.read_processor(fields, id2label)
@@ -118,6 +124,8 @@ def _family(fields: JsonFields) -> Family:
     """The family that a config.json names."""
     if "auto_map" in fields:
         raise UserError(f"{fields.path} asks to run code that it brings (auto_map); refused.")
+    if is_timm(fields):
+        return TIMM
     if "model_type" not in fields:
         raise UserError(f"{fields.path} has no model_type: it is not a Hugging Face config.")
     model_type = fields.any("model_type")
@@ -130,18 +138,13 @@ def _class_names(fields: JsonFields) -> dict[int, str]:
     """Class names by index, from id2label or else as many as num_labels (2 if it is absent)."""
     named = fields.any("id2label")
     if named is None:
-        return label_names(fields.integer("num_labels", 2, most=_MOST_CLASSES))
-    if not isinstance(named, dict) or not 1 <= len(named) <= _MOST_CLASSES:
+        return label_names(fields.integer("num_labels", 2, most=MOST_CLASSES))
+    if not isinstance(named, dict) or not 1 <= len(named) <= MOST_CLASSES:
         raise fields.error("id2label", "an object of class names")
     names = [named.get(str(index)) for index in range(len(named))]
     if not all(isinstance(name, str) for name in names):
         raise fields.error("id2label", f"class names under the keys 0 to {len(named) - 1}")
     return dict(enumerate(names))
-
-
-def label_names(num_classes: int) -> dict[int, str]:
-    """Names for classes that have none, as `transformers` makes them up."""
-    return {index: f"LABEL_{index}" for index in range(num_classes)}
 
 
 def make_model(
@@ -189,7 +192,7 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
     Raises:
       UserError: a tensor is missing, left over, or of another shape; lists all of them.
     """
-    weights = _open_weights(files.directory)
+    weights = _open_weights(files)
     names = weights.names()
     stored = _read_stored(files.directory, tensors=names)
     family, prefix = stored.family, stored.family.prefix_of(names)
@@ -259,15 +262,17 @@ def load(
     num_classes: int | None = None,
     image_size: tuple[int, int] | None = None,
     dtype: jnp.dtype = jnp.float32,
+    allow_pickle: bool = False,
 ) -> tuple[nn.Module, dict[str, Any], Processor]:
     """Loads a checkpoint, ready to apply.
 
     Args:
-      checkpoint: A folder in Hugging Face format, a hub id with optional `@revision`, or the
-        workdir of a run with optional `@best`, `@last` or `@STEP`.
+      checkpoint: A folder in Hugging Face's or timm's format, a hub id with optional `@revision`,
+        or the workdir of a run with optional `@best`, `@last` or `@STEP`.
       num_classes: Width of the head; another than the checkpoint's gives a new zero head, 0 none.
       image_size: (height, width); another than the checkpoint's resizes position embeddings.
       dtype: Type of the computation; parameters are float32.
+      allow_pickle: See `find`.
 
     Returns:
       The network, its variables (`{"params": ...}`, and "batch_stats" with BatchNorm) and the
@@ -279,7 +284,7 @@ def load(
     """
     run = find_run(checkpoint)
     if run is None:
-        files = find(checkpoint)
+        files = find(checkpoint, allow_pickle=allow_pickle)
         stored, prepared = read_config(files)
     else:
         stored, prepared = read_json(run.model, tensors=None)
