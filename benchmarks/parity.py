@@ -8,6 +8,9 @@ no parameter at its initial value, saved with `save_pretrained` and read with
 used at and at another, in float32 at the highest precision of products, and for the smaller network
 of each family the gradient of a cross-entropy. Nothing is downloaded. Needs torch, transformers and
 up to 10 GB of memory.
+
+timm's networks are compared with outputs that timm computed in an environment of its own, which
+`tests/golden/make_timm_outputs.sh` makes; their weights are made again from the names of tensors.
 """
 
 import argparse
@@ -16,11 +19,13 @@ import functools
 import importlib.metadata
 import json
 import platform
+import runpy
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,13 +34,16 @@ import transformers
 
 from vitcls import pretrained
 from vitcls.errors import UserError
-from vitcls.pretrained import keys
+from vitcls.pretrained import formats, keys
 from vitcls.pretrained.reading import FAMILIES
 
 TOLERANCE = 1e-4  # of logits, which are made to be about 1
 GRADIENT_TOLERANCE = 1e-3  # of a tensor, relative to its norm or to a thousandth of the whole one
 BEGIN, END = "<!-- begin of what benchmarks.parity writes -->", "<!-- end -->"
 NUM_CLASSES, BATCH_SIZE = 100, 2
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+TIMM = sorted(path.stem for path in (GOLDEN / "timm").glob("*.npz") if path.stem != "pixels")
 
 Size = tuple[int, int]
 
@@ -157,8 +165,7 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     for size in (case.native, case.other):
         images = _images(size)
         ours, variables, _ = pretrained.load(folder, image_size=size)
-        with jax.default_matmul_precision("highest"):
-            found = jax.jit(functools.partial(ours.apply, train=False))(variables, images)
+        found = _apply(ours, variables, images)
         with torch.no_grad():
             expected = _torch_logits(model, torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
         result["differences"][size] = float(np.abs(found - expected).max())
@@ -217,7 +224,35 @@ def _digest(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array, np.float32).tobytes()
 
 
-def row(case: Case, result: dict[str, Any]) -> str:
+def compare_timm(name: str, folder: Path) -> dict[str, Any]:
+    """The same for one of timm's networks, of which there is no gradient."""
+    make = runpy.run_path(str(GOLDEN / "timm_weights.py"))
+    golden = np.load(GOLDEN / "timm" / f"{name}.npz")
+    shapes = json.loads(str(golden["tensors"]))
+    tensors = {key: make["make_tensor"](key, tuple(shape)) for key, shape in shapes.items()}
+    formats.write(folder / formats.SINGLE, tensors)
+    (folder / "config.json").write_text(str(golden["config"]))
+    differences = {}
+    for size, expected in (
+        (pretrained.load(folder)[2].size, golden["outputs"]),
+        (tuple(golden["other_size"].tolist()), golden["resized"]),
+    ):
+        model, variables, _ = pretrained.load(folder, image_size=size)
+        found = _apply(model, variables, make["make_images"](size))
+        differences[size] = float(np.abs(found - expected).max())
+    return {
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "differences": differences,
+        "largest_logit": float(np.abs(golden["outputs"]).max()),
+    }
+
+
+def _apply(model: nn.Module, variables: Any, images: np.ndarray) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(functools.partial(model.apply, train=False))(variables, images))
+
+
+def row(name: str, result: dict[str, Any]) -> str:
     """One line of the table."""
     sizes = " | ".join(
         f"{height} x {width}: {difference:.1e}"
@@ -225,7 +260,7 @@ def row(case: Case, result: dict[str, Any]) -> str:
     )
     gradient = f"{result['gradient']:.1e}" if "gradient" in result else ""
     return (
-        f"| {case.name} | {result['num_params'] / 1e6:.1f} M | {sizes} | "
+        f"| {name} | {result['num_params'] / 1e6:.1f} M | {sizes} | "
         f"{result['largest_logit']:.1f} | {gradient} |"
     )
 
@@ -274,21 +309,23 @@ def main() -> None:
     parser.add_argument("--only", default="", help="compare networks with this in their names only")
     parser.add_argument("--output", type=Path, help="page whose table is replaced; all networks")
     args = parser.parse_args()
-    cases = [case for case in CASES if args.only in case.name]
-    if not cases:
-        parser.error(f"--only={args.only} is in no name; there are: {[c.name for c in CASES]}")
+    comparisons = {case.name: functools.partial(compare, case) for case in CASES}
+    comparisons |= {f"timm's {name}": functools.partial(compare_timm, name) for name in TIMM}
+    chosen = [name for name in comparisons if args.only in name]
+    if not chosen:
+        parser.error(f"--only={args.only} is in no name; there are: {', '.join(comparisons)}")
     if args.output and args.only:
         parser.error("--output wants all networks: leave --only out.")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rows, failed = [], []
-    for case in cases:
+    for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            result = compare(case, Path(folder))
-        rows.append(row(case, result))
+            result = comparisons[name](Path(folder))
+        rows.append(row(name, result))
         print(rows[-1], flush=True)
         if not is_close(result):
-            failed.append(case.name)
+            failed.append(name)
     if failed:
         sys.exit(f"Beyond {TOLERANCE} or, for gradients, {GRADIENT_TOLERANCE}: {failed}")
     if args.output:
