@@ -111,10 +111,10 @@ class ViTConfig:
         """The same for images of another (height, width), cut into whole patches.
 
         Raises:
-          UserError: the patch does not divide the image.
+          UserError: the patch does not divide the new size.
         """
         (height, width), (p, q) = image_size, self.patch_size
-        if height % p or width % q:
+        if (height, width) != self.image_size and (height % p or width % q):
             nearest = (max(round(height / p), 1) * p, max(round(width / q), 1) * q)
             raise UserError(
                 f"image_size={(height, width)} is not divisible by the patch size "
