@@ -132,6 +132,7 @@ _SHARED = dict(
     heads=("classifier.weight",),
     ignored=re.compile(r"embeddings\.mask_token"),
     unused=_unused,
+    processor_type="BitImageProcessor",
     takes_any_size=True,
 )
 DINOV2 = Family(read_config=_read_plain, prefix="dinov2.", **_SHARED)

@@ -34,6 +34,7 @@ class Family:
       unused: `config -> tensors` (without the prefix) that torch's network has and ours does not.
       read_processor: How images are prepared, from config.json and the class names; None: it stands
         in a preprocessor_config.json.
+      processor_type: What a preprocessor_config.json without a type means.
       has_image_size: Whether a config.json has one; else it is what the preprocessing makes.
       takes_any_size: Whether the network resizes its position embeddings to what it is given: the
         preprocessing then says for what size, and config.json for what size they are stored.
@@ -48,6 +49,7 @@ class Family:
     ignored: re.Pattern
     unused: Callable[[Config], Mapping[str, np.ndarray]] = lambda config: {}
     read_processor: Callable[[JsonFields, Mapping[int, str]], Processor] | None = None
+    processor_type: str = "ViTImageProcessor"
     has_image_size: bool = True
     takes_any_size: bool = False
     antialias: bool = False

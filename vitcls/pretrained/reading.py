@@ -105,7 +105,9 @@ def _read_stored(directory: Path, *, tensors: set[str] | None) -> _Stored:
     if family.read_processor is not None:
         prepared = family.read_processor(fields, id2label)
     else:
-        prepared = processor.read(directory / PREPROCESSOR, id2label=id2label)
+        prepared = processor.read(
+            directory / PREPROCESSOR, id2label=id2label, default=family.processor_type
+        )
     if not family.has_image_size:
         config = dataclasses.replace(config, image_size=prepared.size)
     if not family.takes_any_size:

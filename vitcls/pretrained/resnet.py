@@ -99,5 +99,6 @@ RESNET = Family(
     heads=("classifier.1.weight",),
     ignored=re.compile(r".*\.normalization\.num_batches_tracked"),
     unused=_unused,
+    processor_type="ConvNextImageProcessor",
     has_image_size=False,
 )

@@ -99,4 +99,5 @@ DEIT = Family(
     prefix="deit.",
     heads=("classifier.weight", "cls_classifier.weight"),
     ignored=re.compile(r"pooler\.dense\.(weight|bias)|embeddings\.mask_token"),
+    processor_type="DeiTImageProcessor",
 )
