@@ -203,6 +203,47 @@ def test_names_of_older_transformers_are_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path)[1], expected)
 
 
+# Preprocessing
+
+
+# For the other families transformers has no default.
+@pytest.mark.parametrize("model_type", ["clip", "deit", "dinov2", "resnet", "siglip", "vit"])
+def test_a_file_without_a_type_means_the_familys_own_processor(tmp_path, model_type):
+    content = {"model_type": model_type, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert type(theirs).__name__ == f"{FAMILIES[model_type].processor_type}Pil"
+    _, prepared = pretrained.read_json(tmp_path, tensors=None)
+    assert prepared.mean == pytest.approx(theirs.image_mean, abs=0)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
+def test_dinov2_is_loaded_for_the_size_that_its_preprocessing_makes(tmp_path, kind):
+    """As its checkpoints, whose positions are stored for 518 pixels and whose images have 224."""
+    torch_model = randomized(with_config(kind, HEAD, SIZES, image_size=56))
+    torch_model.save_pretrained(tmp_path / "in")
+    transformers.BitImageProcessorPil(
+        size={"shortest_edge": 40}, crop_size={"height": 24, "width": 24}
+    ).save_pretrained(tmp_path / "in")
+    image = np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8)
+
+    model, variables, processor = pretrained.load(tmp_path / "in")
+    assert model.config.image_size == processor.size == (24, 24)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "in", backend="pil")
+    with torch.no_grad():
+        expected = torch_model(**theirs(image, return_tensors="pt")).logits
+    found = apply(model, variables, processor([image]))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+    native = pretrained.load(tmp_path / "in", image_size=(56, 56))
+    assert (native[2].size, native[2].resize) == ((56, 56), round(40 * 56 / 24))
+    pretrained.save(tmp_path / "out", *native)
+    before, after = tensors(tmp_path / "in"), tensors(tmp_path / "out")
+    name = next(name for name in before if "position_embeddings" in name)
+    np.testing.assert_array_equal(after[name], before[name])
+
+
 # Configs
 
 
