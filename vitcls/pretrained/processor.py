@@ -149,7 +149,8 @@ def read(
 def _name(fields: JsonFields, default: str) -> str:
     """The type of processor: a name in `_KINDS`."""
     # Before 2022 processors were called feature extractors; Fast and Pil name implementations.
-    name = str(fields.any("image_processor_type", fields.any("feature_extractor_type", default)))
+    former = fields.string("feature_extractor_type", default)
+    name = fields.string("image_processor_type", former)
     base = name.removesuffix("Fast").removesuffix("Pil")
     base = base.replace("FeatureExtractor", "ImageProcessor")
     if base not in _KINDS:
