@@ -34,6 +34,9 @@ EVERYTHING = dataclasses.replace(
 )
 
 
+TWO_HEADS = dataclasses.replace(TINY, prefix_tokens=("cls", "dist"), pool="cls_dist")
+
+
 def images(batch=4, config=TINY, seed=0):
     shape = (batch, *config.image_size, 3)
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -109,6 +112,22 @@ def test_options_add_and_remove_parameters():
     assert full["embeddings/position_embeddings"] == (1, 7, 16)  # registers have no position
     assert full["encoder/layer_0/mlp/intermediate/kernel"] == (16, 48)  # gate and values
     assert full["classifier/kernel"] == (32, 5)  # class token and mean
+
+
+def test_bare_patches_and_two_heads_change_parameters():
+    plain = shapes(TINY)
+    changed = shapes(dataclasses.replace(TWO_HEADS, patch_bias=False, final_norm=False))
+    assert changed.keys() - plain.keys() == {
+        "embeddings/dist_token",
+        "distillation_classifier/kernel",
+        "distillation_classifier/bias",
+    }
+    assert plain.keys() - changed.keys() == {
+        "embeddings/patch_embedding/bias",
+        "layernorm/scale",
+        "layernorm/bias",
+    }
+    assert changed["embeddings/position_embeddings"] == (1, 8, 16)  # the token has a position
 
 
 @pytest.mark.parametrize(
@@ -192,6 +211,51 @@ def test_mean_pool_leaves_prefix_tokens_out():
     pooled = vit.pool(x, lambda x: x, config)
     expected = np.concatenate([x[:, 0], x[:, 4:].mean(axis=1)], axis=-1)
     np.testing.assert_allclose(pooled, expected, atol=1e-6)
+
+
+def test_two_heads_give_the_mean_of_their_logits():
+    """Each head reads its own token, the class token's first."""
+    bare = dataclasses.replace(TWO_HEADS, num_classes=0)
+    params = init(TWO_HEADS)["params"]
+    backbone = {name: value for name, value in params.items() if "classifier" not in name}
+    features = jax.jit(functools.partial(ViT(bare).apply, train=False))(
+        {"params": backbone}, images()
+    )
+    logits = [
+        tokens @ params[head]["kernel"] + params[head]["bias"][np.newaxis]
+        for tokens, head in zip(
+            np.split(np.asarray(features), 2, axis=1),
+            ("classifier", "distillation_classifier"),
+            strict=True,
+        )
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 0.1
+    np.testing.assert_allclose(apply(ViT(TWO_HEADS), images()), np.mean(logits, 0), atol=1e-5)
+
+
+def test_without_a_final_norm_tokens_are_pooled_as_they_are():
+    """The norm of what comes out is what comes out with a norm."""
+    config = dataclasses.replace(TINY, num_classes=0)
+    params = init(config)["params"]
+    norm = params["layernorm"]
+    without = {name: value for name, value in params.items() if name != "layernorm"}
+    bare = ViT(dataclasses.replace(config, final_norm=False))
+    tokens = jax.jit(bare.apply, static_argnames="train")(
+        {"params": without}, images(), train=False
+    )
+    normed = jax.nn.standardize(tokens, epsilon=config.epsilon) * norm["scale"][np.newaxis]
+    np.testing.assert_allclose(
+        normed + norm["bias"][np.newaxis], apply(ViT(config), images()), atol=1e-4
+    )
+
+
+def test_pixels_beyond_the_last_whole_patch_are_not_seen():
+    ragged = dataclasses.replace(TINY, image_size=(11, 14))
+    assert ragged.grid == TINY.grid
+    pixels = images(config=ragged)
+    params = init(TINY)
+    found = jax.jit(functools.partial(ViT(ragged).apply, train=False))(params, pixels)
+    np.testing.assert_array_equal(found, apply(ViT(TINY), pixels[:, :8, :12]))
 
 
 def test_queries_and_keys_come_out_only_when_asked():
@@ -304,6 +368,19 @@ def test_the_indivisible_size_suggests_the_nearest():
         vit_config("vit_b16", num_classes=2, image_size=(30, 224))
 
 
+def test_a_size_that_patches_do_not_divide_is_kept_but_not_chosen():
+    ragged = dataclasses.replace(TINY, image_size=(11, 14))
+    assert ragged.resized((11, 14)) == ragged
+    assert ragged.resized((8, 16)).image_size == (8, 16)
+    with pytest.raises(UserError, match=r"\(14, 11\) is not divisible.*use \(16, 12\)"):
+        ragged.resized((14, 11))
+
+
+def test_an_image_must_have_a_patch():
+    with pytest.raises(UserError, match=r"image_size=\(3, 8\) is below a patch, \(4, 4\)"):
+        dataclasses.replace(TINY, image_size=(3, 8))
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match="num_heads=3 does not divide width=16"):
         dataclasses.replace(TINY, num_heads=3)
@@ -322,6 +399,7 @@ def test_sizes_must_be_positive():
         ({"activation": "gelu_tan"}, "Unknown ViT activation 'gelu_tan'. Did you mean 'gelu_tanh'"),
         ({"prefix_tokens": ("cls", "mask")}, "Unknown ViT prefix token 'mask'"),
         ({"prefix_tokens": ()}, "pool='cls' needs 'cls' among prefix_tokens"),
+        ({"pool": "cls_dist"}, "pool='cls_dist' needs 'dist' among prefix_tokens"),
     ],
 )
 def test_unknown_options_are_named(changes, message):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import pickle
 
@@ -5,8 +6,6 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
-from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from vitcls.errors import UserError
 from vitcls.pretrained import Processor, processor
@@ -27,46 +26,137 @@ def read(tmp_path, **fields):
     return processor.read(path, id2label={})
 
 
-@pytest.mark.parametrize("ours", [SQUASHING, CROPPING], ids=["squash", "crop"])
-@pytest.mark.parametrize("shape", [(40, 50), (61, 17), (9, 12)])
-def test_pixels_equal_the_reference(tmp_path, ours, shape):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor.to_json(ours)))
-    theirs = ViTImageProcessorPil.from_pretrained(tmp_path)
-    image = random_image(*shape)
-    raw = theirs(image, do_rescale=False, do_normalize=False, return_tensors="np")
-    expected = np.moveaxis(raw["pixel_values"][0], 0, -1)
-    np.testing.assert_array_equal(ours.pixels(image), expected)
-    normalised = np.moveaxis(theirs(image, return_tensors="np")["pixel_values"], 1, -1)
+def type_(name):
+    return {"image_processor_type": name}
+
+
+def check_equal(ours, theirs, image):
+    """Bytes are equal after cropping and resizing, and floats within rounding at the end."""
+    raw = theirs(image, do_convert_rgb=True, do_rescale=False, do_normalize=False)["pixel_values"]
+    np.testing.assert_array_equal(ours.pixels(image), np.moveaxis(raw[0], 0, -1))
+    normalised = theirs(image, do_convert_rgb=True, return_tensors="np")["pixel_values"]
     found = ours([image])
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, normalised, atol=2e-6)
+    np.testing.assert_allclose(found, np.moveaxis(normalised, 1, -1), atol=2e-6)
+
+
+SHAPES = [(40, 50), (61, 17), (9, 12)]
+# As in openai/clip-vit-base-patch32 and in facebook/deit-base-distilled-patch16-224: without a
+# type of image processor, and with integers for sizes.
+OLD_CLIP = {
+    "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3, "size": 224,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+OLD_DEIT = OLD_CLIP | {
+    "feature_extractor_type": "DeiTFeatureExtractor", "size": 256,
+    "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("name", "fields"),
     [
-        {"size": 24, "crop_pct": 0.875},  # 27: 24 / 0.875 is cut, not rounded
-        {"size": {"shortest_edge": 20}, "crop_pct": 0.95, "resample": 2},
-        {"size": {"shortest_edge": 33}},
-        {"size": 384, "crop_pct": None},
-        {},
+        *((f"{name}ImageProcessor", {}) for name in ("ViT", "DeiT", "Bit", "CLIP", "Siglip")),
+        ("ViTImageProcessor", {"size": {"height": 20, "width": 31}, "resample": 3}),
+        ("ViTImageProcessor", {"size": 33, "do_center_crop": True, "crop_size": 30}),
+        ("DeiTImageProcessor", {"size": 33, "crop_size": {"height": 31, "width": 20}}),
+        ("DeiTImageProcessor", {"size": 32, "do_center_crop": False, "resample": 2}),
+        ("BitImageProcessor", {"size": {"shortest_edge": 30}, "crop_size": 27}),
+        ("CLIPImageProcessor", {"size": {"height": 30, "width": 28}, "crop_size": 25}),
+        ("SiglipImageProcessor", {"size": {"height": 30, "width": 28}, "rescale_factor": 1 / 127}),
+        ("SiglipImageProcessor", {"size": 30, "do_center_crop": True, "crop_size": 28}),
+        ("CLIPImageProcessor", OLD_CLIP),
+        ("DeiTImageProcessor", OLD_DEIT),
+        # 27: 24 / 0.875 is cut, not rounded; microsoft/resnet-50 has this crop_pct.
+        ("ConvNextImageProcessor", {"size": 24, "crop_pct": 0.875}),
+        (
+            "ConvNextImageProcessor",
+            {"size": {"shortest_edge": 20}, "crop_pct": 0.95, "resample": 2},
+        ),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 33}}),
+        ("ConvNextImageProcessor", {"size": 384, "crop_pct": None}),
+        ("ConvNextImageProcessor", {}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [(40, 50), (61, 17), (9, 12)])
-def test_pixels_equal_the_convnext_reference(tmp_path, fields, shape):
-    """That processor is what ResNet checkpoints have: microsoft/resnet-50's has crop_pct 0.875."""
-    ours = read(tmp_path, feature_extractor_type="ConvNextFeatureExtractor", **fields)
-    theirs = ConvNextImageProcessorPil(**{k: v for k, v in fields.items() if v is not None})
-    image = random_image(*shape)
-    raw = theirs(image, do_rescale=False, do_normalize=False, return_tensors="np")
-    expected = np.moveaxis(raw["pixel_values"][0], 0, -1)
-    np.testing.assert_array_equal(ours.pixels(image), expected)
-    normalised = np.moveaxis(theirs(image, return_tensors="np")["pixel_values"], 1, -1)
-    np.testing.assert_allclose(ours([image]), normalised, atol=2e-6)
-    # Written in the format of ViT's processor, it makes the same pixels.
-    again = read(tmp_path, **processor.to_json(ours))
-    assert again == ours
+def test_files_mean_what_they_mean_in_transformers(tmp_path, name, fields):
+    ours = read(tmp_path, **({} if "feature_extractor_type" in fields else type_(name)) | fields)
+    theirs = getattr(transformers, f"{name}Pil")(**fields)
+    for shape in SHAPES:
+        check_equal(ours, theirs, random_image(*shape))
+    # What is written makes the same pixels, in a type that older readers know to crop.
+    assert read(tmp_path, **processor.to_json(ours)) == ours
+
+
+@pytest.mark.parametrize(
+    ("ours", "name"),
+    [
+        (SQUASHING, "ViTImageProcessor"),
+        (CROPPING, "CLIPImageProcessor"),
+        (Processor(size=(16, 24), resize=(20, 25)), "DeiTImageProcessor"),
+    ],
+    ids=["squash", "shorter side", "both sides"],
+)
+def test_transformers_makes_the_same_pixels_of_what_is_written(tmp_path, ours, name):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor.to_json(ours)))
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert type(theirs).__name__ == f"{name}Pil"
+    for shape in SHAPES:
+        check_equal(ours, theirs, random_image(*shape))
+
+
+@pytest.mark.parametrize(
+    "spelling", ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"]
+)
+def test_every_spelling_of_a_type_is_known(tmp_path, spelling):
+    assert read(tmp_path, image_processor_type=spelling) == read(
+        tmp_path, feature_extractor_type="CLIPFeatureExtractor"
+    )
+
+
+def images_of_many_kinds():
+    """50 images: every mode in three shapes, and every shape of its own."""
+    rng = np.random.default_rng(5)
+
+    def noise(height, width):
+        return Image.fromarray(rng.integers(0, 256, (height, width, 4), np.uint8), "RGBA")
+
+    modes = ["RGB", "L", "LA", "RGBA", "P", "PA", "1", "CMYK", "YCbCr", "HSV"]
+    for mode, (height, width) in itertools.product(modes, [(40, 50), (61, 17), (9, 12)]):
+        yield noise(height, width).convert(mode)
+    for mode, transparency in (("P", 3), ("P", bytes(range(256))), ("L", 7), ("RGB", (1, 2, 3))):
+        image = noise(33, 47).convert(mode)
+        image.info["transparency"] = transparency
+        yield image
+    shapes = [
+        (1, 1), (1, 2), (2, 1), (3, 3), (1, 90), (90, 1), (7, 500), (500, 7), (499, 333),
+        (333, 499), (500, 500), (28, 28), (32, 32), (27, 29), (64, 48), (255, 257),
+    ]  # fmt: skip
+    for height, width in shapes:
+        yield noise(height, width).convert("RGB")
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("ViTImageProcessor", {"size": {"height": 28, "width": 32}}),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 32}, "crop_size": 28}),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 28}}),
+    ],
+    ids=["squash", "shorter side", "ConvNext"],
+)
+def test_pixels_equal_the_reference_for_images_of_many_kinds(tmp_path, name, fields, resample):
+    """All but 16-bit grey, which the reference clips to white."""
+    fields = fields | {"resample": int(resample)}
+    ours = read(tmp_path, **type_(name), **fields)
+    theirs = getattr(transformers, f"{name}Pil")(**fields)
+    images = list(images_of_many_kinds())
+    assert len(images) == 50
+    for image in images:
+        check_equal(ours, theirs, image)
 
 
 @pytest.mark.parametrize(
@@ -74,24 +164,6 @@ def test_pixels_equal_the_convnext_reference(tmp_path, fields, shape):
 )
 def test_what_is_written_is_read_back(tmp_path, ours):
     assert read(tmp_path, **processor.to_json(ours)) == ours
-
-
-def test_transformers_loads_what_is_written(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor.to_json(SQUASHING)))
-    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    assert (theirs.size.height, theirs.size.width) == (16, 24)
-    assert theirs.resample == Image.Resampling.BICUBIC
-
-
-def test_absent_fields_mean_what_they_mean_in_transformers(tmp_path):
-    theirs = ViTImageProcessorPil()
-    ours = read(tmp_path)
-    assert ours.size == (theirs.size["height"], theirs.size["width"])
-    assert ours.resample == "bilinear"
-    assert ours.resize is None
-    assert ours.mean == tuple(theirs.image_mean)
-    assert ours.std == tuple(theirs.image_std)
-    assert ours.rescale == theirs.rescale_factor
 
 
 def test_files_of_feature_extractors_are_read(tmp_path):
@@ -141,6 +213,9 @@ def test_worker_processes_can_unpickle_it():
         ({"size": {"longest_edge": 3}}, "size=.*longest_edge.* height and width, or shortest_edge"),
         ({"size": {"height": 10**9, "width": 1}}, "size=.* up to 8192"),
         ({"size": {"shortest_edge": 9}}, "size=.* where nothing is cropped"),
+        ({**type_("SiglipImageProcessor"), "size": 9}, "size=9 .* where nothing is cropped"),
+        ({**type_("CLIPImageProcessor"), "size": [9, 9]}, r"size=\[9, 9\] .* or shortest_edge"),
+        ({"do_center_crop": True}, "crop_size=null .* must be an integer, or height and width"),
         ({"do_center_crop": True, "crop_size": {"shortest_edge": 9}}, "crop_size=.* or height and"),
         (
             {**CONVNEXT, "crop_pct": 1.5},

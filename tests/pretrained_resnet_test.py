@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from pretrained_vit_test import apply
 from safetensors import safe_open
+from torch_reference import apply
 
 from vitcls import pretrained
 from vitcls import train_step as steps

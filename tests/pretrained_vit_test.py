@@ -10,12 +10,11 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from safetensors import safe_open
+from torch_reference import apply, check_gradients, random_images, randomized, tensors, to_torch
 
 from vitcls import pretrained
 from vitcls.errors import UserError
 from vitcls.models.vit import ViTConfig
-from vitcls.pretrained import keys
 from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.saving import config_to_json
 from vitcls.pretrained.vit import VIT
@@ -39,7 +38,7 @@ CASES = {
         (48, 64),
     ),
 }  # fmt: skip
-NUM_FEATURES = 7
+NUM_CLASSES = 7
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "_"))
@@ -47,42 +46,23 @@ def case(request, tmp_path_factory):
     """(torch model, folder that `save_pretrained` wrote, with a head, image size)."""
     fields, has_head, image_size = CASES[request.param]
     config = transformers.ViTConfig(
-        num_hidden_layers=3, intermediate_size=56, num_labels=NUM_FEATURES, **fields
+        num_hidden_layers=3, intermediate_size=56, num_labels=NUM_CLASSES, **fields
     )
     kind = transformers.ViTForImageClassification if has_head else transformers.ViTModel
-    torch.manual_seed(0)
-    model = kind(config)
-    with torch.no_grad():  # larger than at the start of training, so that every parameter matters
-        for param in model.parameters():
-            param.add_(0.2 * torch.randn_like(param))
+    model = randomized(kind(config))
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
-    write_processor(folder)
-    return model.eval(), folder, has_head, image_size
-
-
-def write_processor(folder):
     (folder / "preprocessor_config.json").write_text('{"image_processor_type":"ViTImageProcessor"}')
+    return model, folder, has_head, image_size
 
 
 def torch_outputs(case, images):
     """Logits, or the class token's features, of images (B, H, W, 3)."""
     model, _, has_head, _ = case
-    pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
     # The reference interpolates from square grids only.
     resized = images.shape[1:3] == CASES["another size"][2]
-    out = model(pixel_values=pixels, interpolate_pos_encoding=resized)
+    out = model(pixel_values=to_torch(images), interpolate_pos_encoding=resized)
     return out.logits if has_head else out.last_hidden_state[:, 0]
-
-
-def random_images(image_size, batch=3):
-    return np.random.default_rng(0).normal(size=(batch, *image_size, 3)).astype(np.float32)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model, variables, images):
-    with jax.default_matmul_precision("highest"):
-        return model.apply(variables, images, train=False)
 
 
 def test_logits_equal_torch(case):
@@ -97,57 +77,24 @@ def test_logits_equal_torch(case):
 
 def test_gradients_through_a_random_head_equal_torch(case):
     torch_model, folder, _, image_size = case
-    images = random_images(image_size)
     model, variables, _ = pretrained.load(folder, image_size=image_size)
-    num_outputs = apply(model, variables, images).shape[-1]
-    head = np.random.default_rng(1).normal(size=(num_outputs, 5)).astype(np.float32)
-
-    @jax.jit
-    @jax.grad
-    def ours(params):
-        logits = apply(model, {"params": params}, images) @ head
-        return -jax.nn.log_softmax(logits)[jnp.arange(3), jnp.arange(3)].mean()
-
-    torch_model.zero_grad()
-    logits = torch_outputs(case, images) @ torch.from_numpy(head)
-    torch.nn.functional.cross_entropy(logits, torch.arange(3)).backward()
-    expected = {
-        name: param.grad.numpy()
-        for name, param in on_disk_names(torch_model, folder).items()
-        if "pooler" not in name
-    }
-    found = keys.dump(
-        {"params": ours(variables["params"])},
-        VIT.key_table(model.config, VIT.written_prefix(model.config)),
+    check_gradients(
+        model,
+        variables,
+        random_images(image_size),
+        torch_model=torch_model,
+        torch_outputs=functools.partial(torch_outputs, case),
+        folder=folder,
     )
-    assert found.keys() == expected.keys()
-    scale = np.sqrt(sum(np.square(grad).sum() for grad in expected.values()))
-    for name, grad in expected.items():
-        if found[name].shape != grad.shape:  # position embeddings of another size
-            assert name.endswith("position_embeddings") and image_size == (48, 64)
-            continue
-        largest = max(np.linalg.norm(grad), 1e-3 * scale)
-        assert np.linalg.norm(found[name] - grad) < 1e-3 * largest, name
-
-
-def on_disk_names(torch_model, folder):
-    """The model's parameters under the names that its file has: matched by their values."""
-    with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        stored = {file.get_tensor(name).tobytes(): name for name in file.keys()}  # noqa: SIM118
-    return {stored[p.detach().numpy().tobytes()]: p for p in torch_model.parameters()}
 
 
 def test_loading_and_saving_is_the_identity_on_every_tensor(case, tmp_path):
     _, folder, _, _ = case
     pretrained.save(tmp_path / "out", *pretrained.load(folder))
-    with (
-        safe_open(folder / "model.safetensors", framework="numpy") as before,
-        safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as after,
-    ):
-        used = {name for name in before.keys() if "pooler" not in name}  # noqa: SIM118
-        assert set(after.keys()) == used
-        for name in used:
-            np.testing.assert_array_equal(before.get_tensor(name), after.get_tensor(name))
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    assert after.keys() == {name for name in before if "pooler" not in name}
+    for name, tensor in after.items():
+        np.testing.assert_array_equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("dtype", [None, np.float16], ids=["float32", "float16"])

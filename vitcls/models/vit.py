@@ -8,6 +8,7 @@ A heads, d width of one head.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 
@@ -47,6 +48,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 # Pool -> how many of the first tokens it reads, 0: all of them.
 POOLS = {"cls": 1, "mean": 0, "cls_mean": 0, "cls_dist": 2}
 MLPS = ("mlp", "swiglu")
+_MOST_PATCHES = 1 << 16  # of 4096 x 4096 pixels by 16; attention takes the square of it
 _REGISTERS = re.compile(r"reg([1-9]\d*)")
 NAME = re.compile(rf"vit_({'|'.join(SIZES)})([1-9]\d*)")  # of an architecture
 EXAMPLES = [f"vit_{size}{4 if size == 'nano' else 16}" for size in SIZES]
@@ -57,8 +59,8 @@ class ViTConfig:
     """Everything that decides the parameters' shapes and what is computed from them.
 
     Raises:
-      UserError: the image is smaller than a patch, the heads do not divide the width, a size is
-        not positive, or an option has an unknown value.
+      UserError: the image is smaller than a patch or has too many, the heads do not divide the
+        width, a size is not positive, or an option has an unknown value.
     """
 
     family: str = "vit"  # checkpoint format: names the key table and the config writer
@@ -92,6 +94,11 @@ class ViTConfig:
             raise UserError(f"A ViT's sizes must be positive; got {self}.")
         if min(self.grid) < 1:
             raise UserError(f"image_size={self.image_size} is below a patch, {self.patch_size}.")
+        if math.prod(self.grid) > _MOST_PATCHES:
+            raise UserError(
+                f"image_size={self.image_size} makes {math.prod(self.grid)} patches of "
+                f"{self.patch_size}, more than {_MOST_PATCHES}; choose smaller images."
+            )
         if self.width % self.num_heads:
             raise UserError(
                 f"num_heads={self.num_heads} does not divide width={self.width}; "
@@ -111,7 +118,7 @@ class ViTConfig:
         """The same for images of another (height, width), cut into whole patches.
 
         Raises:
-          UserError: the patch does not divide the image.
+          UserError: the patch does not divide the new size.
         """
         (height, width), (p, q) = image_size, self.patch_size
         if (height, width) != self.image_size and (height % p or width % q):

@@ -120,10 +120,12 @@ CLIP = Family(
     read_config=_read_clip,
     ignored=re.compile(rf"{_OTHER_TOWER}|embeddings\.position_ids|post_layernorm\.(weight|bias)"),
     unused=_unused_clip,
+    processor_type="CLIPImageProcessor",
     **_SHARED,
 )
 SIGLIP = Family(
     read_config=_read_siglip,
     ignored=re.compile(rf"{_OTHER_TOWER}|embeddings\.position_ids|head\..*"),
+    processor_type="SiglipImageProcessor",
     **_SHARED,
 )

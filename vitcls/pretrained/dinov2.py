@@ -23,8 +23,9 @@ _PLAIN, _REGISTERS = "dinov2", "dinov2_with_registers"
 
 
 def _read(fields: JsonFields, num_classes: int, family: str) -> ViTConfig:
-    """What a file leaves out is as in `transformers.Dinov2Config`."""
-    shared = vit_fields.read(fields, epsilon=1e-6)
+    """What a file leaves out is as in `transformers.Dinov2Config`, or its sibling's."""
+    patch_size = 16 if family == _REGISTERS else 14
+    shared = vit_fields.read(fields, patch_size=patch_size, epsilon=1e-6)
     ratio = fields.number("mlp_ratio", 4)
     if not 1 / shared["width"] <= ratio <= _MOST_RATIO:
         raise fields.error("mlp_ratio", f"above 0, up to {_MOST_RATIO}")
@@ -34,8 +35,8 @@ def _read(fields: JsonFields, num_classes: int, family: str) -> ViTConfig:
         mlp_dim = (int(mlp_dim * 2 / 3) + 7) // 8 * 8
     prefix_tokens = ("cls",)
     if family == _REGISTERS:
-        count = fields.integer("num_register_tokens", 4, least=0, most=_MOST_REGISTERS)
-        prefix_tokens += (f"reg{count}",) if count else ()
+        count = fields.integer("num_register_tokens", 4, most=_MOST_REGISTERS)
+        prefix_tokens += (f"reg{count}",)
     return ViTConfig(
         family=family,
         num_classes=num_classes,
@@ -131,6 +132,7 @@ _SHARED = dict(
     heads=("classifier.weight",),
     ignored=re.compile(r"embeddings\.mask_token"),
     unused=_unused,
+    processor_type="BitImageProcessor",
     takes_any_size=True,
 )
 DINOV2 = Family(read_config=_read_plain, prefix="dinov2.", **_SHARED)

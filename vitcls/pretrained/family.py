@@ -14,7 +14,7 @@ from vitcls.pretrained.keys import Key
 from vitcls.pretrained.processor import Processor
 
 Config = ViTConfig | ResNetConfig
-MOST_CLASSES = 1 << 20
+MOST_CLASSES = 1 << 17  # ImageNet-21k has 21 841
 
 
 def label_names(num_classes: int) -> dict[int, str]:
@@ -41,6 +41,7 @@ class Family:
       read_class_names: Class names by index, from config.json; None: as Hugging Face has them.
       read_processor: How images are prepared, from config.json and the class names; None: it stands
         in a preprocessor_config.json.
+      processor_type: What a preprocessor_config.json without a type means.
       has_image_size: Whether a config.json has one; else it is what the preprocessing makes.
       takes_any_size: Whether the network resizes its position embeddings to what it is given: the
         preprocessing then says for what size, and config.json for what size they are stored.
@@ -56,6 +57,7 @@ class Family:
     unused: Callable[[Config], Mapping[str, np.ndarray]] = lambda config: {}
     read_class_names: Callable[[JsonFields], dict[int, str]] | None = None
     read_processor: Callable[[JsonFields, Mapping[int, str]], Processor] | None = None
+    processor_type: str = "ViTImageProcessor"
     has_image_size: bool = True
     takes_any_size: bool = False
     antialias: bool = False

@@ -1,6 +1,8 @@
 """Typed reading of a checkpoint's JSON files, which come from strangers."""
 
+import itertools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 from vitcls.errors import UserError
 
 _MOST_BYTES = 64 << 20  # ImageNet-21k's class names take 2 MB
+_MOST_SHOWN = 80  # characters of a value
 
 
 class JsonFields:
@@ -53,6 +56,13 @@ class JsonFields:
         """The value as it is, for fields with several forms."""
         return self._content[name] if name in self else default
 
+    def string(self, name: str, default: str) -> str:
+        """A name, not a text."""
+        value = self.any(name, default)
+        if not isinstance(value, str) or len(value) > _MOST_SHOWN:
+            raise self.error(name, f"a string of up to {_MOST_SHOWN} characters")
+        return value
+
     def integer(self, name: str, default: int, *, most: int, least: int = 1) -> int:
         return self._checked_integer(name, self.any(name, default), least, most)
 
@@ -77,7 +87,7 @@ class JsonFields:
     def number(self, name: str, default: float) -> float:
         """A finite, non-negative number."""
         value = self.any(name, default)
-        if not _is_number(value) or not 0 <= value < float("inf"):
+        if not _is_number(value) or value < 0:
             raise self.error(name, "a non-negative number")
         return float(value)
 
@@ -85,9 +95,7 @@ class JsonFields:
         """As many finite numbers as `default` has."""
         value = self.any(name, list(default))
         if not (
-            isinstance(value, list)
-            and len(value) == len(default)
-            and all(_is_number(v) and abs(v) < float("inf") for v in value)
+            isinstance(value, list) and len(value) == len(default) and all(map(_is_number, value))
         ):
             raise self.error(name, f"a list of {len(default)} numbers")
         return tuple(map(float, value))
@@ -101,13 +109,15 @@ class JsonFields:
     def choice(self, name: str, default: Any, table: Mapping[Any, Any]) -> Any:
         """The entry of `table` under the field's value."""
         value = self.any(name, default)
-        if not isinstance(value, str | int) or value not in table:
+        if type(value) not in (str, int) or value not in table:
             raise self.error(name, "one of " + ", ".join(map(str, table)))
         return table[value]
 
     def error(self, name: str, allowed: str) -> UserError:
-        value = json.dumps(self.any(name))
-        value = value if len(value) < 80 else value[:80] + "..."
+        # Piece by piece: the value may be long, or nested deeper than Python can follow.
+        pieces = itertools.islice(json.JSONEncoder().iterencode(self.any(name)), _MOST_SHOWN)
+        value = "".join(pieces)
+        value = value if len(value) < _MOST_SHOWN else value[:_MOST_SHOWN] + "..."
         return UserError(f"{self.path}: {name}={value} is not supported; it must be {allowed}.")
 
     def _checked_integer(self, name: str, value: Any, least: int, most: int) -> int:
@@ -117,4 +127,5 @@ class JsonFields:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is finite, and integers within the range of floats."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

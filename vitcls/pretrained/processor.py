@@ -18,10 +18,31 @@ _MOST_PIXELS = 8192  # longest side that a checkpoint can ask for
 _RESAMPLE = {int(filter_): name for name, filter_ in pixels_of.RESAMPLING.items()}
 _RESAMPLE_CODE = {name: code for code, name in _RESAMPLE.items()}
 
-# What Hugging Face's processors do where their file says nothing, by type.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "ConvNextImageProcessor": {"size": 384, "resample": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3},
-    "ViTImageProcessor": {"size": 224, "resample": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+_HALF = (0.5,) * 3
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What one of Hugging Face's processors does where its file says nothing."""
+
+    size: int | tuple[int, int]  # the shorter side, or (height, width)
+    resample: str = "bicubic"
+    crop: tuple[int, int] | None = None  # (height, width) of the centre; None: the whole image
+    mean: tuple[float, float, float] = _HALF
+    std: tuple[float, float, float] = _HALF
+    is_square: bool = False  # an integer `size` is both sides; else the shorter one
+
+
+_SHORTER_SIDE = _Kind(size=224, crop=(224, 224), mean=_CLIP_MEAN, std=_CLIP_STD)
+_KINDS: Mapping[str, _Kind] = {
+    "BitImageProcessor": _SHORTER_SIDE,
+    "CLIPImageProcessor": _SHORTER_SIDE,
+    "ConvNextImageProcessor": _Kind(size=384),
+    "DeiTImageProcessor": _Kind(size=(256, 256), crop=(224, 224), is_square=True),
+    "SiglipImageProcessor": _Kind(size=(224, 224)),
+    "ViTImageProcessor": _Kind(size=(224, 224), resample="bilinear", is_square=True),
 }
 
 
@@ -87,66 +108,70 @@ def _as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     return Image.fromarray(image)
 
 
-def read(path: Path, *, id2label: Mapping[int, str]) -> Processor:
+def read(
+    path: Path, *, id2label: Mapping[int, str], default: str = "ViTImageProcessor"
+) -> Processor:
     """Reads a `preprocessor_config.json`.
+
+    Args:
+      path: The file.
+      id2label: Class names, in order.
+      default: The type of processor that a file without a type means.
 
     Raises:
       UserError: it asks for steps or values that are not supported.
     """
     fields = JsonFields.read(path)
-    kind = _kind(fields)
-    defaults = _DEFAULTS[kind]
+    name = _name(fields, default)
+    kind = _KINDS[name]
     if not fields.boolean("do_resize", True):
         raise fields.error("do_resize", "true")
     if fields.boolean("do_pad", False):
         raise fields.error("do_pad", "false")
-    sizes = _convnext_sizes if kind == "ConvNextImageProcessor" else _sizes
-    size, resize = sizes(fields, defaults["size"])
+    sizes = _convnext_sizes if name == "ConvNextImageProcessor" else _sizes
+    size, resize = sizes(fields, kind)
     scaled = fields.boolean("do_rescale", True)
     normalised = fields.boolean("do_normalize", True)
-    std = fields.numbers("image_std", defaults["std"])
+    std = fields.numbers("image_std", kind.std)
     if min(std) <= 0:
         raise fields.error("image_std", "positive")
     return Processor(
         size=size,
         resize=resize,
-        resample=fields.choice("resample", defaults["resample"], _RESAMPLE),
-        mean=fields.numbers("image_mean", defaults["mean"]) if normalised else (0.0,) * 3,
+        resample=fields.choice("resample", _RESAMPLE_CODE[kind.resample], _RESAMPLE),
+        mean=fields.numbers("image_mean", kind.mean) if normalised else (0.0,) * 3,
         std=std if normalised else (1.0,) * 3,
         rescale=fields.number("rescale_factor", 1 / 255) if scaled else 1.0,
         id2label=id2label,
     )
 
 
-def _kind(fields: JsonFields) -> str:
-    """The type of processor: a name in `_DEFAULTS`."""
+def _name(fields: JsonFields, default: str) -> str:
+    """The type of processor: a name in `_KINDS`."""
     # Before 2022 processors were called feature extractors; Fast and Pil name implementations.
-    name = fields.any("image_processor_type", fields.any("feature_extractor_type"))
-    if name is None:
-        return "ViTImageProcessor"
-    base = str(name).removesuffix("Fast").removesuffix("Pil")
+    former = fields.string("feature_extractor_type", default)
+    name = fields.string("image_processor_type", former)
+    base = name.removesuffix("Fast").removesuffix("Pil")
     base = base.replace("FeatureExtractor", "ImageProcessor")
-    if base not in _DEFAULTS:
-        raise unknown("image processor", str(name), _DEFAULTS)
+    if base not in _KINDS:
+        raise unknown("image processor", name, _KINDS)
     return base
 
 
-def _sizes(
-    fields: JsonFields, default: int
-) -> tuple[tuple[int, int], int | tuple[int, int] | None]:
+def _sizes(fields: JsonFields, kind: _Kind) -> tuple[tuple[int, int], int | tuple[int, int] | None]:
     """`size` and `resize` of the `Processor`."""
-    resize = _size(fields, "size", default)
-    if fields.boolean("do_center_crop", False):
-        size = _size(fields, "crop_size", default)
-        if isinstance(size, int):
+    resize = _size(fields, "size", kind.size, is_square=kind.is_square)
+    if fields.boolean("do_center_crop", kind.crop is not None):
+        size = _size(fields, "crop_size", kind.crop, is_square=True)
+        if not isinstance(size, tuple):
             raise fields.error("crop_size", "an integer, or height and width")
         return size, resize
     if isinstance(resize, int):
-        raise fields.error("size", "an integer, or height and width, where nothing is cropped")
+        raise fields.error("size", "height and width, where nothing is cropped")
     return resize, None
 
 
-def _convnext_sizes(fields: JsonFields, default: int) -> tuple[tuple[int, int], int | None]:
+def _convnext_sizes(fields: JsonFields, kind: _Kind) -> tuple[tuple[int, int], int | None]:
     """`size` and `resize` of a ConvNextImageProcessor, which ResNet checkpoints have too.
 
     Its size is the side of a square. From 384 up images are squashed; below, the shorter side
@@ -154,7 +179,7 @@ def _convnext_sizes(fields: JsonFields, default: int) -> tuple[tuple[int, int], 
     """
     if fields.boolean("do_center_crop", False):  # a second crop, which no checkpoint asks for
         raise fields.error("do_center_crop", "false")
-    side = fields.any("size", default)
+    side = fields.any("size", kind.size)
     if isinstance(side, dict) and list(side) == ["shortest_edge"]:
         side = side["shortest_edge"]
     if type(side) is not int or not 1 <= side <= _MOST_PIXELS:
@@ -167,29 +192,50 @@ def _convnext_sizes(fields: JsonFields, default: int) -> tuple[tuple[int, int], 
     return (side, side), int(side / crop_pct)
 
 
-def _size(fields: JsonFields, name: str, default: int) -> int | tuple[int, int]:
-    """(height, width), or the shorter side alone where that is what the file gives."""
-    value = fields.any(name, default)
-    if isinstance(value, int):  # before 2022: the side of a square
-        return fields.pair(name, default, most=_MOST_PIXELS)
-    if isinstance(value, dict):
-        value = {key: side for key, side in value.items() if side is not None}
-        sides = list(value.values())
-        if all(type(side) is int and 1 <= side <= _MOST_PIXELS for side in sides):
-            if value.keys() == {"height", "width"}:
-                return value["height"], value["width"]
-            if value.keys() == {"shortest_edge"}:
-                return value["shortest_edge"]
+def _size(
+    fields: JsonFields, name: str, default: int | tuple[int, int] | None, *, is_square: bool
+) -> int | tuple[int, int] | None:
+    """(height, width), or the shorter side alone where that is what the file gives.
+
+    Args:
+      fields: The file.
+      name: Of the field.
+      default: What an absent field means.
+      is_square: What an integer means, as all files had before 2022: both sides, or the shorter.
+    """
+    value = fields.any(name)
+    if value is None:
+        return default
+    if not isinstance(value, dict):
+        value = {"height": value, "width": value} if is_square else {"shortest_edge": value}
+    sides = {key: side for key, side in value.items() if side is not None}
+    if all(type(side) is int and 1 <= side <= _MOST_PIXELS for side in sides.values()):
+        if sides.keys() == {"height", "width"}:
+            return sides["height"], sides["width"]
+        if sides.keys() == {"shortest_edge"}:
+            return sides["shortest_edge"]
     raise fields.error(name, f"height and width, or shortest_edge, up to {_MOST_PIXELS}")
 
 
 def to_json(processor: Processor) -> dict[str, Any]:
-    """The content of a `preprocessor_config.json` from which `read` makes the same processor."""
-    height, width = processor.size
-    content = {
-        "image_processor_type": "ViTImageProcessor",
+    """The content of a `preprocessor_config.json` from which `read` makes the same processor.
+
+    Its type is one that takes these steps in older releases of `transformers` too, where
+    ViTImageProcessor does not crop.
+    """
+    resize, (height, width) = processor.resize, processor.size
+    crop = {"height": height, "width": width}
+    if resize is None:
+        steps = {"image_processor_type": "ViTImageProcessor", "size": crop}
+    elif isinstance(resize, int):
+        steps = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": resize}}
+    else:
+        size = {"height": resize[0], "width": resize[1]}
+        steps = {"image_processor_type": "DeiTImageProcessor", "size": size}
+    if resize is not None:
+        steps |= {"do_center_crop": True, "crop_size": crop}
+    return steps | {
         "do_resize": True,
-        "size": {"height": height, "width": width},
         "resample": _RESAMPLE_CODE[processor.resample],
         "do_rescale": True,
         "rescale_factor": processor.rescale,
@@ -197,10 +243,3 @@ def to_json(processor: Processor) -> dict[str, Any]:
         "image_mean": list(processor.mean),
         "image_std": list(processor.std),
     }
-    if processor.resize is not None:
-        content |= {"do_center_crop": True, "crop_size": content["size"]}
-        if isinstance(processor.resize, int):
-            content["size"] = {"shortest_edge": processor.resize}
-        else:
-            content["size"] = dict(zip(("height", "width"), processor.resize, strict=True))
-    return content

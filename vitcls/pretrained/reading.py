@@ -111,7 +111,9 @@ def _read_stored(directory: Path, *, tensors: set[str] | None) -> _Stored:
     if family.read_processor is not None:
         prepared = family.read_processor(fields, id2label)
     else:
-        prepared = processor.read(directory / PREPROCESSOR, id2label=id2label)
+        prepared = processor.read(
+            directory / PREPROCESSOR, id2label=id2label, default=family.processor_type
+        )
     if not family.has_image_size:
         config = dataclasses.replace(config, image_size=prepared.size)
     if not family.takes_any_size:
@@ -128,9 +130,9 @@ def _family(fields: JsonFields) -> Family:
         return TIMM
     if "model_type" not in fields:
         raise UserError(f"{fields.path} has no model_type: it is not a Hugging Face config.")
-    model_type = fields.any("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise unknown("model_type", str(model_type), FAMILIES)
+    model_type = fields.string("model_type", "")
+    if model_type not in FAMILIES:
+        raise unknown("model_type", model_type, FAMILIES)
     return FAMILIES[model_type]
 
 

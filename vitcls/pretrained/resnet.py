@@ -25,6 +25,9 @@ def _read(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> Res
     if fields.integer("num_channels", 3, most=_MOST_WIDTH) != 3:
         raise fields.error("num_channels", "3")
     stages = dict(longest=_MOST_STAGES)
+    depths = fields.integers("depths", (3, 4, 6, 3), most=_MOST_DEPTH, **stages)
+    if sum(depths) > _MOST_DEPTH:
+        raise fields.error("depths", f"at most {_MOST_DEPTH} layers in all")
     return ResNetConfig(
         family="resnet",
         image_size=(224, 224),
@@ -32,7 +35,7 @@ def _read(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> Res
         hidden_sizes=fields.integers(
             "hidden_sizes", (256, 512, 1024, 2048), most=_MOST_WIDTH, **stages
         ),
-        depths=fields.integers("depths", (3, 4, 6, 3), most=_MOST_DEPTH, **stages),
+        depths=depths,
         layer_type=fields.choice("layer_type", "bottleneck", {name: name for name in LAYER_TYPES}),
         num_classes=num_classes,
         activation=fields.choice("hidden_act", "relu", ACTIVATIONS),
@@ -99,5 +102,6 @@ RESNET = Family(
     heads=("classifier.1.weight",),
     ignored=re.compile(r".*\.normalization\.num_batches_tracked"),
     unused=_unused,
+    processor_type="ConvNextImageProcessor",
     has_image_size=False,
 )

@@ -34,7 +34,7 @@ def _read_vit(fields: JsonFields, num_classes: int, tensors: set[str] | None) ->
 
 def _read_deit(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> ViTConfig:
     if tensors is None:
-        two_heads = _TWO_HEADS in fields.any("architectures", [])
+        two_heads = fields.any("architectures") == [_TWO_HEADS]
     else:
         two_heads = "distillation_classifier.weight" in tensors
     pool = "cls_dist" if two_heads else "cls"
@@ -99,4 +99,5 @@ DEIT = Family(
     prefix="deit.",
     heads=("classifier.weight", "cls_classifier.weight"),
     ignored=re.compile(r"pooler\.dense\.(weight|bias)|embeddings\.mask_token"),
+    processor_type="DeiTImageProcessor",
 )
