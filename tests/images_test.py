@@ -104,6 +104,12 @@ def test_decode_rejects_decompression_bombs_by_their_header(monkeypatch):
         images.decode(encode(RGB))
 
 
+def test_a_line_of_pixels_is_not_enlarged_beyond_what_is_decoded():
+    line = Image.new("RGB", (3000, 1))
+    with pytest.raises(images.ImageError, match="enlarged to, 768000 x 256 pixels, more than the"):
+        images.resize_and_crop(line, resize=256, crop=(224, 224), resample="bilinear")
+
+
 def test_decode_rejects_floating_point_pixels():
     image = Image.fromarray(np.zeros((2, 2), np.float32))
     with pytest.raises(images.ImageError, match="floating-point pixels; save it with 8 bits"):

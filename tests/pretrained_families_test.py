@@ -206,6 +206,22 @@ def test_names_of_older_transformers_are_read(tmp_path):
 # Preprocessing
 
 
+def test_preprocessing_inside_that_of_an_image_text_model_is_read(tmp_path):
+    """As `CLIPProcessor.save_pretrained` of transformers 5 writes it."""
+    transformers.CLIPForImageClassification(towers("CLIP")).save_pretrained(tmp_path)
+    theirs = transformers.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32)
+    content = {"image_processor": json.loads(theirs.to_json_string()), "processor_class": "x"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(content))
+    processor = pretrained.load(tmp_path)[2]
+    assert (processor.resize, processor.size) == (40, (32, 32))
+    files = pretrained.find(tmp_path)
+    assert set(files.sha256()) == {"config.json", "processor_config.json", "model.safetensors"}
+    image = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    found = theirs(image)["pixel_values"][0]
+    np.testing.assert_allclose(processor([image])[0], np.moveaxis(found, 0, -1), atol=2e-6)
+
+
 # For the other families transformers has no default.
 @pytest.mark.parametrize("model_type", ["clip", "deit", "dinov2", "resnet", "siglip", "vit"])
 def test_a_file_without_a_type_means_the_familys_own_processor(tmp_path, model_type):

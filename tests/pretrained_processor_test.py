@@ -9,6 +9,7 @@ from PIL import Image
 
 from vitcls.errors import UserError
 from vitcls.pretrained import Processor, processor
+from vitcls.pretrained.json_fields import JsonFields
 
 SQUASHING = Processor(size=(16, 24), resample="bicubic", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 CROPPING = Processor(size=(16, 24), resize=30)
@@ -23,7 +24,7 @@ def random_image(height, width):
 def read(tmp_path, **fields):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(fields))
-    return processor.read(path, id2label={})
+    return processor.read(JsonFields.read(path), id2label={})
 
 
 def type_(name):

@@ -54,7 +54,7 @@ def decode(data: bytes) -> Image.Image:
         raise ImageError("The file is empty.")
     try:
         image = Image.open(io.BytesIO(data))
-        _check_num_pixels(image)
+        _check_num_pixels(image.size[::-1])
         image.load()  # only this finds truncated files; `Image.verify` does not
         return to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
@@ -71,14 +71,15 @@ def has_image_suffix(path: str) -> bool:
     return Image.registered_extensions().get(suffix) in Image.OPEN
 
 
-def _check_num_pixels(image: Image.Image) -> None:
+def _check_num_pixels(size: tuple[int, int]) -> None:
     # Pillow only warns up to twice its limit. Turning its warning into an error would need
     # `warnings.catch_warnings`, which is not thread-safe.
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
+    height, width = size
+    if limit is not None and width * height > limit:
         raise ImageError(
-            f"The image has {image.width} x {image.height} pixels, more than the {limit} that are "
-            "decoded; scale it down."
+            f"The image has, or would have to be enlarged to, {width} x {height} pixels, more than "
+            f"the {limit} that are decoded; scale it down or cut it."
         )
 
 
@@ -136,7 +137,10 @@ def resize_and_crop(
     Returns:
       uint8 (H, W, 3).
     """
-    size = _fit_shorter_side(image, resize) if isinstance(resize, int) else resize
+    size = resize
+    if isinstance(resize, int):
+        size = _fit_shorter_side(image, resize)
+        _check_num_pixels(size)  # a line of pixels, enlarged, can take all memory
     return _center_crop(squash(image, size=size, resample=resample), crop)
 
 

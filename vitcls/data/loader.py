@@ -220,13 +220,14 @@ def _make_batch(
         batch["index"][row] = index
         try:
             image, label = _read(split, index)
+            pixels = transform(image, row)
         except images.ImageError as error:
             bad.append((split.id(index), str(error)))
             continue
         except UserError as error:
             errors.append(str(error))
             continue
-        batch["image"][row] = transform(image, row)
+        batch["image"][row] = pixels
         batch["targets"][row, label] = 1
         batch["mask"][row] = 1
     return batch | {"errors": tuple(errors), "bad": tuple(bad)}

@@ -12,6 +12,7 @@ from vitcls.pretrained.timm import is_timm
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"  # of image-text models that transformers 5 wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _patterns(
         raise UserError(
             f"{source!r} has no {CONFIG}, so it is no checkpoint in Hugging Face format."
         )
-    if PREPROCESSOR not in names and not is_timm(JsonFields.read(config())):
+    if names.isdisjoint((PREPROCESSOR, PROCESSOR)) and not is_timm(JsonFields.read(config())):
         raise UserError(
             f"{source!r} has no {PREPROCESSOR}, which says how images are prepared for the "
             "network; add the one it was trained with."
@@ -94,7 +95,7 @@ def _patterns(
         if name in names:
             if name in formats.PICKLES:
                 torch_file.import_torch()  # complains before anything is downloaded
-            return [CONFIG, PREPROCESSOR, *patterns]
+            return [CONFIG, PREPROCESSOR, PROCESSOR, *patterns]
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickles:
         raise UserError(

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -109,19 +108,18 @@ def _as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def read(
-    path: Path, *, id2label: Mapping[int, str], default: str = "ViTImageProcessor"
+    fields: JsonFields, *, id2label: Mapping[int, str], default: str = "ViTImageProcessor"
 ) -> Processor:
-    """Reads a `preprocessor_config.json`.
+    """Reads the content of a `preprocessor_config.json`.
 
     Args:
-      path: The file.
+      fields: The content.
       id2label: Class names, in order.
       default: The type of processor that a file without a type means.
 
     Raises:
       UserError: it asks for steps or values that are not supported.
     """
-    fields = JsonFields.read(path)
     name = _name(fields, default)
     kind = _KINDS[name]
     if not fields.boolean("do_resize", True):

@@ -18,7 +18,7 @@ from vitcls.pretrained import formats, keys, processor
 from vitcls.pretrained.clip import CLIP, SIGLIP
 from vitcls.pretrained.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
 from vitcls.pretrained.family import MOST_CLASSES, Config, Family, label_names
-from vitcls.pretrained.find import CONFIG, PREPROCESSOR, Files, find
+from vitcls.pretrained.find import CONFIG, PREPROCESSOR, PROCESSOR, Files, find
 from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
 from vitcls.pretrained.json_fields import JsonFields
@@ -112,7 +112,7 @@ def _read_stored(directory: Path, *, tensors: set[str] | None) -> _Stored:
         prepared = family.read_processor(fields, id2label)
     else:
         prepared = processor.read(
-            directory / PREPROCESSOR, id2label=id2label, default=family.processor_type
+            _preprocessing(directory), id2label=id2label, default=family.processor_type
         )
     if not family.has_image_size:
         config = dataclasses.replace(config, image_size=prepared.size)
@@ -120,6 +120,13 @@ def _read_stored(directory: Path, *, tensors: set[str] | None) -> _Stored:
         # The two files rarely differ; the network takes one size only, so that one is meant.
         prepared = prepared.resized(config.image_size)
     return _Stored(family, config, prepared)
+
+
+def _preprocessing(directory: Path) -> JsonFields:
+    """How images are prepared; without a file of its own, as part of an image-text model's."""
+    if (directory / PROCESSOR).exists() and not (directory / PREPROCESSOR).exists():
+        return JsonFields.read(directory / PROCESSOR).group("image_processor")
+    return JsonFields.read(directory / PREPROCESSOR)
 
 
 def _family(fields: JsonFields) -> Family:
