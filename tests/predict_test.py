@@ -154,7 +154,7 @@ GOOD = {
     "image": "a,b.png",
     "predictions": [{"label": NAMES[3], "probability": 0.75}, {"label": "ant", "probability": 0.1}],
 }
-BAD = {"image": "caf\udce9.png", "error": "Not a readable image."}
+BAD = {"image": "bad.png", "error": "Not a readable image."}
 
 
 def write(path, rows, **kwargs):
@@ -163,18 +163,19 @@ def write(path, rows, **kwargs):
 
 def test_csv_and_json_lines_hold_the_same(tmp_path, capsys, caplog):
     caplog.set_level(logging.ERROR, "vitcls")  # pytest-xdist cannot send the bad name in a report
-    assert write(tmp_path / "p.jsonl", [GOOD, BAD]) == 1
+    odd = BAD | {"image": "caf\udce9.png"}  # a name that is no UTF-8
+    assert write(tmp_path / "p.jsonl", [GOOD, odd]) == 1
     lines = (tmp_path / "p.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [GOOD, BAD]
+    assert [json.loads(line) for line in lines] == [GOOD, odd]
 
-    assert write(tmp_path / "p.csv", [GOOD, BAD]) == 1
+    assert write(tmp_path / "p.csv", [GOOD, odd]) == 1
     text = (tmp_path / "p.csv").read_text(encoding="utf-8", errors="surrogateescape")
     first, second = csv.DictReader(io.StringIO(text))
     assert list(first) == [
         "image", "label_1", "probability_1", "label_2", "probability_2", "error"
     ]  # fmt: skip
     assert list(first.values()) == ["a,b.png", 'the "dog"', "0.75", "ant", "0.1", ""]
-    assert list(second.values()) == [BAD["image"], "", "", "", "", BAD["error"]]
+    assert list(second.values()) == [odd["image"], "", "", "", "", odd["error"]]
 
     one = GOOD | {"predictions": GOOD["predictions"][:1]}
     write("-", [one], top_k=1)
