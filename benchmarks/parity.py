@@ -159,7 +159,10 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     model = reference(case)
     model.save_pretrained(folder)
     height, width = case.native
-    preprocessing = {"size": {"height": height, "width": width}}
+    preprocessing = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": height, "width": width},
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     result = {"num_params": sum(p.numel() for p in model.parameters()), "differences": {}}
     for size in (case.native, case.other):
