@@ -21,7 +21,7 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
 
     c.data = ConfigDict()
-    # What to train on: "digits", "glyphs", "tfds:NAME[/CONFIG]", or "folder:PATH" with
+    # What to train on: "digits", "glyphs", "tfds:NAME[/CONFIG]", "csv:PATH", or "folder:PATH" with
     # PATH/split/class/image or PATH/class/image (of which a fifth is then the test split).
     c.data.source = ""
     # Where prepared data sets are kept; "" is tensorflow_datasets' own default.
