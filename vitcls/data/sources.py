@@ -4,11 +4,21 @@ from vitcls.data import builders
 from vitcls.data.csv_split import csv_split_names, open_csv
 from vitcls.data.folder_split import folder_split_names, open_folder
 from vitcls.data.prepare import prepare_once
-from vitcls.data.split import Split, Subset, hold_out, take_per_class
+from vitcls.data.split import (
+    Split,
+    Subset,
+    hold_out,
+    take_fold,
+    take_long_tail,
+    take_per_class,
+)
 from vitcls.data.tfds_split import TfdsSplit
 from vitcls.errors import unknown
 
-__all__ = ["Split", "Subset", "hold_out", "open_split", "take_per_class"]
+__all__ = [
+    "Split", "Subset", "hold_out", "open_split", "split_names", "take_fold", "take_long_tail",
+    "take_per_class",
+]  # fmt: skip
 
 _SCHEMES = (*builders.BUILT_IN, "tfds:NAME[/CONFIG][:VERSION]", "folder:PATH", "csv:PATH")
 
