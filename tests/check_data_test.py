@@ -201,7 +201,8 @@ def test_command_writes_report_and_pictures_and_says_when_training_would_fail(ro
 def test_command_checks_the_data_of_a_config(root, tmp_path):
     result = run(
         "--config=configs/quickstart.py:init=scratch", f"--data=folder:{root}",
-        "--config.train.global_batch_size=16", "--config.optim.warmup_steps=1", f"--output={tmp_path}/out",
+        "--config.train.global_batch_size=16", "--config.optim.warmup_steps=1",
+        f"--output={tmp_path}/out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].endswith(

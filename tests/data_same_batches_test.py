@@ -49,7 +49,21 @@ def open_csv(root: pathlib.Path, records: sources.Split) -> sources.Split:
     return sources.open_split(f"csv:{root}/labels.csv", "test")
 
 
-@pytest.mark.parametrize("open_source", [open_folder, open_csv])
+def open_hf(root: pathlib.Path, records: sources.Split) -> sources.Split:
+    datasets = pytest.importorskip("datasets")
+    data, labels = zip(*(records.read(index) for index in range(len(records))), strict=True)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(records.class_names))}
+    )
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": one, "path": None} for one in data], "label": labels}, features
+    )
+    (root / "parquet").mkdir(exist_ok=True)
+    table.to_parquet(root / "parquet/test-00000-of-00001.parquet")
+    return sources.open_split(f"hf:{root}/parquet", "test")
+
+
+@pytest.mark.parametrize("open_source", [open_folder, open_csv, open_hf])
 @pytest.mark.parametrize("sampling", ["uniform", "balanced"])
 def test_batches_do_not_depend_on_the_source(records, root, open_source, sampling):
     def batches(split):

@@ -24,7 +24,9 @@ LEVELS = [
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt", "augment", "losses", "metrics", "sharding"}
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
-HEAVY = {"tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu"}
+HEAVY = {
+    "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu", "datasets",
+}  # fmt: skip
 
 
 def module_of(path: Path) -> str:

@@ -25,7 +25,7 @@ from vitcls.config import check_config
 from vitcls.errors import UserError
 
 _DATA = flags.DEFINE_string(
-    "data", "", "Data set: digits, tfds:NAME, folder:PATH or csv:PATH; empty: the config's."
+    "data", "", "Data set, such as digits, tfds:NAME, folder:PATH, csv:PATH; empty: the config's."
 )
 _SPLITS = flags.DEFINE_list(
     "splits", [], "Splits, the one to train on first; empty: the config's, else all."

@@ -21,8 +21,9 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
 
     c.data = ConfigDict()
-    # What to train on: "digits", "glyphs", "tfds:NAME[/CONFIG]", "csv:PATH", or "folder:PATH" with
-    # PATH/split/class/image or PATH/class/image (of which a fifth is then the test split).
+    # What to train on: "digits", "glyphs", "tfds:NAME[/CONFIG]", "hf:ID_OR_PATH", "csv:PATH", or
+    # "folder:PATH" with PATH/split/class/image or PATH/class/image. Of files without splits, a
+    # fifth is the test split.
     c.data.source = ""
     # Where prepared data sets are kept; "" is tensorflow_datasets' own default.
     c.data.data_dir = ""

@@ -11,6 +11,7 @@ import concurrent.futures
 import csv
 import hashlib
 import os
+from collections.abc import Collection
 from typing import NamedTuple
 
 from vitcls.data.files_split import NUM_THREADS, FilesSplit, divide, show
@@ -163,7 +164,7 @@ def _find_columns(path: str, names: list[str], query: str) -> dict[str, int]:
     positions = collections.defaultdict(list)
     for position, name in enumerate(names):
         positions[name.lower()].append(position)
-    chosen = _parse_query(path, query)
+    chosen = parse_columns(f"csv:{path}", query, _COLUMNS)
     columns = {}
     for role, usual in _COLUMNS.items():
         wanted = (chosen[role],) if role in chosen else usual
@@ -185,12 +186,13 @@ def _find_columns(path: str, names: list[str], query: str) -> dict[str, int]:
     return columns
 
 
-def _parse_query(path: str, query: str) -> dict[str, str]:
+def parse_columns(source: str, query: str, roles: Collection[str]) -> dict[str, str]:
+    """Reads what follows the "?" of a source, `role=COLUMN&role=COLUMN`."""
     chosen = {}
     for item in filter(None, query.split("&")):
         role, _, column = item.partition("=")
-        if role not in _COLUMNS:
-            raise unknown(f"column option of csv:{path}", role, _COLUMNS)
+        if role not in roles:
+            raise unknown(f"column option of {source}", role, roles)
         chosen[role] = column
     return chosen
 

@@ -3,6 +3,7 @@
 from vitcls.data import builders
 from vitcls.data.csv_split import csv_split_names, open_csv
 from vitcls.data.folder_split import folder_split_names, open_folder
+from vitcls.data.hf_split import hf_split_names, open_hf
 from vitcls.data.prepare import prepare_once
 from vitcls.data.split import (
     Split,
@@ -20,7 +21,9 @@ __all__ = [
     "take_per_class",
 ]  # fmt: skip
 
-_SCHEMES = (*builders.BUILT_IN, "tfds:NAME[/CONFIG][:VERSION]", "folder:PATH", "csv:PATH")
+_SCHEMES = (
+    *builders.BUILT_IN, "tfds:NAME[/CONFIG][:VERSION]", "folder:PATH", "csv:PATH", "hf:ID_OR_PATH",
+)  # fmt: skip
 
 
 def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split:
@@ -31,7 +34,8 @@ def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split
 
     Args:
       source: `digits`, `glyphs`, `tfds:NAME[/CONFIG][:VERSION]`; `folder:PATH` with
-        PATH/split/class/image or PATH/class/image; or `csv:PATH`, see `vitcls.data.csv_split`.
+        PATH/split/class/image or PATH/class/image; `csv:PATH`, see `vitcls.data.csv_split`; or
+        `hf:ID_OR_PATH[:CONFIG]`, see `vitcls.data.hf_split`.
       split: Name; of tfds also an expression as in `tfds.load`, such as "train[:90%]".
       data_dir: Folder of all tfds data; None: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
@@ -44,6 +48,8 @@ def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split
         return open_folder(rest, split)
     if scheme == "csv":
         return open_csv(rest, split)
+    if scheme == "hf":
+        return open_hf(rest, split)
     return TfdsSplit(_prepared(source, data_dir), split)
 
 
@@ -57,6 +63,8 @@ def split_names(source: str, *, data_dir: str | None = None) -> list[str]:
         return folder_split_names(rest)
     if scheme == "csv":
         return csv_split_names(rest)
+    if scheme == "hf":
+        return hf_split_names(rest)
     return list(_prepared(source, data_dir).info.splits)
 
 
