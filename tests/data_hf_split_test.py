@@ -180,6 +180,10 @@ def test_rows_that_cannot_be_used_are_named(monkeypatch):
     in_memory(monkeypatch, train=broken.select(range(4)), test=table)
     with pytest.raises(UserError, match="Row 2 of split 'train' has no image"):
         open_hf("x")
+    table = table.remove_columns("image").rename_column("note", "image")
+    in_memory(monkeypatch, train=table, test=table)
+    with pytest.raises(UserError, match="Row 0 of split 'train' has no image: \\?: No such file"):
+        open_hf("x?image=image")
     many = make_table(3, tags=([[0, 1]] * 3, datasets.List(datasets.Value("int64"))))
     in_memory(monkeypatch, train=many, test=table)
     with pytest.raises(UserError, match="Column 'tags' has not one label per image"):

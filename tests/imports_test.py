@@ -25,7 +25,8 @@ LEVELS = [
 LIGHT = {"train_step", "models", "optim", "adapt", "augment", "losses", "metrics", "sharding"}
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
-    "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu", "datasets",
+    "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",
+    "datasets",
 }  # fmt: skip
 
 

@@ -105,9 +105,13 @@ class HfSplit(Split):
             found = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
             paths = pc.struct_field(column, "path").to_pylist()
             for size, path in zip(found, paths, strict=True):
-                if size is None and path is None:
-                    raise UserError(f"Row {len(sizes)} of split {self.name!r} has no image.")
-                sizes.append(os.path.getsize(path) if size is None else size)
+                try:
+                    sizes.append(os.path.getsize(path or "") if size is None else size)
+                except OSError as error:
+                    raise UserError(
+                        f"Row {len(sizes)} of split {self.name!r} has no image"
+                        + (f": {path}: {error.strerror}." if path else ".")
+                    ) from error
         return np.array(sizes, "<i8")
 
 
