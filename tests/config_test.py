@@ -44,6 +44,11 @@ def test_valid_config_passes_as_it_is():
             "data.holdout=1.0 is out of range: it must be at least 0 and below 1",
         ),
         ("data.per_class", -1, "data.per_class=-1 is out of range"),
+        ("data.fold", "0/5", "data.fold='0/5' must be NUMBER/FOLDS: '1/5', '2/5', ... '5/5'."),
+        ("data.fold", "two of five", "data.fold='two of five' must be NUMBER/FOLDS"),
+        ("data.fold", "1/1", "data.fold='1/1' holds everything out; use two folds or more."),
+        ("data.long_tail", 0.5, "data.long_tail=0.5 must be the largest class by the smallest"),
+        ("data.sampling", "balance", "data.sampling 'balance'. Did you mean 'balanced'?"),
         ("data.num_threads", 0, "data.num_threads=0 is out of range: it must be at least 1."),
         ("optim.lr", float("nan"), "optim.lr=nan is out of range"),
         ("optim.decay", "[", "optim.decay='[' is no regular expression"),
@@ -76,6 +81,25 @@ def test_worker_processes_share_no_memory():
     config = with_field("data.cache", "ram")
     config.data.num_workers = 2
     with pytest.raises(UserError, match="'ram' with data.num_workers=2 would keep the images once"):
+        check_config(config)
+
+
+def test_a_fold_replaces_the_hold_out_and_is_looked_at():
+    config = with_field("data.fold", "2/5")
+    config.data.holdout = 0.0
+    check_config(config)
+    config.eval.select_split = ""
+    with pytest.raises(UserError, match="data.fold='2/5' holds out images that nobody looks at"):
+        check_config(config)
+    config.data.eval_splits = ("holdout",)
+    check_config(config)
+
+
+def test_classes_are_of_one_size_or_fall_off():
+    config = with_field("data.long_tail", 10.0)
+    check_config(config)
+    config.data.per_class = 5
+    with pytest.raises(UserError, match="data.long_tail=10.0 and data.per_class=5: classes cannot"):
         check_config(config)
 
 

@@ -293,7 +293,7 @@ def test_a_single_class_is_refused(tmp_path):
 
 def test_class_with_one_image_cannot_be_divided(class_root):
     write(class_root, "fox/1.png")
-    with pytest.raises(UserError, match="'fox' has one image only; a folder without split folders"):
+    with pytest.raises(UserError, match="'fox' has one image only; data without splits are"):
         open_folder(class_root)
 
 

@@ -168,6 +168,17 @@ def test_batches_that_processes_cannot_share_are_refused(digits):
         evaluate(digits, process_count=5)
 
 
+@pytest.mark.parametrize("sampling", ["sqrt", "balanced"])
+def test_drawn_batches_do_not_depend_on_processes_or_where_they_start(sampling):
+    split = sources.Subset("few", Greys(60), indices=np.array([0, 1, *range(2, 60, 3)]))
+    whole = train(split, sampling=sampling)
+    parts = [train(split, sampling=sampling, process_index=i, process_count=3) for i in range(3)]
+    assert_same(join(parts), whole)
+    assert_same(train(split, sampling=sampling, start_step=3), whole[3:])
+    counts = sum(batch["targets"].sum(0) for batch in train(split, sampling=sampling))
+    assert counts[0] + counts[1] > 12  # of 60; 5 on average, were all examples equal
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
+import sklearn.model_selection
 
 from vitcls.data import builders, prepare, sources
 from vitcls.data.label_cache import cached_labels
@@ -356,6 +358,91 @@ def test_take_per_class_of_too_many_is_refused(num):
     message = f"Cannot take {num} examples of every class .* class 'a' has 10; .* between 1 and 10"
     with pytest.raises(UserError, match=message):
         sources.take_per_class(TenEach(), num, seed=0)
+
+
+class Labels(sources.Split):
+    """Nothing but labels: as many of each class as asked for, mixed."""
+
+    name, fingerprint = "train", "labels"
+
+    def __init__(self, *counts):
+        self.class_names = tuple(map(str, range(len(counts))))
+        labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self._labels = np.random.default_rng(0).permutation(labels)
+
+    def __len__(self):
+        return len(self._labels)
+
+    def read(self, index):
+        return b"", int(self._labels[index])
+
+    def id(self, index):
+        return str(index)
+
+    def labels(self):
+        return self._labels
+
+
+@pytest.mark.parametrize("counts", [(50, 50, 50), (101, 7, 13, 2), (9, 3)])
+def test_folds_are_disjoint_cover_the_split_and_are_stratified(counts):
+    split, num_folds = Labels(*counts), 5
+    held = [sources.take_fold(split, fold, num_folds, seed=1)[1] for fold in range(1, 6)]
+    indices = [part.indices for part in held]
+    np.testing.assert_array_equal(np.sort(np.concatenate(indices)), np.arange(len(split)))
+    per_class = np.array([np.bincount(part.labels(), minlength=len(counts)) for part in held])
+    assert np.ptp(per_class, axis=0).max() <= 1
+    assert np.ptp(per_class.sum(1)) <= 1
+    # How many of each class scikit-learn puts into each fold, where classes come in order.
+    labels = np.sort(split.labels())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a class has fewer examples than there are folds
+        theirs = list(sklearn.model_selection.StratifiedKFold(num_folds).split(labels, labels))
+    expected = [np.bincount(labels[test], minlength=len(counts)) for _, test in theirs]
+    np.testing.assert_array_equal(per_class, expected)
+    for fold in range(1, 6):
+        rest, part = sources.take_fold(split, fold, num_folds, seed=1)
+        assert (rest.name, part.name) == ("train", "holdout")
+        assert sorted([*rest.indices, *part.indices]) == list(range(len(split)))
+
+
+def test_folds_depend_on_the_seed_only():
+    folds = [sources.take_fold(Labels(30, 20), 2, 5, seed=seed)[1] for seed in (0, 0, 1)]
+    assert folds[0].fingerprint == folds[1].fingerprint != folds[2].fingerprint
+
+
+def test_more_folds_than_examples_are_refused():
+    with pytest.raises(UserError, match="The 30 examples in .* cannot be divided into 31 folds"):
+        sources.take_fold(TenEach(), 1, 31, seed=0)
+
+
+def test_long_tails_have_the_published_sizes():
+    # CIFAR-10-LT and CIFAR-100-LT of Cao et al. 2019 (arXiv:1906.07413), imbalance ratio 100.
+    ten = sources.take_long_tail(Labels(*[5000] * 10), 100, seed=0)
+    assert np.bincount(ten.labels()).tolist() == [
+        5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50,
+    ]  # fmt: skip
+    assert len(sources.take_long_tail(Labels(*[500] * 100), 100, seed=0)) == 10847
+
+
+def test_long_tail_of_a_larger_ratio_is_a_part_of_that_of_a_smaller():
+    chosen = [
+        set(sources.take_long_tail(Labels(40, 40, 40), ratio, seed=5).indices.tolist())
+        for ratio in (1, 4, 40)
+    ]
+    assert [len(indices) for indices in chosen] == [120, 40 + 20 + 10, 40 + 6 + 1]
+    assert chosen[2] < chosen[1] < chosen[0]
+    other = sources.take_long_tail(Labels(40, 40, 40), 4, seed=6)
+    assert set(other.indices.tolist()) != chosen[1]
+
+
+def test_long_tail_keeps_its_ratio_where_classes_differ():
+    tail = sources.take_long_tail(Labels(100, 10, 40), 4, seed=0)
+    assert np.bincount(tail.labels()).tolist() == [20, 10, 5]
+
+
+def test_long_tail_that_leaves_a_class_empty_is_refused():
+    with pytest.raises(UserError, match="data.long_tail=11 leaves class 'c' of 'train' without"):
+        sources.take_long_tail(TenEach(), 11, seed=0)
 
 
 def test_subsets_of_subsets_read_the_right_examples():

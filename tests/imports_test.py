@@ -14,16 +14,20 @@ LEVELS = [
     {"errors"},
     {"augment", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim"},
-    {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"},
+    {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
+    | {"contact_sheet"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records"},
     {"program", "train_setup", "train"},
-    {"model_card", "exporting"},
-    {"cli", "main", "evaluate", "predict", "export"},
+    {"model_card", "exporting", "data_checks"},
+    {"cli", "main", "evaluate", "predict", "export", "check_data"},
 ]
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt", "augment", "losses", "metrics", "sharding"}
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
-HEAVY = {"tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu"}
+HEAVY = {
+    "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",
+    "datasets",
+}  # fmt: skip
 
 
 def module_of(path: Path) -> str:
@@ -75,7 +79,7 @@ def test_only_commands_touch_flags():
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
     }
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
-    assert with_flags <= {"main", "cli", "evaluate", "predict", "export", "data"}
+    assert with_flags <= {"main", "cli", "evaluate", "predict", "export", "check_data", "data"}
 
 
 def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):

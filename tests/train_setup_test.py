@@ -142,6 +142,19 @@ def test_nothing_is_held_out_for_nobody(digits_dir):
     assert set(evaluated) == {"test"}
 
 
+def test_fold_and_long_tail_make_the_splits_of_a_run(digits_dir):
+    config = make_config("x")
+    config.data.update(data_dir=digits_dir, fold="2/5", long_tail=10.0)
+    train_split, evaluated = train_setup.open_splits(config)
+    assert len(evaluated["holdout"]) in (1437 // 5, 1437 // 5 + 1)
+    assert len(evaluated["test"]) == 360
+    counts = np.bincount(train_split.labels())
+    assert counts[0] // counts[9] == 10
+    assert (np.diff(counts) < 0).all()
+    held = {evaluated["holdout"].id(i) for i in range(len(evaluated["holdout"]))}
+    assert not held & {train_split.id(i) for i in range(len(train_split))}
+
+
 def test_selection_on_images_of_the_test_split_is_refused(digits_dir):
     config = make_config("x")
     config.data.data_dir = digits_dir

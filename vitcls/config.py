@@ -21,8 +21,9 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
 
     c.data = ConfigDict()
-    # What to train on: "digits", "glyphs", "tfds:NAME[/CONFIG]", or "folder:PATH" with
-    # PATH/split/class/image or PATH/class/image (of which a fifth is then the test split).
+    # What to train on: "digits", "glyphs", "tfds:NAME[/CONFIG]", "hf:ID_OR_PATH", "csv:PATH", or
+    # "folder:PATH" with PATH/split/class/image or PATH/class/image. Of files without splits, a
+    # fifth is the test split.
     c.data.source = ""
     # Where prepared data sets are kept; "" is tensorflow_datasets' own default.
     c.data.data_dir = ""
@@ -33,8 +34,18 @@ def default_config() -> ConfigDict:
     # Share of the training split held out (stratified, seeded) as the split "holdout", if
     # eval.select_split or data.eval_splits name it; 0: there is no such split.
     c.data.holdout = 0.1
+    # "2/5" holds out the second of five folds instead, whatever data.holdout says: runs with the
+    # same train.seed and 1/5 to 5/5 hold out every image of the training split once.
+    c.data.fold = ""
     # Training images per class, drawn with train.seed after the hold-out; 0: all.
     c.data.per_class = 0
+    # Long tail: training images of the first class for each one of the last, their numbers falling
+    # off exponentially in between; drawn with train.seed after the hold-out; 0: all images.
+    c.data.long_tail = 0.0
+    # Which training images come when: "uniform" (each once per epoch), or drawn with replacement,
+    # classes equally often ("balanced") or by the square root of their numbers of images ("sqrt").
+    # An epoch is as many images either way.
+    c.data.sampling = "uniform"
     # An image that cannot be decoded: "raise" stops the run and names it; "skip" leaves it out,
     # counts it and lists it in skipped.jsonl, and stops when it is more than half of a split.
     c.data.on_error = "raise"
@@ -181,6 +192,7 @@ SELECT_METRICS = (
 _CHOICES = {
     "data.crop": ("inception", "resmall", "none"),
     "data.on_error": ("raise", "skip"),
+    "data.sampling": ("uniform", "sqrt", "balanced"),
     "model.head": ("new", "keep"),
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
@@ -192,6 +204,7 @@ _CHOICES = {
 _RANGES = {
     "data.holdout": (0, 1, False),
     "data.per_class": (0, math.inf, True),
+    "data.long_tail": (0, math.inf, False),
     "data.resize": (0, math.inf, True),
     "data.num_threads": (1, math.inf, True),
     "data.num_workers": (0, math.inf, True),
@@ -233,6 +246,16 @@ def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
             raise UserError(f"The config file's argument {item!r} is not of the form name=value.")
         values[name] = value
     return values
+
+
+def parse_fold(fold: str) -> tuple[int, int]:
+    """Returns (2, 5) for "2/5"; raises `UserError` for what is no fold."""
+    number, _, num_folds = fold.partition("/")
+    if not (number.isdecimal() and num_folds.isdecimal() and 1 <= int(number) <= int(num_folds)):
+        raise UserError(f"data.fold={fold!r} must be NUMBER/FOLDS: '1/5', '2/5', ... '5/5'.")
+    if int(num_folds) < 2:
+        raise UserError(f"data.fold={fold!r} holds everything out; use two folds or more.")
+    return int(number), int(num_folds)
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -337,7 +360,24 @@ def _check_combinations(config: ConfigDict) -> None:
             f"data.cache='ram' with data.num_workers={data.num_workers} would keep the images "
             "once per worker; set data.num_workers=0, or data.cache to a folder, which is shared."
         )
-    if config.eval.select_split == "holdout" and not data.holdout:
+    if data.fold:
+        parse_fold(data.fold)
+        if "holdout" not in (config.eval.select_split, *data.eval_splits):
+            raise UserError(
+                f"data.fold={data.fold!r} holds out images that nobody looks at: set "
+                "eval.select_split='holdout', or have 'holdout' in data.eval_splits."
+            )
+    if 0 < data.long_tail < 1:
+        raise UserError(
+            f"data.long_tail={data.long_tail} must be the largest class by the smallest, 1 or "
+            "more; 0 takes all images."
+        )
+    if data.long_tail and data.per_class:
+        raise UserError(
+            f"data.long_tail={data.long_tail} and data.per_class={data.per_class}: classes cannot "
+            "be of one size and fall off; set one of the two to 0."
+        )
+    if config.eval.select_split == "holdout" and not (data.holdout or data.fold):
         raise UserError(
             "eval.select_split='holdout' but data.holdout=0: hold a share out, or name a "
             "validation split, or set eval.select_split='' to keep the last step."

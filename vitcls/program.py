@@ -27,6 +27,8 @@ class Program:
       state_shardings: A `TrainState` of `jax.sharding.NamedSharding`.
       train_step: Jitted `(state, batch) -> (state, metrics)`; the state's memory is reused.
       eval_step: Jitted `(variables, batch) -> (sums, predictions)`.
+      prepare: `(step, batch) -> (images, targets, weights)`, what the network and the loss are
+        given in the training step that comes after `step` others and takes one pass.
       num_passes: Parts of the batch that a training step takes one after the other.
       pass_size: Images of one part, on each device.
       init: Returns random variables.
@@ -38,6 +40,7 @@ class Program:
     state_shardings: steps.TrainState
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
+    prepare: Callable[..., Any]
     num_passes: int
     pass_size: int
     init: Callable[[], PyTree]
@@ -117,12 +120,18 @@ def make_program(
     state_shardings = sharding.state_shardings(state_shapes, mesh)
     num_rows = config.train.global_batch_size // mesh.size
     pass_size = _pass_size(num_rows, config.train.micro_batch)
+    prepare = augment.make_prepare(
+        processor.normalise,
+        flip=config.augment.flip,
+        label_smoothing=config.loss.label_smoothing,
+    )
+
+    def prepare_step(step: int, batch: steps.Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        keys = steps.image_keys(step_key, step, batch["image"].shape[0])
+        return prepare(keys[:, 0], batch)
+
     train_step = steps.make_train_step(
-        augment.make_prepare(
-            processor.normalise,
-            flip=config.augment.flip,
-            label_smoothing=config.loss.label_smoothing,
-        ),
+        prepare,
         steps.make_loss_fn(model.apply),
         tx,
         key=step_key,
@@ -141,6 +150,7 @@ def make_program(
         eval_step=jax.jit(
             steps.make_eval_step(processor.normalise, model.apply), out_shardings=everywhere
         ),
+        prepare=prepare_step,
         num_passes=num_rows // pass_size,
         pass_size=pass_size,
         init=init,

@@ -130,6 +130,7 @@ def train_and_evaluate(
             start_step=start_step,
             total_steps=config.train.total_steps,
             seed=config.train.seed,
+            sampling=config.data.sampling,
             transform=train_setup.train_transform(config, processor),
             **loading,
         ),

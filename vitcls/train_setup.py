@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
+from vitcls.config import parse_fold
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
@@ -26,12 +27,22 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     open_split = functools.partial(sources.open_split, data.source, data_dir=data.data_dir or None)
     keep = functools.partial(cached, where=data.cache)
     train, evaluated = open_split(data.train_split), {}
-    if not data.per_class:  # whole, and so the same on disk for runs with other seeds
+    is_thinned = data.per_class or data.long_tail
+    if not is_thinned:  # whole, and so the same on disk for runs with other seeds
         train = keep(train)
-    if data.holdout and "holdout" in (config.eval.select_split, *data.eval_splits):
-        train, evaluated["holdout"] = sources.hold_out(train, data.holdout, seed=seed)
-    if data.per_class:
-        train = keep(sources.take_per_class(train, data.per_class, seed=seed))
+    if "holdout" in (config.eval.select_split, *data.eval_splits):
+        if data.fold:
+            train, evaluated["holdout"] = sources.take_fold(
+                train, *parse_fold(data.fold), seed=seed
+            )
+        elif data.holdout:
+            train, evaluated["holdout"] = sources.hold_out(train, data.holdout, seed=seed)
+    if is_thinned:
+        if data.per_class:
+            train = sources.take_per_class(train, data.per_class, seed=seed)
+        else:
+            train = sources.take_long_tail(train, data.long_tail, seed=seed)
+        train = keep(train)
         evaluated = {name: keep(split) for name, split in evaluated.items()}
     for name in [config.eval.select_split, *data.eval_splits]:
         if name and name not in evaluated:

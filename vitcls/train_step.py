@@ -102,6 +102,11 @@ def sample_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(batch_size))
 
 
+def image_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
+    """Returns two keys per image, (B, 2): for what `prepare` does to it, and for the network."""
+    return jax.vmap(lambda k: jax.random.split(k, 2))(sample_keys(key, step, batch_size))
+
+
 def in_passes(grad_fn: Callable[..., Any], num_passes: int) -> Callable[..., Any]:
     """Makes a sum over a batch, and its gradient, the sum of several passes over parts of it.
 
@@ -160,8 +165,7 @@ def make_train_step(
     grad_fn = in_passes(jax.value_and_grad(batch_loss, has_aux=True), num_passes)
 
     def train_step(state, batch):
-        keys = sample_keys(key, state.step, batch["image"].shape[0])
-        keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)  # (B, 2)
+        keys = image_keys(key, state.step, batch["image"].shape[0])
         (loss_sum, (weight_sum, batch_stats)), grads = grad_fn(
             state.params, state.frozen, state.batch_stats, batch, keys
         )

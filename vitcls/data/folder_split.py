@@ -7,16 +7,13 @@ same listing.
 
 import concurrent.futures
 import errno
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
 
 from vitcls import images
-from vitcls.data.split import Split, Subset, hold_out
+from vitcls.data.files_split import NUM_THREADS, FilesSplit, divide, show
+from vitcls.data.split import Split
 from vitcls.errors import StorageError, UserError, unknown
 
 log = logging.getLogger("vitcls")
@@ -26,17 +23,9 @@ log = logging.getLogger("vitcls")
 SPLIT_NAMES = (
     "train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing", "holdout",
 )  # fmt: skip
-# Of PATH/class/image, and the same in every run, whatever its seed: results stay comparable. The
-# seed is beyond all that train.seed can be, so that hold-outs are drawn independently.
-TEST_FRACTION = 0.2
-_DIVISION_SEED = 2**32
-
-# Listing waits for the disk or the network: more threads than processors.
-_NUM_THREADS = 16
-_MOST_SHOWN = 5  # names in a message
 
 
-class FolderSplit(Split):
+class FolderSplit(FilesSplit):
     """The images below one folder per class."""
 
     def __init__(self, root: str, split: str = ""):
@@ -53,65 +42,14 @@ class FolderSplit(Split):
           UserError: No such folder, no classes or only one, a class without images, or what
             cannot be listed.
         """
-        self.name = split or "all"
-        self._root = os.path.abspath(os.path.expanduser(root))
-        folder = os.path.join(self._root, split) if split else self._root
-        self.class_names = tuple(_class_folders(folder))
-        prefixes = [os.path.join(split, name) for name in self.class_names]
-        with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-            listings = list(pool.map(lambda prefix: _list_images(self._root, prefix), prefixes))
-        _check_classes(folder, dict(zip(self.class_names, listings, strict=True)))
-        # One string for all paths: a million of them reach a worker process as one object.
-        paths = [os.fsencode(path) for listing in listings for path, _ in listing]
-        self._paths = b"".join(paths)
-        self._ends = np.cumsum([len(path) for path in paths])
-        counts = [len(listing) for listing in listings]
-        self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        sizes = np.array([size for listing in listings for _, size in listing], "<i8")
-        self.fingerprint = _fingerprint(self.class_names, paths, sizes)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """The encoded image and the label of one example.
-
-        Raises:
-          UserError: The file may not be read.
-          StorageError: It is gone, or the disk fails.
-        """
-        path = os.path.join(self._root, self.id(index))
-        try:
-            with open(path, "rb") as file:
-                return file.read(), int(self._labels[index])
-        except PermissionError as error:
-            raise UserError(f"No permission to read {path}.") from error
-        except OSError as error:
-            raise StorageError(
-                f"Cannot read {path}, which was there at the start: {error.strerror}."
-            ) from error
-
-    def id(self, index: int) -> str:
-        """The path relative to the root."""
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._paths[start : self._ends[index]])
-
-    def labels(self) -> np.ndarray:
-        """All labels, int32 (N,), without reading an image."""
-        return self._labels
-
-    def origin(self) -> dict[str, Any]:
-        """The listing's hash, which covers class names, paths and sizes of files."""
-        return {"listing_sha256": self.fingerprint}
-
-
-class DividedSplit(Subset):
-    """The "train" or the "test" part of a folder that has no split folders."""
-
-    def origin(self) -> dict[str, Any]:
-        """As for the whole folder, and how it was divided."""
-        fractions = {"train": 1 - TEST_FRACTION, "test": TEST_FRACTION}
-        return super().origin() | {"divided": {"fractions": fractions, "seed": _DIVISION_SEED}}
+        root = os.path.abspath(os.path.expanduser(root))
+        folder = os.path.join(root, split) if split else root
+        class_names = _class_folders(folder)
+        prefixes = [os.path.join(split, name) for name in class_names]
+        with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+            listings = list(pool.map(lambda prefix: _list_images(root, prefix), prefixes))
+        _check_classes(folder, dict(zip(class_names, listings, strict=True)))
+        super().__init__(root, split or "all", class_names=class_names, listings=listings)
 
 
 def open_folder(root: str, split: str) -> Split:
@@ -123,39 +61,40 @@ def open_folder(root: str, split: str) -> Split:
     Raises:
       UserError: What `FolderSplit` raises, or there is no such split.
     """
+    path, names, has_splits = _look_into(root)
+    if has_splits:
+        if split not in names:
+            raise _unknown_split(path, split, names)
+        return FolderSplit(path, split)
+    if split not in ("train", "test"):
+        raise UserError(
+            f"{path} has no split folders, and so is divided into 'train' and 'test'; there is no "
+            f"{split!r}. Images for it belong into {os.path.join(path, 'SPLIT', 'CLASS')}."
+        )
+    return divide(FolderSplit(path), split)
+
+
+def folder_split_names(root: str) -> list[str]:
+    """Names of the splits that `open_folder` opens."""
+    _, names, has_splits = _look_into(root)
+    return names if has_splits else ["train", "test"]
+
+
+def _look_into(root: str) -> tuple[str, list[str], bool]:
+    """The full path, its folders, and whether they are splits."""
     if not root:
         raise UserError("data.source='folder:' names no folder; folder:PATH, for example.")
     path = os.path.abspath(os.path.expanduser(root))
     names = _subfolders(path)
     split_folders = [name for name in names if name in SPLIT_NAMES]
     if any(_subfolders(os.path.join(path, name)) for name in split_folders):
-        if split not in names:
-            raise _unknown_split(path, split, names)
-        return FolderSplit(path, split)
+        return path, names, True
     if split_folders and split_folders == names:  # nobody's classes
         raise UserError(
-            f"{path} has the splits {_show(names)} without classes; put their images into one "
+            f"{path} has the splits {show(names)} without classes; put their images into one "
             "folder per class."
         )
-    if split not in ("train", "test"):
-        raise UserError(
-            f"{path} has no split folders, and so is divided into 'train' and 'test'; there is no "
-            f"{split!r}. Images for it belong into {os.path.join(path, 'SPLIT', 'CLASS')}."
-        )
-    return _divide(FolderSplit(path), split)
-
-
-def _divide(whole: FolderSplit, split: str) -> DividedSplit:
-    counts = np.bincount(whole.labels())
-    if counts.min() < 2:
-        raise UserError(
-            f"{whole.class_names[counts.argmin()]!r} has one image only; a folder without split "
-            "folders is divided into train and test, which needs two images or more of each class."
-        )
-    parts = dict(
-        zip(("train", "test"), hold_out(whole, TEST_FRACTION, seed=_DIVISION_SEED), strict=True)
-    )
-    return DividedSplit(split, whole, indices=parts[split].indices)
+    return path, names, False
 
 
 def _unknown_split(path: str, split: str, names: list[str]) -> UserError:
@@ -191,7 +130,7 @@ def _check_classes(folder: str, listings: dict[str, list]) -> None:
     empty = [name for name, listing in listings.items() if not listing]
     if empty:
         raise UserError(
-            f"{folder}: no images in {len(empty)} of {len(listings)} classes: {_show(empty)}. "
+            f"{folder}: no images in {len(empty)} of {len(listings)} classes: {show(empty)}. "
             "Put images there, or remove the folder."
         )
     if len(listings) < 2:
@@ -199,19 +138,6 @@ def _check_classes(folder: str, listings: dict[str, list]) -> None:
             f"{folder} has one class only, {next(iter(listings))!r}; there must be two or more, "
             "each in a folder of its own."
         )
-
-
-def _show(names: list[str]) -> str:
-    return ", ".join(names[:_MOST_SHOWN]) + (", ..." if len(names) > _MOST_SHOWN else "")
-
-
-def _fingerprint(class_names: tuple[str, ...], paths: list[bytes], sizes: np.ndarray) -> str:
-    """Hash of class names, relative paths and sizes; contents would have to be read."""
-    digest = hashlib.sha256()
-    for part in (*map(os.fsencode, class_names), b"", *paths):
-        digest.update(part + b"\0")  # no file name holds a zero: nothing else hashes the same
-    digest.update(sizes.tobytes())
-    return digest.hexdigest()
 
 
 def _list_images(root: str, prefix: str) -> list[tuple[str, int]]:

@@ -51,12 +51,14 @@ def train_batches(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    sampling: str = "uniform",
     skipped: Skipped | None = None,
 ) -> Iterator[Batch]:
     """This process' rows of the batches of steps [start_step, total_steps).
 
     Every epoch shows every example once, in an order of its own; batches go on across its end.
-    Starting at a later step costs nothing and gives the same batches from there on.
+    With another `sampling`, examples are drawn by their class instead, with replacement. Starting
+    at a later step costs nothing and gives the same batches from there on.
 
     Args:
       split: The examples.
@@ -69,6 +71,7 @@ def train_batches(
       num_workers: Worker processes; 0: threads of this process only.
       process_index: Which of the processes this one is.
       process_count: Processes that share the global batch, evenly.
+      sampling: "uniform", or "sqrt" or "balanced", see `order.cumulative_weights`.
       skipped: Takes note of images that cannot be decoded, whose rows are black and have mask 0;
         all other rows stay what they are. None: such an image is an error.
 
@@ -83,6 +86,9 @@ def train_batches(
         start_step=start_step,
         num_batches=total_steps - start_step,
         seed=seed,
+        cumulative_weights=None
+        if sampling == "uniform"
+        else order.cumulative_weights(split.labels(), sampling=sampling),
     )
     return _iterate(source, skipped, num_threads=num_threads, num_workers=num_workers)
 
@@ -166,10 +172,16 @@ class _TrainSource(_Source):
 
     start_step: int
     seed: int
+    cumulative_weights: np.ndarray | None
 
     def __getitem__(self, batch_number: int) -> Batch:
         numbers = self.layout.sample_numbers(self.start_step + batch_number)
-        indices = order.example_indices(numbers, num_examples=len(self.split), seed=self.seed)
+        if self.cumulative_weights is None:
+            indices = order.example_indices(numbers, num_examples=len(self.split), seed=self.seed)
+        else:
+            indices = order.drawn_indices(
+                numbers, cumulative_weights=self.cumulative_weights, seed=self.seed
+            )
 
         def transform(image: Image.Image, row: int) -> np.ndarray:
             return self.transform(image, order.sample_rng(self.seed, int(numbers[row])))

@@ -15,7 +15,7 @@ import numpy as np
 from vitcls.errors import UserError
 
 # One stream of random numbers per purpose, for equal seeds and numbers.
-SHUFFLE, AUGMENT, HOLD_OUT, TAKE = range(4)
+SHUFFLE, AUGMENT, HOLD_OUT, TAKE, DRAW = range(5)
 
 
 def bit_generator(seed: int, number: int, *, stream: int) -> np.random.Philox:
@@ -62,6 +62,32 @@ def example_indices(numbers: np.ndarray, *, num_examples: int, seed: int) -> np.
         rows = epochs == epoch
         indices[rows] = _epoch_order(num_examples, seed, int(epoch))[positions[rows]]
     return indices
+
+
+def cumulative_weights(labels: np.ndarray, *, sampling: str) -> np.ndarray:
+    """Running sums of the weights that `drawn_indices` takes, float64 (N,).
+
+    Args:
+      labels: Integers (N,).
+      sampling: "balanced" draws every class equally often, "sqrt" in proportion to the square root
+        of its number of examples. Within a class all examples are equal.
+    """
+    counts = np.maximum(np.bincount(labels), 1)
+    weights = {"balanced": 1 / counts, "sqrt": 1 / np.sqrt(counts)}[sampling]
+    return np.cumsum(weights[labels])
+
+
+def drawn_indices(numbers: np.ndarray, *, cumulative_weights: np.ndarray, seed: int) -> np.ndarray:
+    """The example that each sample shows, drawn with replacement, int64 like `numbers`.
+
+    Args:
+      numbers: Of the samples, int64 (b,).
+      cumulative_weights: As the function of this name returns them.
+      seed: Which examples.
+    """
+    bits = [bit_generator(seed, int(number), stream=DRAW).random_raw() for number in numbers]
+    uniform = (np.array(bits, np.uint64) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+    return np.searchsorted(cumulative_weights, uniform * cumulative_weights[-1], side="right")
 
 
 # A run moves from one epoch to the next; more than two at once only occur when they are short.

@@ -1,32 +1,74 @@
 """Data sets by name: `open_split("digits", "train")`."""
 
 from vitcls.data import builders
-from vitcls.data.folder_split import open_folder
+from vitcls.data.csv_split import csv_split_names, open_csv
+from vitcls.data.folder_split import folder_split_names, open_folder
+from vitcls.data.hf_split import hf_split_names, open_hf
 from vitcls.data.prepare import prepare_once
-from vitcls.data.split import Split, Subset, hold_out, take_per_class
+from vitcls.data.split import (
+    Split,
+    Subset,
+    hold_out,
+    take_fold,
+    take_long_tail,
+    take_per_class,
+)
 from vitcls.data.tfds_split import TfdsSplit
 from vitcls.errors import unknown
 
-__all__ = ["Split", "Subset", "hold_out", "open_split", "take_per_class"]
+__all__ = [
+    "Split", "Subset", "hold_out", "open_split", "split_names", "take_fold", "take_long_tail",
+    "take_per_class",
+]  # fmt: skip
 
-_SCHEMES = (*builders.BUILT_IN, "tfds:NAME[/CONFIG][:VERSION]", "folder:PATH")
+_SCHEMES = (
+    *builders.BUILT_IN, "tfds:NAME[/CONFIG][:VERSION]", "folder:PATH", "csv:PATH", "hf:ID_OR_PATH",
+)  # fmt: skip
 
 
 def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split:
     """Opens one split of a data set, which is prepared first where it is not.
 
+    Sources with the same images in the same order under the same class names give the same batches.
+    Files are ordered by class and path; records keep the order that they are stored in.
+
     Args:
-      source: `digits`, `glyphs`, `tfds:NAME[/CONFIG][:VERSION]`, or `folder:PATH` with
-        PATH/split/class/image or PATH/class/image.
-      split: Name; of all but folders also an expression as in `tfds.load`, such as "train[:90%]".
+      source: `digits`, `glyphs`, `tfds:NAME[/CONFIG][:VERSION]`; `folder:PATH` with
+        PATH/split/class/image or PATH/class/image; `csv:PATH`, see `vitcls.data.csv_split`; or
+        `hf:ID_OR_PATH[:CONFIG]`, see `vitcls.data.hf_split`.
+      split: Name; of tfds also an expression as in `tfds.load`, such as "train[:90%]".
       data_dir: Folder of all tfds data; None: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
     Raises:
       UserError: Unknown source or split, or data that cannot be prepared or used.
       StorageError: The data cannot be written.
     """
-    if source.startswith("folder:"):
-        return open_folder(source.removeprefix("folder:"), split)
+    scheme, _, rest = source.partition(":")
+    if scheme == "folder":
+        return open_folder(rest, split)
+    if scheme == "csv":
+        return open_csv(rest, split)
+    if scheme == "hf":
+        return open_hf(rest, split)
+    return TfdsSplit(_prepared(source, data_dir), split)
+
+
+def split_names(source: str, *, data_dir: str | None = None) -> list[str]:
+    """Names of the splits of a data set, which is prepared first where it is not.
+
+    Args and Raises: as for `open_split`.
+    """
+    scheme, _, rest = source.partition(":")
+    if scheme == "folder":
+        return folder_split_names(rest)
+    if scheme == "csv":
+        return csv_split_names(rest)
+    if scheme == "hf":
+        return hf_split_names(rest)
+    return list(_prepared(source, data_dir).info.splits)
+
+
+def _prepared(source: str, data_dir: str | None):
     if source not in builders.BUILT_IN and not source.startswith("tfds:"):
         raise unknown("data source", source, _SCHEMES)
-    return TfdsSplit(prepare_once(source, data_dir=data_dir), split)
+    return prepare_once(source, data_dir=data_dir)

@@ -127,10 +127,38 @@ def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Subset, Subse
             f"{num_held} and {num_examples - num_held}; both parts need at least one."
         )
     # A systematic sample: every (N / n)-th example when sorted by class, in random order within.
-    by_class = np.lexsort((_random_keys(num_examples, seed, order.HOLD_OUT), split.labels()))
     positions = (2 * np.arange(num_held) + 1) * num_examples // (2 * num_held)
-    is_held = np.zeros(num_examples, bool)
-    is_held[by_class[positions]] = True
+    return _set_apart(split, _by_class(split, seed, order.HOLD_OUT)[positions])
+
+
+def take_fold(split: Split, fold: int, num_folds: int, *, seed: int) -> tuple[Subset, Subset]:
+    """Divides a split, stratified, into what remains and one of `num_folds` parts of equal size.
+
+    The part is named "holdout". The folds of one seed are disjoint and cover the split; sizes, and
+    the shares of every class, differ by one example at most.
+
+    Args:
+      split: What to divide.
+      fold: Which part, from 1 to `num_folds`.
+      num_folds: Two or more.
+      seed: Which examples.
+
+    Returns:
+      (rest, held).
+
+    Raises:
+      UserError: There are fewer examples than folds.
+    """
+    if len(split) < num_folds:
+        raise UserError(
+            f"The {len(split)} examples in {split.name!r} cannot be divided into {num_folds} folds."
+        )
+    return _set_apart(split, _by_class(split, seed, order.HOLD_OUT)[fold - 1 :: num_folds])
+
+
+def _set_apart(split: Split, held: np.ndarray) -> tuple[Subset, Subset]:
+    is_held = np.zeros(len(split), bool)
+    is_held[held] = True
     rest = Subset(split.name, split, indices=np.flatnonzero(~is_held))
     return rest, Subset("holdout", split, indices=np.flatnonzero(is_held))
 
@@ -143,8 +171,7 @@ def take_per_class(split: Split, num: int, *, seed: int) -> Subset:
     Raises:
       UserError: A class has fewer.
     """
-    labels = split.labels()
-    counts = np.bincount(labels, minlength=len(split.class_names))
+    counts = np.bincount(split.labels(), minlength=len(split.class_names))
     rarest = int(counts.argmin())
     if not 0 < num <= counts[rarest]:
         raise UserError(
@@ -152,11 +179,48 @@ def take_per_class(split: Split, num: int, *, seed: int) -> Subset:
             f"{split.class_names[rarest]!r} has {counts[rarest]}; "
             f"choose between 1 and {counts[rarest]}."
         )
-    by_class = np.lexsort((_random_keys(len(split), seed, order.TAKE), labels))
-    starts = np.cumsum(counts) - counts
-    chosen = by_class[(starts[:, np.newaxis] + np.arange(num)).ravel()]
+    return _take(split, np.full_like(counts, num), seed=seed)
+
+
+def take_long_tail(split: Split, ratio: float, *, seed: int) -> Subset:
+    """Random examples whose numbers fall off exponentially from the first class to the last.
+
+    Of K classes, class k keeps n * ratio^(-k / (K - 1)) examples, rounded down, with the largest n
+    for which every class has enough: all of the first class where classes are of one size. Then a
+    larger ratio also takes some of what a smaller one with the same seed does. Cui et al. 2019
+    (arXiv:1901.05555), section 5.1.
+
+    Args:
+      split: Where they come from; its order is kept.
+      ratio: Examples of the first class for each one of the last; 1 or more.
+      seed: Which examples.
+
+    Raises:
+      UserError: A class would be left without examples.
+    """
+    counts = np.bincount(split.labels(), minlength=len(split.class_names))
+    shares = ratio ** -np.linspace(0, 1, len(counts))
+    # The margin keeps whole numbers whole.
+    taken = np.floor(np.min(counts / shares) * shares + 1e-6).astype(np.int64)
+    if not taken.all():
+        raise UserError(
+            f"data.long_tail={ratio} leaves class {split.class_names[taken.argmin()]!r} of "
+            f"{split.name!r} without images; choose a smaller ratio."
+        )
+    return _take(split, taken, seed=seed)
+
+
+def _take(split: Split, nums: np.ndarray, *, seed: int) -> Subset:
+    """The first `nums[k]` examples of every class k in the seed's random order."""
+    labels = split.labels()
+    counts = np.bincount(labels, minlength=len(split.class_names))
+    by_class = _by_class(split, seed, order.TAKE)
+    ranks = np.arange(len(split)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = by_class[ranks < nums[labels[by_class]]]
     return Subset(split.name, split, indices=np.sort(chosen))
 
 
-def _random_keys(num: int, seed: int, stream: int) -> np.ndarray:
-    return order.bit_generator(seed, 0, stream=stream).random_raw(num)
+def _by_class(split: Split, seed: int, stream: int) -> np.ndarray:
+    """All positions in the split, sorted by class, in random order within one."""
+    keys = order.bit_generator(seed, 0, stream=stream).random_raw(len(split))
+    return np.lexsort((keys, split.labels()))

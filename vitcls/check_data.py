@@ -1,0 +1,85 @@
+"""Looks at every image of a data set, and says what would go wrong in training on it.
+
+  python -m vitcls.check_data --data=folder:PATH --output=checked
+
+Prints counts per class, sizes, unreadable, tiny and animated images, and duplicates within and
+across splits: those with the same pixels, and those that nearly look the same. With --output, the
+folder gets report.json, which has all of it, and contact_sheet.png; where there are duplicates
+duplicates.png, too.
+
+With --config, the data set is that of the config, and augmented.png shows the first images as the
+network will see them, cropped and augmented, with their labels:
+
+  python -m vitcls.check_data --config=configs/vit_b16.py:data=folder:PATH --output=checked
+
+Exits with 2 where training would fail.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from vitcls import cli
+from vitcls.config import check_config
+from vitcls.errors import UserError
+
+_DATA = flags.DEFINE_string(
+    "data", "", "Data set, such as digits, tfds:NAME, folder:PATH, csv:PATH; empty: the config's."
+)
+_SPLITS = flags.DEFINE_list(
+    "splits", [], "Splits, the one to train on first; empty: the config's, else all."
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Folder for report.json and pictures; empty: none is written."
+)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "File with the recipe whose batches are shown, as for vitcls.main.",
+    lock_config=False,
+    accept_new_attributes=True,
+)
+
+
+def main() -> None:
+    """Checks the flags, then the data."""
+    source, data_dir, names, on_error = _DATA.value, _DATA_DIR.value, _SPLITS.value, "raise"
+    config = None if _CONFIG.value is None else cli.config_value(_CONFIG)
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if config is None:
+        cli.required(_DATA)
+    else:
+        if output is None:
+            raise UserError("--config needs --output, the folder for augmented.png.")
+        data = config.data
+        data.source, data.data_dir = source or data.source, data_dir or data.data_dir
+        check_config(config)
+        source, data_dir, on_error = data.source, data.data_dir, data.on_error
+        used = [data.train_split, config.eval.select_split, *data.eval_splits]
+        names = names or [name for name in dict.fromkeys(used) if name not in ("", "holdout")]
+    # These import jax: only once the flags are known to be right.
+    from vitcls import data_checks, records
+
+    if output is not None:
+        records.make(output, flag="--output")
+    splits, report = data_checks.check(source, names, data_dir=data_dir or None, on_error=on_error)
+    print(data_checks.format_report(report))
+    if output is not None:
+        records.write_json(output / "report.json", report)
+        if splits:
+            data_checks.draw_examples(splits, report).save(output / "contact_sheet.png")
+        if report["duplicates"]:
+            data_checks.draw_duplicates(splits, report).save(output / "duplicates.png")
+    if report["problems"]:
+        raise UserError("Training would fail:\n  " + "\n  ".join(report["problems"]))
+    if config is not None:
+        data_checks.draw_training(config).save(output / "augmented.png")
+    print(f"{source}: nothing that would stop training" + (f" -> {output}" if output else ""))
+
+
+if __name__ == "__main__":
+    cli.run(main)

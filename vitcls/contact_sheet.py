@@ -1,0 +1,44 @@
+"""Many small images with a caption each, as one picture to look at."""
+
+from collections.abc import Iterable
+
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN = 4
+_FONT_SIZE = 11
+_LINE = 14  # pixels from one line of text to the next
+
+
+def contact_sheet(
+    tiles: Iterable[tuple[Image.Image, str]], *, num_columns: int, tile_size: int = 96
+) -> Image.Image:
+    """Lays out tiles row by row.
+
+    Args:
+      tiles: RGB images and what is written below them, cut off where it is wider than the tile.
+      num_columns: Tiles in a row.
+      tile_size: Side of the square that each image is fitted into; small images are enlarged
+        without smoothing, so that their pixels can be seen.
+    """
+    tiles = list(tiles)
+    num_lines = max((caption.count("\n") + 1 for _, caption in tiles), default=1)
+    width, height = tile_size + _MARGIN, tile_size + num_lines * _LINE + _MARGIN
+    num_rows = -(-len(tiles) // num_columns)
+    sheet = Image.new("RGB", (num_columns * width + _MARGIN, num_rows * height + _MARGIN), "white")
+    font = ImageFont.load_default(_FONT_SIZE)
+    for number, (image, caption) in enumerate(tiles):
+        row, column = divmod(number, num_columns)
+        left, top = _MARGIN + column * width, _MARGIN + row * height
+        tile = _fit(image, tile_size)
+        sheet.paste(tile, (left + (tile_size - tile.width) // 2, top))
+        text = Image.new("RGB", (tile_size, num_lines * _LINE), "white")
+        ImageDraw.Draw(text).multiline_text((0, 0), caption, "black", font, spacing=2)
+        sheet.paste(text, (left, top + tile_size))
+    return sheet
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    scale = size / max(image.size)
+    resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), resample)
