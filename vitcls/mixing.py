@@ -76,15 +76,26 @@ def draw_mixes(
         is_cutmix = which < (0.5 if mixup and cutmix else bool(cutmix))
         alpha = jnp.where(is_cutmix, cutmix, mixup)
         share = jax.random.beta(share_key, alpha, alpha)
-        side = jnp.sqrt(1 - share)
-        box_height, box_width = jnp.floor(height * side), jnp.floor(width * side)
-        top = jnp.floor(height * y) - jnp.floor(box_height / 2)
-        left = jnp.floor(width * x) - jnp.floor(box_width / 2)
-        ends = jnp.stack([top, left, top + box_height, left + box_width])
-        box = jnp.clip(ends, 0, jnp.array([height, width] * 2)).astype(jnp.int32)
-        return jnp.where(is_cutmix, 1.0, share), jnp.where(is_cutmix, box, 0)
+        box = jnp.stack(cut_box(share, jnp.floor(height * y), jnp.floor(width * x), size))
+        return jnp.where(is_cutmix, 1.0, share), jnp.where(is_cutmix, box.astype(jnp.int32), 0)
 
     return jax.vmap(one)(keys)
+
+
+def cut_box(
+    share: jax.Array, y: jax.Array, x: jax.Array, size: tuple[int, int]
+) -> tuple[jax.Array, ...]:
+    """Returns the sides of CutMix' box around (y, x), which leaves `share` of the image.
+
+    More, where the image's border cuts the box.
+    """
+    height, width = size
+    box_height, box_width = (jnp.floor(side * jnp.sqrt(1 - share)) for side in size)
+    top, left = y - jnp.floor(box_height / 2), x - jnp.floor(box_width / 2)
+    ends = (top, left, top + box_height, left + box_width)
+    return tuple(
+        jnp.clip(end, 0, most) for end, most in zip(ends, (height, width) * 2, strict=True)
+    )
 
 
 def mix(
