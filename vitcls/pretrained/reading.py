@@ -150,6 +150,7 @@ def make_model(
     dtype: jnp.dtype = jnp.float32,
     dropout_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    patch_dropout_rate: float = 0.0,
     train_batch_norm: bool = True,
     remat: str = "none",
 ) -> nn.Module:
@@ -159,10 +160,11 @@ def make_model(
       UserError: an argument other than its default means nothing to this network.
     """
     if isinstance(config, ResNetConfig):
-        if dropout_rate or drop_path_rate:
+        if dropout_rate or drop_path_rate or patch_dropout_rate:
             raise UserError(
-                f"model.dropout={dropout_rate} and model.drop_path={drop_path_rate}: a ResNet has "
-                "neither; both must be 0."
+                f"model.dropout={dropout_rate}, model.drop_path={drop_path_rate} and "
+                f"model.patch_dropout={patch_dropout_rate}: a ResNet has none of them; all must "
+                "be 0."
             )
         return ResNet(config, dtype=dtype, train_batch_norm=train_batch_norm, remat=remat)
     if not train_batch_norm:
@@ -170,7 +172,12 @@ def make_model(
             "model.batch_norm='frozen': this network has no BatchNorm; leave it at 'train'."
         )
     return ViT(
-        config, dtype=dtype, dropout_rate=dropout_rate, drop_path_rate=drop_path_rate, remat=remat
+        config,
+        dtype=dtype,
+        dropout_rate=dropout_rate,
+        drop_path_rate=drop_path_rate,
+        patch_dropout_rate=patch_dropout_rate,
+        remat=remat,
     )
 
 
