@@ -160,11 +160,14 @@ def make_model(
       UserError: an argument other than its default means nothing to this network.
     """
     if isinstance(config, ResNetConfig):
-        if dropout_rate or drop_path_rate or patch_dropout_rate:
+        if dropout_rate or drop_path_rate:
             raise UserError(
-                f"model.dropout={dropout_rate}, model.drop_path={drop_path_rate} and "
-                f"model.patch_dropout={patch_dropout_rate}: a ResNet has none of them; all must "
-                "be 0."
+                f"model.dropout={dropout_rate} and model.drop_path={drop_path_rate}: a ResNet has "
+                "neither; both must be 0."
+            )
+        if patch_dropout_rate:
+            raise UserError(
+                f"model.patch_dropout={patch_dropout_rate}: a ResNet has no patches; it must be 0."
             )
         return ResNet(config, dtype=dtype, train_batch_norm=train_batch_norm, remat=remat)
     if not train_batch_norm:
