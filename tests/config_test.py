@@ -69,12 +69,31 @@ def test_valid_config_passes_as_it_is():
         ("train.total_steps", 0, "exactly one must be positive"),
         ("optim.warmup_steps", 11, "optim.warmup_steps=11 is more than train.total_steps=10"),
         ("eval.select_metric", "acuracy", "Did you mean 'accuracy'?"),
+        ("eval.tta", "flips", "Did you mean 'flip'?"),
+        ("augment.policy", "randaugmnt", "Did you mean 'randaugment'?"),
+        (
+            "augment.rotation",
+            181,
+            "augment.rotation=181.0 is out of range: it must be at least 0 and at most 180.",
+        ),
+        ("augment.magnitude", 11.0, "augment.magnitude=11.0 is out of range"),
+        ("augment.magnitude", 5.0, "augment.magnitude=5.0 is of RandAugment only"),
+        ("augment.num_ops", 3, "augment.num_ops=3 is of RandAugment only, and augment.policy="),
+        ("model.patch_dropout", 1.0, "it must be at least 0 and below 1."),
     ],
 )
 def test_each_mistake_has_its_message(field, value, message):
     with pytest.raises(UserError) as error:
         check_config(with_field(field, value))
     assert message in str(error.value)
+
+
+def test_images_that_are_never_mirrored_are_not_evaluated_mirrored():
+    config = with_field("eval.tta", "flip")
+    check_config(config)
+    config.augment.flip = False
+    with pytest.raises(UserError, match="augment.flip=False keeps from training"):
+        check_config(config)
 
 
 def test_worker_processes_share_no_memory():

@@ -84,6 +84,19 @@ def test_metrics_do_not_depend_on_devices_or_batches(
     np.testing.assert_allclose(predictions["logits"], one_predictions["logits"], atol=1e-5)
 
 
+def test_mirror_images_are_averaged_with_the_images(model_and_variables):
+    model, variables = model_and_variables
+    pixels = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    plain = [apply(variables, x) for x in (pixels, pixels[:, :, ::-1])]
+    both = jax.jit(functools.partial(steps.over_mirror_images(model.apply), train=False))
+    averaged = both(variables, pixels)
+    np.testing.assert_allclose(averaged, (plain[0] + plain[1]) / 2, atol=1e-5)
+    assert np.abs(plain[0] - plain[1]).max() > 0.1
+    mirrored = both(variables, pixels[:, :, ::-1])
+    np.testing.assert_allclose(mirrored, averaged, atol=1e-5)
+
+
 class Damaged(sources.Subset):
     """The whole of a split, in which every seventh image is empty."""
 

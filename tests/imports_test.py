@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
-    {"augment", "losses", "metrics", "sharding"},
+    {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
     | {"contact_sheet"},
@@ -22,7 +22,7 @@ LEVELS = [
     {"cli", "main", "evaluate", "predict", "export", "check_data"},
 ]
 # What a machine without the data stack can import.
-LIGHT = {"train_step", "models", "optim", "adapt", "augment", "losses", "metrics", "sharding"}
+LIGHT = {"train_step", "models", "optim", "adapt"} | LEVELS[1]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
     "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",

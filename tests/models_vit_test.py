@@ -355,6 +355,55 @@ def test_stochastic_depth_drops_whole_branches_and_rises_with_depth():
     np.testing.assert_allclose(unchanged, [0, 0.16, 0.64], atol=0.15)
 
 
+# PatchDropout
+
+
+def test_every_sample_keeps_its_prefix_and_as_many_patches_of_its_own():
+    tokens = np.random.default_rng(0).normal(size=(400, 3 + 20, 2)).astype(np.float32)
+    kept = jax.jit(functools.partial(vit.drop_patches, site=9, rate=0.4, num_prefix=3))
+    some = np.asarray(kept(tokens, sample_keys(400)))
+    assert some.shape == (400, 3 + 12, 2)
+    np.testing.assert_array_equal(some[:, :3], tokens[:, :3])
+    is_kept = np.any(np.all(tokens[:, 3:, None] == some[:, None, 3:], axis=-1), axis=-1)
+    assert np.all(is_kept.sum(1) == 12)  # no patch twice, and none of another sample
+    assert len(np.unique(is_kept, axis=0)) > 390
+    deviation = np.sqrt(400 * 0.6 * 0.4)
+    np.testing.assert_allclose(is_kept.sum(0), 400 * 0.6, atol=4 * deviation)
+    np.testing.assert_array_equal(kept(tokens[5:7], sample_keys(400)[5:7]), some[5:7])
+
+
+def test_patches_are_dropped_in_training_only_and_in_all_layers():
+    model = ViT(EVERYTHING, patch_dropout_rate=0.5)
+    plain = apply(ViT(EVERYTHING), images())
+    np.testing.assert_array_equal(apply(model, images(), keys=sample_keys()), plain)
+    run = functools.partial(model.apply, train=True, mutable=["intermediates"])
+    logits, state = jax.jit(run)(init(EVERYTHING), images(), keys=sample_keys())
+    assert np.all(np.any(logits != plain, axis=1))
+    layers = state["intermediates"]["encoder"].values()
+    assert [layer["attention"]["k"][0].shape[1] for layer in layers] == [1 + 3 + 3] * 2
+
+
+def test_which_patches_are_kept_decides_the_logits_not_their_order():
+    """As if the others had never been there: attention and pooling see what is kept."""
+    config = dataclasses.replace(TINY, pool="mean", depth=1)
+    variables, keys = init(config), sample_keys()
+    model = ViT(config, patch_dropout_rate=0.99)  # one patch is the fewest
+    logits = jax.jit(functools.partial(model.apply, train=True))(variables, images(), keys=keys)
+    positions = np.arange(6.0)[None, :, None] + np.zeros((4, 1, 1))
+    kept = vit.drop_patches(positions, keys, site=1 + 4, rate=0.99, num_prefix=0)
+    small = ViT(dataclasses.replace(config, image_size=(4, 4)))
+    small = jax.jit(functools.partial(small.apply, train=False))
+    for row, patch in enumerate(np.asarray(kept)[:, 0, 0].astype(int)):
+        moved = jax.tree.map(np.array, variables)
+        order = [0, 1 + patch]
+        embedded = moved["params"]["embeddings"]
+        embedded["position_embeddings"] = embedded["position_embeddings"][:, order]
+        y, x = divmod(patch, 3)
+        alone = images()[row : row + 1, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+        expected = small(moved, alone)
+        np.testing.assert_allclose(logits[row], expected[0], rtol=1e-4, atol=1e-4)
+
+
 # Errors
 
 

@@ -65,6 +65,8 @@ def test_arguments_that_mean_nothing_to_a_network_are_refused():
     resnet = resnet_config("resnet18", num_classes=2, image_size=(8, 8))
     with pytest.raises(UserError, match="model.dropout=0.1 and model.drop_path=0.0: a ResNet has"):
         pretrained.make_model(resnet, dropout_rate=0.1)
+    with pytest.raises(UserError, match="model.patch_dropout=0.5: a ResNet has no patches"):
+        pretrained.make_model(resnet, patch_dropout_rate=0.5)
 
 
 def test_another_number_of_classes_gives_a_zero_head(folder):

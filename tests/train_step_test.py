@@ -69,6 +69,7 @@ class Run:
         name="adamw",
         model=None,
         num_passes=1,
+        **augmentation,
     ):
         self.mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
         config = dataclasses.replace(CONFIG, depth=depth)
@@ -90,7 +91,7 @@ class Run:
         shardings = sharding.state_shardings(state, self.mesh)
         self.state = jax.device_put(state, shardings)
         self.num_traces = 0
-        prepare = augment.make_prepare(NORMALISE, flip=True, label_smoothing=0.1)
+        prepare = augment.make_prepare(NORMALISE, flip=True, label_smoothing=0.1, **augmentation)
         step = steps.make_train_step(
             prepare,
             steps.make_loss_fn(model.apply),
@@ -99,6 +100,7 @@ class Run:
             schedule=optax.constant_schedule(lr),
             ema_decay=ema_decay,
             num_passes=num_passes,
+            group_size=2 if augmentation else 1,
         )
 
         def counted(state, batch):
@@ -172,10 +174,24 @@ def test_four_passes_of_32_are_one_of_128(data, dropout):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *states)
 
 
-def test_passes_leave_images_where_they_are():
+MIXED = dict(name="sgd", lr=0.1, mixup=0.4, cutmix=1.0)
+
+
+def test_pairs_are_mixed_the_same_on_any_devices_in_any_passes():
+    batch = make_batch(64)
+    batch["mask"][5:9] = 0
+    whole, parts = Run(**MIXED), Run(**MIXED, data=8, num_passes=4)
+    losses = whole.steps(batch, 3), parts.steps(batch, 3)
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    states = jax.device_get((whole.state, parts.state))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *states)
+
+
+@pytest.mark.parametrize("kwargs", [{}, MIXED], ids=["alone", "pairs"])
+def test_passes_leave_images_where_they_are(kwargs):
     """Every device divides its own rows: no image travels between devices."""
-    run = Run(data=8, num_passes=4)
-    batch = sharding.to_global(make_batch(128), run.mesh)
+    run = Run(data=8, num_passes=4, **kwargs)
+    batch = sharding.to_global(make_batch(64), run.mesh)
     compiled = run._step.lower(run.state, batch).compile()
     collectives = [
         line

@@ -74,6 +74,25 @@ def default_config() -> ConfigDict:
     c.augment = ConfigDict()
     # Mirror left and right with probability 1/2; leave off where mirrored classes differ.
     c.augment.flip = True
+    # Turn upside down with probability 1/2: for images without an up, as from above.
+    c.augment.vertical_flip = False
+    # Rotate by up to this many degrees, drawn evenly in both directions; corners become grey.
+    c.augment.rotation = 0.0
+    # "randaugment" (timm's rand-m{magnitude}-n{num_ops}-mstd0.5-inc1), "trivialaugment"
+    # (torchvision's wide one) or "none"; bilinear, with grey from outside the image.
+    c.augment.policy = "none"
+    # Of randaugment: operations per image, of which each is done with probability 1/2.
+    c.augment.num_ops = 2
+    # Of randaugment: strength of the operations, from 0 to 10.
+    c.augment.magnitude = 9.0
+    # Change brightness, contrast and saturation, each by a factor from 1 - this to 1 + this.
+    c.augment.color_jitter = 0.0
+    # Mix images and targets of pairs by Mixup or CutMix, their shares drawn from Beta(this, this);
+    # 0: off. With both on each pair takes one of them, with probability 1/2.
+    c.augment.mixup = 0.0
+    c.augment.cutmix = 0.0
+    # Probability that a box, 2 to 33 % of the image, becomes noise (random erasing).
+    c.augment.erasing = 0.0
 
     c.model = ConfigDict()
     # Checkpoint to start from: Hugging Face id with optional @revision, or a folder; "": random
@@ -102,6 +121,9 @@ def default_config() -> ConfigDict:
     # Of a ViT: stochastic depth, the rate at which the last block's branches are dropped, rising
     # from 0.
     c.model.drop_path = 0.0
+    # Of a ViT: PatchDropout, the share of the patches that a training step leaves out, others for
+    # every image; a step's time and memory fall with it.
+    c.model.patch_dropout = 0.0
 
     c.optim = ConfigDict()
     # An optimizer of optax: see OPTIMIZERS in vitcls/optim.py.
@@ -155,6 +177,8 @@ def default_config() -> ConfigDict:
     c.eval.select_metric = "accuracy"
     # Images per evaluation step over all devices; 0: train.global_batch_size.
     c.eval.batch_size = 0
+    # "flip": the mean of the logits of each image and its mirror image, at twice the cost; "none".
+    c.eval.tta = "none"
 
     c.checkpoint = ConfigDict()
     # Steps between checkpoints, beside those at evaluations and at the end; 0: only those.
@@ -193,12 +217,14 @@ _CHOICES = {
     "data.crop": ("inception", "resmall", "none"),
     "data.on_error": ("raise", "skip"),
     "data.sampling": ("uniform", "sqrt", "balanced"),
+    "augment.policy": ("none", "randaugment", "trivialaugment"),
     "model.head": ("new", "keep"),
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "eval.select_metric": SELECT_METRICS,
+    "eval.tta": ("none", "flip"),
 }
 # field -> (lowest, highest, whether the highest itself is allowed)
 _RANGES = {
@@ -208,8 +234,16 @@ _RANGES = {
     "data.resize": (0, math.inf, True),
     "data.num_threads": (1, math.inf, True),
     "data.num_workers": (0, math.inf, True),
+    "augment.rotation": (0, 180, True),
+    "augment.num_ops": (1, math.inf, True),
+    "augment.magnitude": (0, 10, True),
+    "augment.color_jitter": (0, 1, True),
+    "augment.mixup": (0, math.inf, False),
+    "augment.cutmix": (0, math.inf, False),
+    "augment.erasing": (0, 1, True),
     "model.dropout": (0, 1, False),
     "model.drop_path": (0, 1, False),
+    "model.patch_dropout": (0, 1, False),
     "optim.lr": (0, math.inf, False),
     "optim.weight_decay": (0, math.inf, False),
     "optim.clip_norm": (0, math.inf, False),
@@ -281,7 +315,8 @@ def check_config(config: ConfigDict) -> None:
         if value is None:
             continue
         if not low <= value <= high or (value == high and not closed):
-            bound = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
+            end = "at most" if closed else "below"
+            bound = f"at least {low}" + (f" and {end} {high}" if high < math.inf else "")
             raise UserError(f"{field}={value} is out of range: it must be {bound}.")
     _check_pairs(config)
     for field in ("optim.decay", "adapt.freeze"):
@@ -326,9 +361,21 @@ def _check_pairs(config: ConfigDict) -> None:
 
 
 def _check_combinations(config: ConfigDict) -> None:
-    data, model, train = config.data, config.model, config.train
+    data, augment, model, train = config.data, config.augment, config.model, config.train
     if not data.source:
         raise UserError('data.source is empty; set it, for example to "digits" or "tfds:cifar10".')
+    for field, default in default_config().augment.items():
+        is_randaugments = field in ("num_ops", "magnitude")
+        if is_randaugments and augment.policy != "randaugment" and augment[field] != default:
+            raise UserError(
+                f"augment.{field}={augment[field]} is of RandAugment only, and augment.policy="
+                f"{augment.policy!r}; leave it at {default}, or set the policy to 'randaugment'."
+            )
+    if config.eval.tta == "flip" and not augment.flip:
+        raise UserError(
+            "eval.tta='flip' shows mirror images, which augment.flip=False keeps from training; "
+            "change one of the two."
+        )
     if bool(model.pretrained) == bool(model.arch):
         raise UserError(
             f"model.pretrained={model.pretrained!r} and model.arch={model.arch!r}: set exactly "

@@ -31,6 +31,10 @@ _LABELS = flags.DEFINE_enum(
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
 )
+_TTA = flags.DEFINE_enum(
+    "tta", "none", ["none", "flip"],
+    "Test-time augmentation: none|flip; flip averages the logits of image and mirror image.",
+)  # fmt: skip
 _ON_ERROR = flags.DEFINE_enum(
     "on_error", "raise", ["raise", "skip"],
     "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
@@ -65,7 +69,12 @@ def main() -> None:
     if _ON_ERROR.value == "skip":
         skipped = Skipped(output / "skipped.jsonl")
     metrics, predictions = evaluation.evaluate_checkpoint(
-        checkpoint, split, labels=_LABELS.value, batch_size=_BATCH_SIZE.value, skipped=skipped
+        checkpoint,
+        split,
+        labels=_LABELS.value,
+        batch_size=_BATCH_SIZE.value,
+        tta=_TTA.value,
+        skipped=skipped,
     )
     if output is not None:
         ids = [split.id(index) for index in predictions.pop("index").tolist()]

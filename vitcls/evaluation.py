@@ -81,6 +81,7 @@ def evaluate_checkpoint(
     *,
     labels: str = "name",
     batch_size: int = 0,
+    tta: str = "none",
     skipped: Skipped | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluates any checkpoint on any split, over the K classes of the checkpoint.
@@ -90,6 +91,7 @@ def evaluate_checkpoint(
       split: The examples.
       labels: How the split's classes are found among the checkpoint's, see `match_classes`.
       batch_size: Images at a time over all devices; 0: chosen by their memory.
+      tta: "flip": see `train_step.over_mirror_images`; or "none".
       skipped: As for `loader.eval_batches`.
 
     Returns:
@@ -101,7 +103,8 @@ def evaluate_checkpoint(
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
     names = tuple(processor.id2label.values())
     positions = match_classes(split.class_names, names, by=labels)
-    eval_step = steps.make_eval_step(processor.normalise, model.apply)
+    apply = steps.over_mirror_images(model.apply) if tta == "flip" else model.apply
+    eval_step = steps.make_eval_step(processor.normalise, apply)
 
     def step(variables, batch):
         targets = jnp.zeros((len(batch["targets"]), len(names)))

@@ -90,6 +90,7 @@ def make_program(
         dtype=jnp.dtype(config.model.dtype),
         dropout_rate=config.model.dropout,
         drop_path_rate=config.model.drop_path,
+        patch_dropout_rate=config.model.patch_dropout,
         train_batch_norm=config.model.batch_norm == "train",
         remat=config.model.remat,
     )
@@ -119,11 +120,10 @@ def make_program(
     state_shapes = jax.eval_shape(init_state, variable_shapes)
     state_shardings = sharding.state_shardings(state_shapes, mesh)
     num_rows = config.train.global_batch_size // mesh.size
-    pass_size = _pass_size(num_rows, config.train.micro_batch)
+    group_size = 2 if config.augment.mixup or config.augment.cutmix else 1  # pairs are mixed
+    pass_size = _pass_size(num_rows, config.train.micro_batch, group_size=group_size)
     prepare = augment.make_prepare(
-        processor.normalise,
-        flip=config.augment.flip,
-        label_smoothing=config.loss.label_smoothing,
+        processor.normalise, label_smoothing=config.loss.label_smoothing, **config.augment
     )
 
     def prepare_step(step: int, batch: steps.Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -138,7 +138,9 @@ def make_program(
         schedule=schedule,
         ema_decay=config.optim.ema_decay,
         num_passes=num_rows // pass_size,
+        group_size=group_size,
     )
+    eval_apply = steps.over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
     everywhere = sharding.replicated(mesh)
     return Program(
         mesh=mesh,
@@ -148,7 +150,7 @@ def make_program(
             train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)
         ),
         eval_step=jax.jit(
-            steps.make_eval_step(processor.normalise, model.apply), out_shardings=everywhere
+            steps.make_eval_step(processor.normalise, eval_apply), out_shardings=everywhere
         ),
         prepare=prepare_step,
         num_passes=num_rows // pass_size,
@@ -158,11 +160,18 @@ def make_program(
     )
 
 
-def _pass_size(num_rows: int, micro_batch: int | None) -> int:
-    """The most images, `micro_batch` at most, that a device's rows can be divided by."""
+def _pass_size(num_rows: int, micro_batch: int | None, *, group_size: int = 1) -> int:
+    """The most images, `micro_batch` at most, that a device's rows can be divided by, in groups."""
+    if num_rows % group_size or (micro_batch is not None and micro_batch < group_size):
+        raise UserError(
+            f"augment.mixup and augment.cutmix mix pairs, which {num_rows} images on each device "
+            f"in passes of {micro_batch or num_rows} cannot hold together. Set "
+            "train.global_batch_size to an even number per device, and train.micro_batch to 2 or "
+            "more, or switch both off."
+        )
     if micro_batch is None:
         return num_rows
-    sizes = [size for size in range(1, num_rows + 1) if num_rows % size == 0]
+    sizes = [size for size in range(group_size, num_rows + 1, group_size) if num_rows % size == 0]
     size = max(size for size in sizes if size <= micro_batch)
     if size < min(num_rows, micro_batch) / 2:
         larger = min(size for size in sizes if size > micro_batch)

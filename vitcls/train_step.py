@@ -107,23 +107,28 @@ def image_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
     return jax.vmap(lambda k: jax.random.split(k, 2))(sample_keys(key, step, batch_size))
 
 
-def in_passes(grad_fn: Callable[..., Any], num_passes: int) -> Callable[..., Any]:
+def in_passes(
+    grad_fn: Callable[..., Any], num_passes: int, *, group_size: int = 1
+) -> Callable[..., Any]:
     """Makes a sum over a batch, and its gradient, the sum of several passes over parts of it.
 
-    The memory is that of one pass. Of `A` passes, pass a takes the rows a, a + A, a + 2 A, ...:
-    every device then divides the rows that it has. BatchNorm normalises each pass by itself and
-    moves its running statistics in each; nothing else depends on the number of passes.
+    The memory is that of one pass. Of `A` passes, pass a takes the rows a, a + A, a + 2 A, ...
+    (or groups of rows): every device then divides the rows that it has. BatchNorm normalises each
+    pass by itself and moves its running statistics in each; nothing else depends on the number of
+    passes.
 
     Args:
       grad_fn: `(params, frozen, batch_stats, *arrays (B, ...)) -> (loss sum, (weight sum,
         batch_stats)), gradient of the loss sum`.
-      num_passes: A, a divisor of the rows on one device.
+      num_passes: A, a divisor of the groups on one device.
+      group_size: Number of neighbours that stay together, because they are mixed.
     """
     if num_passes == 1:
         return grad_fn
 
     def split(array):  # (B, ...) -> (A, B / A, ...)
-        return array.reshape(-1, num_passes, *array.shape[1:]).swapaxes(0, 1)
+        groups = array.reshape(-1, num_passes, group_size, *array.shape[1:]).swapaxes(0, 1)
+        return groups.reshape(num_passes, -1, *array.shape[1:])
 
     def summed(params, frozen, batch_stats, *arrays):
         def add_pass(carry, part):
@@ -150,11 +155,12 @@ def make_train_step(
     schedule: optax.Schedule,
     ema_decay: float,
     num_passes: int = 1,
+    group_size: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `(state, batch) -> (new state, metrics)`, for the caller to compile.
 
     The metrics are `loss`, `grad_norm` (of the mean loss, before clipping) and `lr` (what
-    `schedule`, which `tx` follows, says of this step). For `num_passes` see `in_passes`.
+    `schedule`, which `tx` follows, says of this step). For the last two arguments see `in_passes`.
     """
 
     def batch_loss(params, frozen, batch_stats, batch, keys):
@@ -162,7 +168,8 @@ def make_train_step(
         return loss_fn(params, frozen, batch_stats, images, targets, weights, keys[:, 1])
 
     # Sums, divided once: the mean does not depend on how a batch is split.
-    grad_fn = in_passes(jax.value_and_grad(batch_loss, has_aux=True), num_passes)
+    grad_fn = jax.value_and_grad(batch_loss, has_aux=True)
+    grad_fn = in_passes(grad_fn, num_passes, group_size=group_size)
 
     def train_step(state, batch):
         keys = image_keys(key, state.step, batch["image"].shape[0])
@@ -204,6 +211,22 @@ def update_ema(average: PyTree, new: PyTree, step: jax.Array, decay: float) -> P
     """
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, n: a + (1.0 - decay) * (n - a), average, new)
+
+
+def over_mirror_images(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Makes a network's logits the mean of those of the images and of their mirror images.
+
+    Of the logits and not of the probabilities: what is recorded then stays on the network's scale,
+    and the cross-entropy, convex in the logits, is at most the mean of the two either way.
+    """
+
+    def applied(variables, images, *, train):
+        both = jnp.stack([images, images[:, :, ::-1]])
+        # One after the other, so that an evaluation needs no more memory than without.
+        logits = jax.lax.map(lambda images: apply(variables, images, train=train), both)
+        return jnp.mean(logits, axis=0)
+
+    return applied
 
 
 def make_eval_step(

@@ -146,6 +146,11 @@ class ViTConfig:
         return sum(int(match[1]) for match in matches if match)
 
     @property
+    def num_prefix(self) -> int:
+        """Tokens in front of the patches'."""
+        return len(self.placed_tokens) + self.num_registers
+
+    @property
     def num_positions(self) -> int:
         """Rows of the position embeddings: the prefix tokens' that have one, then the patches'."""
         return len(self.placed_tokens) + self.grid[0] * self.grid[1]
@@ -218,6 +223,34 @@ def dropout(
         return jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, shape)
 
     return jnp.where(jax.vmap(keep_one)(keys), x / (1 - rate), 0)
+
+
+def drop_patches(
+    x: jax.Array, keys: jax.Array | None, *, site: int, rate: float, num_prefix: int
+) -> jax.Array:
+    """Leaves out the share `rate` of the patches (PatchDropout, Liu et al. 2022, arXiv:2208.07220).
+
+    Every sample keeps as many patches, at least one, others of its own choice, in no order.
+
+    Args:
+      x: (B, N, D) tokens, which have their positions.
+      keys: As for `dropout`.
+      site: As for `dropout`.
+      rate: Share to leave out.
+      num_prefix: Tokens at the front that always stay.
+    """
+    num_patches = x.shape[1] - num_prefix
+    num_kept = max(round(num_patches * (1 - rate)), 1)
+    if keys is None or num_kept == num_patches:
+        return x
+
+    def keep_some(patches, key):
+        kept = jax.random.permutation(jax.random.fold_in(key, site), num_patches)[:num_kept]
+        # Unique: the gradient then needs no atomic additions.
+        return patches.at[kept].get(unique_indices=True, mode="promise_in_bounds")
+
+    prefix, patches = jnp.split(x, [num_prefix], axis=1)
+    return jnp.concatenate([prefix, jax.vmap(keep_some)(patches, keys)], axis=1)
 
 
 class Embeddings(nn.Module):
@@ -375,6 +408,7 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     dropout_rate: float = 0.0  # of the embeddings and of every branch
     drop_path_rate: float = 0.0  # of the last layer; linear in depth from 0 at the first
+    patch_dropout_rate: float = 0.0  # see `drop_patches`
     remat: str = "none"  # or a key of `remat.POLICIES`: what each layer keeps to go backwards
 
     @nn.compact
@@ -385,7 +419,7 @@ class ViT(nn.Module):
 
         Args:
           images: (B, H, W, 3) float, normalised, of the config's image size.
-          train: Whether dropout and stochastic depth act.
+          train: Whether dropout, stochastic depth and PatchDropout act.
           keys: (B,) typed keys, one per sample; needed only when `train` and a rate is above 0.
 
         Returns:
@@ -399,10 +433,20 @@ class ViT(nn.Module):
         """
         config = self.config
         check_image_size(images, config.image_size)
-        if train and keys is None and (self.dropout_rate or self.drop_path_rate):
-            raise UserError("Dropout and stochastic depth in training need keys, one per sample.")
+        rates = (self.dropout_rate, self.drop_path_rate, self.patch_dropout_rate)
+        if train and keys is None and any(rates):
+            raise UserError(
+                "Dropout, stochastic depth and PatchDropout in training need keys, one per sample."
+            )
         keys = keys if train else None
         x = Embeddings(config, self.dtype, name="embeddings")(images)
+        x = drop_patches(
+            x,
+            keys,
+            site=1 + 4 * config.depth,  # after the layers'
+            rate=self.patch_dropout_rate,
+            num_prefix=config.num_prefix,
+        )
         if config.pre_norm:
             x = _layer_norm(config, self.dtype, name="layernorm_pre")(x)
         x = dropout(x, keys, site=0, rate=self.dropout_rate, shape=x.shape[1:])
@@ -434,7 +478,7 @@ def pool(x: jax.Array, norm: Callable[[jax.Array], jax.Array], config: ViTConfig
     if num_tokens := POOLS[config.pool]:
         return norm(x[:, :num_tokens]).reshape(x.shape[0], num_tokens * config.width)
     x = norm(x)
-    mean = x[:, len(config.placed_tokens) + config.num_registers :].mean(axis=1)
+    mean = x[:, config.num_prefix :].mean(axis=1)
     return mean if config.pool == "mean" else jnp.concatenate([x[:, 0], mean], axis=-1)
 
 

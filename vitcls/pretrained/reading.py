@@ -162,6 +162,7 @@ def make_model(
     dtype: jnp.dtype = jnp.float32,
     dropout_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    patch_dropout_rate: float = 0.0,
     train_batch_norm: bool = True,
     remat: str = "none",
 ) -> nn.Module:
@@ -176,13 +177,22 @@ def make_model(
                 f"model.dropout={dropout_rate} and model.drop_path={drop_path_rate}: a ResNet has "
                 "neither; both must be 0."
             )
+        if patch_dropout_rate:
+            raise UserError(
+                f"model.patch_dropout={patch_dropout_rate}: a ResNet has no patches; it must be 0."
+            )
         return ResNet(config, dtype=dtype, train_batch_norm=train_batch_norm, remat=remat)
     if not train_batch_norm:
         raise UserError(
             "model.batch_norm='frozen': this network has no BatchNorm; leave it at 'train'."
         )
     return ViT(
-        config, dtype=dtype, dropout_rate=dropout_rate, drop_path_rate=drop_path_rate, remat=remat
+        config,
+        dtype=dtype,
+        dropout_rate=dropout_rate,
+        drop_path_rate=drop_path_rate,
+        patch_dropout_rate=patch_dropout_rate,
+        remat=remat,
     )
 
 
