@@ -64,12 +64,28 @@ def test_valid_config_passes_as_it_is():
         ("train.total_steps", 0, "exactly one must be positive"),
         ("optim.warmup_steps", 11, "optim.warmup_steps=11 is more than train.total_steps=10"),
         ("eval.select_metric", "acuracy", "Did you mean 'accuracy'?"),
+        ("loss.name", "focl", "Unknown value of loss.name 'focl'. Did you mean 'focal'?"),
+        ("loss.class_weights", "weights.json", "'weights.json' is none of none, balanced"),
     ],
 )
 def test_each_mistake_has_its_message(field, value, message):
     with pytest.raises(UserError) as error:
         check_config(with_field(field, value))
     assert message in str(error.value)
+
+
+def test_logit_adjustment_of_a_sigmoid_is_refused():
+    config = with_field("loss.name", "sigmoid")
+    config.loss.logit_adjustment = 1.0
+    with pytest.raises(UserError, match="corrects a softmax, and loss.name='sigmoid' has none"):
+        check_config(config)
+
+
+def test_a_table_of_class_weights_may_be_a_file(tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text('{"cat": 1,\n "dog": 2.5}')
+    assert config_lib.read_class_weights(str(path)) == '{"cat": 1, "dog": 2.5}'
+    assert config_lib.read_class_weights('{"cat": 1, "dog": 2.5}') == '{"cat": 1, "dog": 2.5}'
 
 
 def test_worker_processes_share_no_memory():

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from vitcls import losses
 from vitcls.errors import UserError, unknown
 
 
@@ -114,6 +115,20 @@ def default_config() -> ConfigDict:
     c.optim.args = ConfigDict()
 
     c.loss = ConfigDict()
+    # "cross_entropy"; "focal", which counts the images that are already right for less; or
+    # "sigmoid", one binary cross-entropy per class, summed. Evaluation reports plain cross-entropy.
+    c.loss.name = "cross_entropy"
+    # Of "focal": the power of (1 - probability); 0 is cross-entropy.
+    c.loss.gamma = 2.0
+    # Weights of images by their class: "none"; "balanced", 1 / images of the class; "effective",
+    # which levels off for frequent classes; or a weight for every class name, as a JSON object or
+    # the path of a file with one. Batches are divided by the sum of their weights.
+    c.loss.class_weights = "none"
+    # Of "effective": 0 is no weighting, towards 1 it becomes "balanced".
+    c.loss.beta = 0.9999
+    # Add this times the logarithm of a class' share of the training images to its logit, in
+    # training only, so that rare classes are predicted more often; 1 is balanced softmax, 0: none.
+    c.loss.logit_adjustment = 0.0
     # Share of the target spread evenly over all classes.
     c.loss.label_smoothing = 0.0
 
@@ -172,6 +187,7 @@ RUN_FIELDS = (
 )  # fmt: skip
 SELECT_METRICS = (
     "accuracy",
+    "balanced_accuracy",
     "top5_accuracy",
     "loss",
     "macro_precision",
@@ -186,6 +202,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "loss.name": losses.NAMES,
     "eval.select_metric": SELECT_METRICS,
 }
 # field -> (lowest, highest, whether the highest itself is allowed)
@@ -202,6 +219,9 @@ _RANGES = {
     "optim.clip_norm": (0, math.inf, False),
     "optim.warmup_steps": (0, math.inf, True),
     "optim.ema_decay": (0, 1, False),
+    "loss.gamma": (0, math.inf, False),
+    "loss.beta": (0, 1, False),
+    "loss.logit_adjustment": (0, math.inf, False),
     "loss.label_smoothing": (0, 1, False),
     "train.total_steps": (0, math.inf, True),
     "train.total_epochs": (0, math.inf, False),
@@ -337,6 +357,12 @@ def _check_combinations(config: ConfigDict) -> None:
             f"data.cache='ram' with data.num_workers={data.num_workers} would keep the images "
             "once per worker; set data.num_workers=0, or data.cache to a folder, which is shared."
         )
+    if config.loss.name == "sigmoid" and config.loss.logit_adjustment:
+        raise UserError(
+            f"loss.logit_adjustment={config.loss.logit_adjustment} corrects a softmax, and "
+            "loss.name='sigmoid' has none; use 'cross_entropy', or loss.class_weights."
+        )
+    read_class_weights(config.loss.class_weights)
     if config.eval.select_split == "holdout" and not data.holdout:
         raise UserError(
             "eval.select_split='holdout' but data.holdout=0: hold a share out, or name a "
@@ -347,6 +373,19 @@ def _check_combinations(config: ConfigDict) -> None:
             f"eval.select_split={config.eval.select_split!r} is also in data.eval_splits: a split "
             "that chooses the checkpoint cannot measure it. Select on 'holdout'."
         )
+
+
+def read_class_weights(how: str) -> str:
+    """Returns `loss.class_weights` with a file's content, on one line, in place of its path.
+
+    Raises:
+      UserError: it is no name, and no JSON object of weights.
+    """
+    if how in losses.CLASS_WEIGHTS:
+        return how
+    path = Path(how).expanduser()
+    text = path.read_text() if not how.startswith("{") and path.is_file() else how
+    return json.dumps(losses.read_table(text))
 
 
 def check_same_run(config: ConfigDict, path: Path) -> None:

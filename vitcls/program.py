@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vitcls import adapt, augment, optim, pretrained, sharding
+from vitcls import adapt, augment, losses, optim, pretrained, sharding
 from vitcls import train_step as steps
 from vitcls.errors import UserError
 
@@ -69,6 +70,9 @@ def make_program(
     model_config: pretrained.Config,
     processor: pretrained.Processor,
     mesh: Mesh,
+    *,
+    class_names: tuple[str, ...],
+    class_counts: np.ndarray,
 ) -> Program:
     """Returns what `config`, with every derived field filled in, trains and evaluates.
 
@@ -77,6 +81,8 @@ def make_program(
       model_config: The network's.
       processor: How its images are normalised.
       mesh: The devices.
+      class_names: The data's.
+      class_counts: Training images of each class, int (K,).
 
     Raises:
       UserError: a pattern matches no parameter, an option means nothing to this network, or the
@@ -123,7 +129,18 @@ def make_program(
             flip=config.augment.flip,
             label_smoothing=config.loss.label_smoothing,
         ),
-        steps.make_loss_fn(model.apply),
+        steps.make_loss_fn(
+            model.apply,
+            losses.make_loss(
+                config.loss.name,
+                gamma=config.loss.gamma,
+                logit_adjustment=config.loss.logit_adjustment,
+                class_counts=class_counts,
+            ),
+            losses.class_weights(
+                config.loss.class_weights, class_names, class_counts, beta=config.loss.beta
+            ),
+        ),
         tx,
         key=step_key,
         schedule=schedule,

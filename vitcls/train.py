@@ -62,7 +62,15 @@ def train_and_evaluate(
     config = train_setup.resolve(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
     )
-    program = make_program(config, model_config, processor, mesh)
+    class_counts = train_split.class_counts()
+    program = make_program(
+        config,
+        model_config,
+        processor,
+        mesh,
+        class_names=train_split.class_names,
+        class_counts=class_counts,
+    )
     variables = None
     if files is not None:
         variables = pretrained.read_variables(
@@ -145,7 +153,8 @@ def train_and_evaluate(
         )
         return evaluate(
             program.eval_step, variables, split_batches,
-            mesh=mesh, name=name, num_examples=len(eval_splits[name]), **kwargs,
+            mesh=mesh, name=name, num_examples=len(eval_splits[name]), train_counts=class_counts,
+            **kwargs,
         )  # fmt: skip
 
     def seconds() -> float:

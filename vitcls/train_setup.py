@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
+from vitcls.config import read_class_weights
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
@@ -173,6 +174,7 @@ def resolve(
             )
     eval_batch_size = config.eval.batch_size or batch_size
     config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
+    config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)
     return config
 

@@ -9,6 +9,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vitcls import adapt, losses, metrics
@@ -74,12 +75,19 @@ def init_state(
     )
 
 
-def make_loss_fn(apply: Callable[..., Any]) -> LossFn:
+def make_loss_fn(
+    apply: Callable[..., Any],
+    loss: losses.Loss = losses.cross_entropy,
+    class_weights: np.ndarray | None = None,
+) -> LossFn:
     """Returns the loss of a network, summed over a batch.
 
     Args:
       apply: A flax module's `apply`. BatchNorm's statistics come back as the mutable collection
         `batch_stats`, if there are any.
+      loss: Of one image.
+      class_weights: (K,) factors of an image's weight; that of a dense target is their mean under
+        it. None: all 1.
     """
 
     def loss_fn(params, frozen, batch_stats, images, targets, weights, keys):
@@ -90,7 +98,9 @@ def make_loss_fn(apply: Callable[..., Any]) -> LossFn:
             keys=keys,
             mutable=["batch_stats"],
         )
-        loss_sum = jnp.sum(losses.cross_entropy(logits, targets) * weights)
+        if class_weights is not None:
+            weights = weights * jnp.sum(targets * class_weights[None], axis=-1)
+        loss_sum = jnp.sum(loss(logits, targets) * weights)
         return loss_sum, (jnp.sum(weights), updated.get("batch_stats", batch_stats))
 
     return loss_fn
