@@ -96,21 +96,10 @@ def test_class_weights_are_those_of_their_definitions():
     assert losses.class_weights("none", ("a", "b"), counts, beta=0.9) is None
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ('{"a": 1, "b": 2, "c": 3, "d": 4, "f": 5}', "['e'] are missing, ['f'] are not among"),
-        ('{"a": "much"}', "is none of none, balanced, effective, and no JSON object"),
-        ("balanecd", "is none of none, balanced, effective, and no JSON object"),
-        ("[1, 2]", "and no JSON object"),
-        ('{"a": -1}', "a weight that is negative or infinite"),
-        ('{"a": 0}', "or none above 0"),
-    ],
-)
-def test_mistakes_in_a_table_are_named(table, message):
-    with pytest.raises(UserError) as error:
+def test_a_table_names_every_class_once():
+    table = '{"a": 1, "b": 2, "c": 3, "d": 4, "f": 5}'
+    with pytest.raises(UserError, match=r"\['e'\] are missing, \['f'\] are not among"):
         losses.class_weights(table, CLASSES, COUNTS, beta=0.9)
-    assert message in str(error.value)
 
 
 def test_focal_is_the_formula_of_its_paper_on_dense_targets(logits, dense):

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
-from vitcls.config import read_class_weights
+from vitcls.config import check_num_steps, read_class_weights
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
@@ -167,11 +167,12 @@ def resolve(
     if config.train.total_epochs:
         total_steps = math.ceil(config.train.total_epochs * num_train / batch_size)
         config.train.update(total_steps=total_steps, total_epochs=0.0)
-        if config.optim.warmup_steps > total_steps:
-            raise UserError(
-                f"optim.warmup_steps={config.optim.warmup_steps} is more than the {total_steps} "
-                "steps that train.total_epochs makes."
-            )
+        check_num_steps(config)
+    if config.optim.lr_batch_size:
+        factor = batch_size / config.optim.lr_batch_size
+        config.optim.update(lr=config.optim.lr * factor, lr_batch_size=0)
+        if config.adapt.probe_lr is not None:
+            config.adapt.probe_lr *= factor
     eval_batch_size = config.eval.batch_size or batch_size
     config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
     config.loss.class_weights = read_class_weights(config.loss.class_weights)
