@@ -62,6 +62,9 @@ def train_and_evaluate(
     config = train_setup.resolve(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
     )
+    num_select = len(eval_splits[config.eval.select_split]) if config.eval.select_split else 0
+    for trap in train_setup.traps(config, model_config, num_select=num_select):
+        log.warning("%s", trap)
     class_counts = train_split.class_counts()
     program = make_program(
         config,

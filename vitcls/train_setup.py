@@ -20,6 +20,10 @@ from vitcls.program import Program
 
 log = logging.getLogger("vitcls")
 
+# What `traps` warns of: fewer images that select, and of Adam on all of a ViT of this width or
+# more, a higher rate.
+_FEW_IMAGES, _SMALL_WIDTH, _MOST_LR = 100, 192, 3e-4
+
 
 def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Split]]:
     """Returns the split to train on, and by name those that are evaluated."""
@@ -178,6 +182,46 @@ def resolve(
     config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)
     return config
+
+
+def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: int) -> list[str]:
+    """Returns a warning, with its reason, for each known way to a bad result.
+
+    Args:
+      config: The run's, as `resolve` returns it.
+      model_config: The network's.
+      num_select: Images that choose the checkpoint; 0: none does.
+    """
+    optim, adapt, found = config.optim, config.adapt, []
+    is_whole = adapt.train in ("", "all") and not (adapt.freeze or adapt.lora_rank)
+    is_vit = isinstance(model_config, vit.ViTConfig) and model_config.width >= _SMALL_WIDTH
+    if (
+        config.model.pretrained and is_vit and is_whole and adapt.layer_decay == 1
+        and "adam" in optim.name and optim.lr > _MOST_LR
+    ):  # fmt: skip
+        found.append(
+            f"optim.lr={optim.lr:g} is high for {optim.name} on all of a pretrained ViT: a step "
+            "moves every weight by about the rate, however small its gradient, and so soon away "
+            "from what was pretrained. Try 1e-5 to 1e-4, or adapt.layer_decay."
+        )
+    if 0 < num_select < _FEW_IMAGES:
+        error = 100 * math.sqrt(0.9 * 0.1 / num_select)
+        found.append(
+            f"eval.select_split={config.eval.select_split!r} has {num_select} images: an accuracy "
+            f"of 90 % has a standard error of {error:.1f} points there, so the checkpoint is "
+            "chosen largely by chance. Hold out more (data.holdout), or set eval.select_split=''."
+        )
+    if config.loss.class_weights != "none" and config.loss.logit_adjustment:
+        found.append(
+            "loss.class_weights and loss.logit_adjustment both correct for rare classes: together "
+            "they correct twice. Set one of them."
+        )
+    if adapt.l2_sp and optim.weight_decay:
+        found.append(
+            "adapt.l2_sp draws weights to the pretrained ones and optim.weight_decay draws the "
+            "same weights to 0. Set optim.weight_decay=0."
+        )
+    return found
 
 
 def train_transform(config: ConfigDict, processor: pretrained.Processor) -> Callable:
