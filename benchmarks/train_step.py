@@ -162,7 +162,7 @@ def make_ours(config: Config, *, dtype: str, batch_size: int) -> tuple[Run, dict
             prepare, loss_fn, tx, key=key, schedule=schedule, ema_decay=0.0
         )
 
-    init_state = functools.partial(steps.init_state, tx=tx, freeze="", use_ema=False)
+    init_state = functools.partial(steps.init_state, tx=tx, use_ema=False)
     state = jax.jit(init_state)(variables)
     batch = jax.device_put(random_batch(config, batch_size))
     with jax.default_matmul_precision("highest"):

@@ -67,7 +67,7 @@ def test_valid_config_passes_as_it_is():
         ("data.image_size", None, "data.image_size must be set when model.arch"),
         ("train.total_epochs", 2.0, "exactly one must be positive"),
         ("train.total_steps", 0, "exactly one must be positive"),
-        ("optim.warmup_steps", 11, "optim.warmup_steps=11 is more than train.total_steps=10"),
+        ("optim.warmup_steps", 11, "optim.warmup_steps=11 is more than the 10 steps of training."),
         ("eval.select_metric", "acuracy", "Did you mean 'accuracy'?"),
         ("eval.tta", "flips", "Did you mean 'flip'?"),
         ("augment.policy", "randaugmnt", "Did you mean 'randaugment'?"),
@@ -80,6 +80,19 @@ def test_valid_config_passes_as_it_is():
         ("augment.magnitude", 5.0, "augment.magnitude=5.0 is of RandAugment only"),
         ("augment.num_ops", 3, "augment.num_ops=3 is of RandAugment only, and augment.policy="),
         ("model.patch_dropout", 1.0, "it must be at least 0 and below 1."),
+        ("loss.name", "focl", "Unknown value of loss.name 'focl'. Did you mean 'focal'?"),
+        *[
+            ("loss.class_weights", weights, f"{weights!r} is none of none, balanced, effective")
+            for weights in ("weights.json", "[1]", '{"a": "much"}', '{"a": -1}', '{"a": 0}', "{}")
+        ],
+        ("adapt.train", "*", "adapt.train='*' is no regular expression"),
+        ("adapt.lr_scale", (("a", 0.0),), "for a factor of 0 use adapt.freeze"),
+        ("adapt.lr_scale", ("a", 2.0), "adapt.lr_scale=('a', 2.0) must be pairs"),
+        ("adapt.lr_scale", (("[", 2.0),), "adapt.lr_scale='[' is no regular expression"),
+        ("adapt.layer_decay", 0.0, "adapt.layer_decay=0 trains nothing below the head"),
+        ("adapt.layer_decay", 1.1, "adapt.layer_decay=1.1 is out of range"),
+        ("adapt.probe_steps", 10, "adapt.probe_steps=10 leaves nothing of the 10 steps"),
+        ("adapt.l2_sp", 0.1, "adapt.l2_sp=0.1 draws to the pretrained weights, but"),
     ],
 )
 def test_each_mistake_has_its_message(field, value, message):
@@ -94,6 +107,44 @@ def test_images_that_are_never_mirrored_are_not_evaluated_mirrored():
     config.augment.flip = False
     with pytest.raises(UserError, match="augment.flip=False keeps from training"):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"probe_steps": 3, "train": "head"},
+            "adapt.probe_steps=3 with adapt.train='head': nothing else is trained",
+        ),
+        ({"l2_sp": 0.1, "lora_rank": 4}, "adapt.l2_sp=0.1 with adapt.lora_rank=4: LoRA keeps"),
+        (
+            {"probe_steps": 3},
+            "optim.warmup_steps=8 is more than the 7 steps of training that follow adapt.probe_",
+        ),
+    ],
+)
+def test_ways_of_tuning_that_exclude_each_other(fields, message):
+    config = valid_config()
+    config.adapt.update(fields)
+    config.optim.warmup_steps = 8
+    config.model.update(pretrained="some/model", arch="")
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    assert message in str(error.value)
+
+
+def test_logit_adjustment_of_a_sigmoid_is_refused():
+    config = with_field("loss.name", "sigmoid")
+    config.loss.logit_adjustment = 1.0
+    with pytest.raises(UserError, match="corrects a softmax, and loss.name='sigmoid' has none"):
+        check_config(config)
+
+
+def test_a_table_of_class_weights_may_be_a_file(tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text('{"cat": 1,\n "dog": 2.5}')
+    assert config_lib.read_class_weights(str(path)) == '{"cat": 1, "dog": 2.5}'
+    assert config_lib.read_class_weights('{"cat": 1, "dog": 2.5}') == '{"cat": 1, "dog": 2.5}'
 
 
 def test_worker_processes_share_no_memory():

@@ -215,7 +215,7 @@ def test_running_statistics_after_one_step_equal_a_float64_reference(case):
         "targets": np.eye(num_outputs, dtype=np.float32)[np.arange(BATCH) % num_outputs],
         "mask": np.ones(BATCH, np.float32),
     }
-    state = steps.init_state(variables, tx, freeze="", use_ema=False)
+    state = steps.init_state(variables, tx, use_ema=False)
     with jax.default_matmul_precision("highest"):
         state, _ = jax.jit(step)(state, batch)
     table = [

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from vitcls import pretrained, train, train_setup
+from vitcls.checkpoint import Checkpoints
 from vitcls.config import default_config
 from vitcls.errors import UserError
 from vitcls.models import vit
@@ -184,6 +185,44 @@ def test_resolve_fills_in_what_follows():
         train_setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
 
 
+def test_rates_are_scaled_with_the_batch():
+    config = make_config("x")
+    config.optim.update(lr=0.2, lr_batch_size=64)
+    config.adapt.probe_lr = 0.4
+    resolved = train_setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
+    assert config.train.global_batch_size == 16
+    assert (resolved.optim.lr, resolved.adapt.probe_lr) == (0.05, 0.1)
+    again = train_setup.resolve(resolved, num_train=100, image_size=(8, 8), num_devices=8)
+    assert again.optim.lr == 0.05
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "num_select", "message"),
+    [
+        ("optim.lr", 5e-4, 0, "optim.lr=0.0005 is high for adamw on all of a pretrained ViT"),
+        ("train.seed", 1, 36, "has 36 images: an accuracy of 90 % has a standard error of 5.0 po"),
+        ("loss.logit_adjustment", 1.0, 0, "together they correct twice"),
+        ("optim.weight_decay", 0.1, 0, "draws the same weights to 0. Set optim.weight_decay=0."),
+    ],
+)
+def test_known_traps_are_warned_of(field, value, num_select, message):
+    model_config = vit.vit_config("vit_ti16", num_classes=2, image_size=(32, 32))
+    config = make_config("x")
+    config.optim.lr = 1e-4
+    config.loss.class_weights = "balanced"
+    config.adapt.l2_sp = 0.1
+    assert train_setup.traps(config, model_config, num_select=100) == []
+    group, name = field.split(".")
+    config[group][name] = value
+    (warning,) = train_setup.traps(config, model_config, num_select=num_select)
+    assert message in warning
+    if field == "optim.lr":
+        for adaptation in ({"train": "head"}, {"layer_decay": 0.7}, {"lora_rank": 4}):
+            spared = config.copy_and_resolve_references()
+            spared.adapt.update(adaptation)
+            assert train_setup.traps(spared, model_config, num_select=0) == []
+
+
 def test_evaluation_batch_is_rounded_up_to_the_devices():
     config = make_config("x")
     config.eval.batch_size = 100
@@ -206,6 +245,23 @@ def test_fine_tuning_starts_from_the_checkpoint(make_checkpoint, digits_dir, tmp
         jax.tree.map(np.testing.assert_array_equal, variables["params"][name], expected[name])
     assert tuple(processor.id2label.values()) == DIGITS
     assert variables["params"]["classifier"]["kernel"].any()
+
+
+def test_l2_sp_keeps_the_weights_it_began_with(make_checkpoint, digits_dir, tmp_path):
+    config = make_config(make_checkpoint(("cat", "dog")))
+    config.data.data_dir = digits_dir
+    config.adapt.l2_sp = 0.1
+    config.eval.batch_size = 512
+    train.train_and_evaluate(config, tmp_path)
+    start = pretrained.load(config.model.pretrained)[1]["params"]
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        after = checkpoints._manager.restore(2)
+    kept = after["opt_state"][1]  # after clipping
+    assert not kept.pop("classifier")["kernel"].any()  # the new head's, of other classes
+    del start["classifier"]
+    jax.tree.map(np.testing.assert_array_equal, kept, start)
+    moved = after["params"]["params"]["encoder"]["layer_0"]["mlp"]["output"]["kernel"]
+    assert not np.array_equal(moved, start["encoder"]["layer_0"]["mlp"]["output"]["kernel"])
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ class Run:
         name="adamw",
         model=None,
         num_passes=1,
+        split=adapt.split,
+        probe_steps=0,
         **augmentation,
     ):
         self.mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
@@ -78,29 +80,33 @@ class Run:
         # A random head: with the zero head all images get the same logits at first.
         head = variables["params"]["classifier"]
         head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
+        split = functools.partial(adapt.split, freeze=freeze) if freeze else split
         tx = optim.make_optimizer(
             name,
             optax.constant_schedule(lr),
-            params=adapt.split(variables["params"], freeze)[0],
+            params=split(variables["params"])[0],
             weight_decay=0.01,
             decay=".*/kernel",
             clip_norm=1.0,
             args={},
         )
-        state = steps.init_state(variables, tx, freeze=freeze, use_ema=ema_decay > 0)
+        if probe_steps:
+            tx = optim.probe_first(tx, tx, num_steps=probe_steps)
+        state = steps.init_state(variables, tx, split=split, use_ema=ema_decay > 0)
         shardings = sharding.state_shardings(state, self.mesh)
         self.state = jax.device_put(state, shardings)
         self.num_traces = 0
         prepare = augment.make_prepare(NORMALISE, flip=True, label_smoothing=0.1, **augmentation)
         step = steps.make_train_step(
             prepare,
-            steps.make_loss_fn(model.apply),
+            steps.make_loss_fn(adapt.with_lora(model.apply)),
             tx,
             key=jax.random.key(2),
             schedule=optax.constant_schedule(lr),
             ema_decay=ema_decay,
             num_passes=num_passes,
             group_size=2 if augmentation else 1,
+            probe_steps=probe_steps,
         )
 
         def counted(state, batch):
@@ -339,6 +345,73 @@ def test_frozen_params_do_not_change():
     assert set(adapt.names(variables)) == set(adapt.names(run.state.variables()["params"]))
 
 
+def lora(params, *, rank=2):
+    parts = adapt.split(params, train="head")
+    targets = ".*/(attention|mlp)/.*/kernel"
+    return adapt.add_lora(*parts, jax.random.key(3), rank=rank, alpha=4.0, targets=targets)
+
+
+def test_lora_leaves_the_network_as_it_was_and_evaluates_the_sum():
+    run = Run(split=lora, ema_decay=0.5)
+    before = jax.device_get(run.state.frozen)
+    run.steps(make_batch(16), 3)
+    state = jax.device_get(run.state)
+    jax.tree.map(np.testing.assert_array_equal, before, state.frozen)
+    attention = ("encoder", "layer_0", "attention", "qkv")
+    averaged, kernel = state.ema["params"], state.frozen
+    evaluated = state.eval_variables()["params"]
+    for name in attention:
+        averaged, kernel, evaluated = averaged[name], kernel[name], evaluated[name]
+    assert averaged["lora_b"].all()
+    change = 4 / 2 * averaged["lora_a"] @ averaged["lora_b"]
+    np.testing.assert_allclose(evaluated["kernel"], kernel["kernel"] + change, atol=1e-6)
+    shapes = jax.tree.map(jnp.shape, state.eval_variables())
+    assert shapes == jax.tree.map(jnp.shape, dict(init(vit.ViT(CONFIG))))
+
+
+@pytest.mark.parametrize("split", [lora, functools.partial(adapt.split, train="bias")])
+def test_the_optimizer_keeps_moments_of_what_is_trained_only(split):
+    state = Run(split=split).state
+    trained = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    assert kept == pytest.approx(2 * trained, abs=16)  # and the numbers of steps
+    frozen = sum(leaf.nbytes for leaf in jax.tree.leaves(state.frozen))
+    assert trained < 0.2 * frozen
+
+
+def test_a_probe_trains_the_head_as_if_the_rest_were_frozen():
+    probed, frozen = Run(probe_steps=3), Run(split=functools.partial(adapt.split, train="head"))
+    before = jax.device_get(probed.state.params)
+    losses = [run.steps(make_batch(16), 3) for run in (probed, frozen)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    after = jax.device_get(probed.state.params)
+    head = {"classifier": after.pop("classifier")}
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5),
+        head,
+        jax.device_get(frozen.state.params),
+    )
+    del before["classifier"]
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    probed.steps(make_batch(16), 1)
+    moved = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), jax.device_get(probed.state.params), after | head
+    )
+    assert moved["encoder"]["layer_0"]["mlp"]["output"]["kernel"]
+    assert probed.num_traces == 1
+
+
+def test_a_probe_computes_no_gradient_below_the_head():
+    run = Run(probe_steps=3)
+    step = jax.make_jaxpr(run._step)(run.state, make_batch(16)).jaxpr.eqns[-1].params["jaxpr"]
+    conds = [eqn for eqn in step.jaxpr.eqns if eqn.primitive.name == "cond"]
+    products = [
+        [str(branch).count("dot_general") for branch in eqn.params["branches"]] for eqn in conds
+    ]
+    full, probe = products[0]  # of the loss; the optimizer's has none
+    assert probe < 0.5 * full
+
+
 def test_ema_warms_up_and_follows():
     average = {"w": jnp.zeros(())}
     values = []
@@ -389,3 +462,15 @@ def test_gradient_of_frozen_parameters_is_not_computed():
         return run._step.lower(run.state, batch).compile().cost_analysis()["flops"]
 
     assert flops("(embeddings|encoder)/.*") < 0.5 * flops("")
+
+
+def test_lora_saves_the_gradients_of_kernels():
+    """A third of the products of a step, were images large: here two small factors weigh more."""
+    model = vit.ViT(dataclasses.replace(CONFIG, width=64, mlp_dim=256))
+
+    def flops(split):
+        run = Run(split=split, model=model)
+        batch = sharding.to_global(make_batch(64), run.mesh)
+        return run._step.lower(run.state, batch).compile().cost_analysis()["flops"]
+
+    assert flops(functools.partial(lora, rank=1)) < 0.8 * flops(adapt.split)

@@ -17,6 +17,7 @@ from vitcls import images, pretrained, train, train_setup
 from vitcls.checkpoint import Checkpoints
 from vitcls.config import default_config, flatten
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
+from vitcls.evaluation import evaluate_checkpoint
 from vitcls.metric_writers import LateMetrics
 
 NUM_TEST = 360
@@ -124,6 +125,49 @@ def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, m
         ]
 
     assert losses("parts") == losses("whole")
+
+
+def test_lora_after_a_probe_continues_bit_for_bit_and_is_a_checkpoint(
+    config, tmp_path, monkeypatch
+):
+    """With every other way to tune that may go with it, and without the weights it began from."""
+    config.adapt.update(
+        lora_rank=2,
+        lora_alpha=4.0,
+        lora_targets=".*/(attention|mlp)/.*/kernel",
+        train=".*layernorm_after/.*",
+        probe_steps=2,
+        probe_lr=3e-3,
+        layer_decay=0.8,
+        lr_scale=((".*/lora_b", 4.0),),
+    )
+    config.loss.update(name="focal", class_weights="effective", logit_adjustment=0.5)
+    config.optim.update(name="adan", weight_decay=0.01, schedule="step", lr_batch_size=32)
+    whole = train.train_and_evaluate(config, tmp_path / "whole")
+    for step in (1, 5):  # during the probe and after it
+        with monkeypatch.context() as patch:
+            interrupt_at(step, patch)
+            with pytest.raises(Interrupted):
+                train.train_and_evaluate(config, tmp_path / "parts")
+    parts = train.train_and_evaluate(config, tmp_path / "parts")
+    items = [final_items(tmp_path / name, 8) for name in ("whole", "parts")]
+    jax.tree.map(np.testing.assert_array_equal, *items)
+    assert parts["splits"] == whole["splits"]
+    qkv = items[0]["ema"]["params"]["encoder"]["layer_0"]["attention"]["qkv"]
+    assert qkv["lora_b"].any()
+
+    model, variables, processor = pretrained.load(tmp_path / "whole@last")
+    kernel = variables["params"]["encoder"]["layer_0"]["attention"]["qkv"]["kernel"]
+    np.testing.assert_allclose(
+        kernel, qkv["kernel"] + 4 / 2 * qkv["lora_a"] @ qkv["lora_b"], atol=1e-7
+    )
+    pretrained.save(tmp_path / "model", model, variables, processor)
+    # What was evaluated in the run is what anybody else gets of it.
+    split = train_setup.open_splits(config)[1]["test"]
+    summary, predictions = evaluate_checkpoint(tmp_path / "whole", split)
+    kept = np.load(tmp_path / "whole/predictions/test.npz")
+    np.testing.assert_allclose(predictions["logits"], kept["logits"], atol=1e-5)
+    assert summary["accuracy"] == whole["splits"]["test"]["accuracy"]
 
 
 def test_a_run_from_decoded_images_is_bit_for_bit_the_same(config, tmp_path, monkeypatch):

@@ -1,13 +1,32 @@
-"""Which parameters are trained: patterns over their names."""
+"""Which parameters are trained, and how far: patterns over their names, and LoRA.
+
+D and E are the sides of a kernel, r the rank of what LoRA adds to it.
+"""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 from vitcls.errors import UserError
 
 Params = dict[str, Any]
+
+HEAD = r"(distillation_)?classifier/.*"
+# Names for patterns of what is trained along with the head.
+TRAINED = {
+    "all": r".*",
+    "head": HEAD,
+    "attention": r".*/attention/.*",
+    "bias": r".*/bias",
+}
+LORA = ("lora_a", "lora_b", "lora_scale")
+_LAYER = re.compile(r"encoder/(?:layer|stage)_(\d+)/.*")
+_EMBEDDINGS = re.compile(r"(embeddings|embedder|layernorm_pre)/.*")
 
 
 def names(params: Params) -> list[str]:
@@ -28,23 +47,36 @@ def match(params: Params, pattern: str, *, field: str) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def split(params: Params, freeze: str) -> tuple[Params, Params]:
-    """Returns (trained, frozen): two trees without common leaves; `freeze` "" freezes nothing.
+def split(params: Params, freeze: str = "", *, train: str = "all") -> tuple[Params, Params]:
+    """Returns (trained, frozen): two trees without common leaves.
+
+    Args:
+      params: All parameters.
+      freeze: Regular expression for what stays whatever `train` says; "": nothing.
+      train: A name of `TRAINED` or a regular expression; the head is always trained along.
 
     Raises:
-      UserError: the pattern matches no parameter, or all of them.
+      UserError: a pattern matches no parameter, or nothing is left to train.
     """
-    if not freeze:
-        return params, {}
-    frozen = traverse_util.flatten_dict(match(params, freeze, field="adapt.freeze"), sep="/")
-    if all(frozen.values()):
-        raise UserError(
-            f"adapt.freeze={freeze!r} freezes every parameter: nothing is left to train."
-        )
     flat = traverse_util.flatten_dict(params, sep="/")
+    patterns = [(TRAINED.get(train, train), "adapt.train")]
+    if freeze:
+        patterns.append((freeze, "adapt.freeze"))
+    matches = [
+        traverse_util.flatten_dict(match(params, pattern, field=field), sep="/")
+        for pattern, field in patterns
+    ]
+    is_trained = {name: matches[0][name] or bool(re.fullmatch(HEAD, name)) for name in flat}
+    if freeze:
+        is_trained = {name: is_trained[name] and not matches[1][name] for name in flat}
+    if not any(is_trained.values()):
+        raise UserError(
+            f"adapt.freeze={freeze!r} freezes all that adapt.train={train!r} trains: nothing is "
+            "left to train."
+        )
     parts = [
-        {name: leaf for name, leaf in flat.items() if frozen[name] is wanted}
-        for wanted in (False, True)
+        {name: leaf for name, leaf in flat.items() if is_trained[name] is wanted}
+        for wanted in (True, False)
     ]
     return tuple(traverse_util.unflatten_dict(part, sep="/") for part in parts)
 
@@ -61,3 +93,133 @@ def merge(trained: Params, frozen: Params) -> Params:
     """Undoes `split`."""
     flat = traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen)
     return traverse_util.unflatten_dict(flat)
+
+
+def layer_numbers(params: Params) -> dict[str, int]:
+    """Returns by name how deep each parameter lies: embeddings 0, layer or stage i at i + 1.
+
+    What follows the last of them, such as the final norm and the head, is one deeper.
+    """
+    found = {name: _LAYER.fullmatch(name) for name in names(params)}
+    numbers = {name: int(layer[1]) + 1 for name, layer in found.items() if layer}
+    last = max(numbers.values(), default=0) + 1
+    return {name: numbers.get(name, 0 if _EMBEDDINGS.fullmatch(name) else last) for name in found}
+
+
+def lr_factors(
+    trained: Params,
+    frozen: Params,
+    *,
+    lr_scale: tuple[tuple[str, float], ...],
+    layer_decay: float,
+) -> Params | None:
+    """Returns what the learning rate of each trained parameter is multiplied by; None: 1 for all.
+
+    Args:
+      trained: The trained parameters (arrays or shapes).
+      frozen: The others, which count for the depth.
+      lr_scale: (regular expression, factor); the factors of all that match are multiplied.
+      layer_decay: Factor from a layer to the one below; the deepest have 1 (Clark et al. 2020,
+        arXiv:2003.10555, and Bao et al. 2021, arXiv:2106.08254).
+
+    Raises:
+      UserError: a pattern matches no trained parameter.
+    """
+    if not lr_scale and layer_decay == 1:
+        return None
+    numbers = layer_numbers(merge(trained, frozen))
+    last = max(numbers.values())
+    factors = {name: layer_decay ** (last - numbers[name]) for name in names(trained)}
+    for pattern, factor in lr_scale:
+        matches = match(trained, pattern, field="adapt.lr_scale")
+        for name, matched in traverse_util.flatten_dict(matches, sep="/").items():
+            factors[name] *= factor if matched else 1.0
+    return traverse_util.unflatten_dict(factors, sep="/")
+
+
+def hold_backbone(params: Params) -> Params:
+    """Returns the same parameters; gradients reach those of the head only."""
+    held = {
+        name: leaf if re.fullmatch(HEAD, name) else jax.lax.stop_gradient(leaf)
+        for name, leaf in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    return traverse_util.unflatten_dict(held, sep="/")
+
+
+def add_lora(
+    trained: Params, frozen: Params, key: jax.Array, *, rank: int, alpha: float, targets: str
+) -> tuple[Params, Params]:
+    """Adds low-rank factors beside frozen kernels (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    A kernel W (D, E) acts as `W + scale A B`: trained `lora_a` A (D, r), uniform as the initial
+    kernels of torch, and `lora_b` B (r, E), zero, so that nothing changes at first; frozen
+    `lora_scale` (), alpha / r. Of the fused q, k and v the three share A.
+
+    Args:
+      trained: The trained parameters.
+      frozen: The frozen ones.
+      key: Draws A.
+      rank: r.
+      alpha: See `lora_scale`.
+      targets: Regular expression for the names of the kernels.
+
+    Raises:
+      UserError: `targets` matches nothing, a parameter that is trained itself, or one that is not
+        the kernel of a dense layer.
+    """
+    targets = match(merge(trained, frozen), targets, field="adapt.lora_targets")
+    trained, frozen = (traverse_util.flatten_dict(tree) for tree in (trained, frozen))
+    matched = [path for path, is_target in traverse_util.flatten_dict(targets).items() if is_target]
+    for index, path in enumerate(sorted(matched)):
+        name = "/".join(path)
+        if path in trained:
+            raise UserError(
+                f"adapt.lora_targets matches {name}, which is trained itself; leave it out there, "
+                "or in adapt.train, or add it to adapt.freeze."
+            )
+        if path[-1] != "kernel" or frozen[path].ndim != 2:
+            raise UserError(
+                f"adapt.lora_targets matches {name}, which is no kernel of a dense layer; use "
+                r"'.*/(attention|mlp)/.*/kernel', for example."
+            )
+        layer, (rows, columns) = path[:-1], frozen[path].shape
+        init_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        trained[*layer, "lora_a"] = init_a(jax.random.fold_in(key, index), (rows, rank))
+        trained[*layer, "lora_b"] = jnp.zeros((rank, columns))
+        frozen[*layer, "lora_scale"] = jnp.asarray(alpha / rank, jnp.float32)
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+
+def fold_lora(params: Params) -> Params:
+    """Returns the parameters with every `W + scale A B` in place of its W; without LoRA, the same.
+
+    In float32: this is what is evaluated and exported.
+    """
+    flat = traverse_util.flatten_dict(params)
+    for layer in [path[:-1] for path in flat if path[-1] == "lora_a"]:
+        a, b, scale = (flat.pop((*layer, name)) for name in LORA)
+        flat[*layer, "kernel"] = flat[*layer, "kernel"] + scale * jnp.matmul(
+            a, b, precision="highest"
+        )
+    return traverse_util.unflatten_dict(flat)
+
+
+def with_lora(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a flax module's `apply` for parameters with LoRA's factors, kept apart: x W + x A B.
+
+    Folded kernels would cost the gradients of whole kernels; so the step saves them.
+    """
+
+    def add_low_rank(call, args, kwargs, context):
+        y, layer = call(*args, **kwargs), context.module
+        if not (isinstance(layer, nn.Dense) and layer.has_variable("params", LORA[0])):
+            return y
+        a, b, scale = (layer.get_variable("params", name) for name in LORA)
+        x, a, b = nn.dtypes.promote_dtype(args[0], scale * a, b, dtype=layer.dtype)
+        return y + x @ a @ b
+
+    def applied(*args, **kwargs):
+        with nn.intercept_methods(add_low_rank):
+            return apply(*args, **kwargs)
+
+    return applied

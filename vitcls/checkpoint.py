@@ -1,7 +1,8 @@
 """Checkpoints of a run: a thin layer over Orbax.
 
-A step directory holds the items `params` (variables of the network as trained), `opt_state`,
-`ema` (variables to evaluate, if averaged) and `meta` (JSON), so that each can be read alone.
+A step directory holds the items `params` (variables as trained), `opt_state`, `ema` (variables, if
+averaged) and `meta` (JSON), so that each can be read alone. Variables are whole networks; with LoRA
+its factors lie beside the kernels as they were, and are folded in by who reads them.
 """
 
 import contextlib
@@ -15,11 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from vitcls import adapt
 from vitcls.errors import StorageError, UserError
-from vitcls.train_step import TrainState
+from vitcls.train_step import TrainState, fold_lora
 
 PyTree = Any
 _ITEMS = ("params", "opt_state", "ema")
@@ -164,6 +166,17 @@ class Checkpoints:
             name for name, item in self._manager.item_metadata(step).items() if item is not None
         }
 
+    def lora_shapes(self, step: int, item: str) -> dict[str, PyTree]:
+        """Returns LoRA's factors among an item's variables, `jax.ShapeDtypeStruct`, if any."""
+        saved = traverse_util.flatten_dict(self._manager.item_metadata(step)[item].tree)
+        return traverse_util.unflatten_dict(
+            {
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                for path, leaf in saved.items()
+                if path[-1] in adapt.LORA
+            }
+        )
+
     def _check_room(self, step: int, items: dict[str, PyTree]) -> None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self._manager.directory).free
@@ -184,7 +197,7 @@ class Checkpoints:
 def state_items(state: TrainState) -> dict[str, Any]:
     """The items of a checkpoint: whole networks, so that each can be read without this run."""
     items = {"params": state.variables(), "opt_state": state.opt_state}
-    return items | ({} if state.ema is None else {"ema": state.eval_variables()})
+    return items | ({} if state.ema is None else {"ema": state.averages()})
 
 
 def restore_state(
@@ -218,9 +231,9 @@ def restore_eval_variables(checkpoints: Checkpoints, step: int, state: TrainStat
     name = "params" if state.ema is None else "ema"
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        state.eval_variables(),
+        state.averages(),
     )
-    return checkpoints.restore(step, {name: target})[name]
+    return fold_lora(checkpoints.restore(step, {name: target})[name])
 
 
 def has_steps(directory: Path) -> bool:

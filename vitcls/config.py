@@ -126,17 +126,21 @@ def default_config() -> ConfigDict:
     c.model.patch_dropout = 0.0
 
     c.optim = ConfigDict()
-    # An optimizer of optax: see OPTIMIZERS in vitcls/optim.py.
+    # An optimizer of optax or optax.contrib, by the name of its function.
     c.optim.name = "adamw"
     # Peak learning rate.
     c.optim.lr = 1e-4
+    # Batch size that optim.lr and adapt.probe_lr are meant for: they are multiplied by
+    # train.global_batch_size / this. 0: taken as they are.
+    c.optim.lr_batch_size = 0
     # Decoupled for optimizers that have it (adamw, lion, ...), otherwise added to the gradient.
     c.optim.weight_decay = 0.0
     # Regular expression for the names of the parameters that weight_decay applies to.
     c.optim.decay = r".*/kernel"
     # Global norm that gradients are clipped to; 0: no clipping.
     c.optim.clip_norm = 1.0
-    # After the warm-up: "cosine" or "linear" to 0, or "constant".
+    # After the warm-up: "cosine" or "linear" to 0, "constant", or "step", divided by 10 at 30, 60
+    # and 90 %.
     c.optim.schedule = "cosine"
     # Steps of linear warm-up from 0.
     c.optim.warmup_steps = 0
@@ -147,12 +151,51 @@ def default_config() -> ConfigDict:
     c.optim.args = ConfigDict()
 
     c.loss = ConfigDict()
+    # "cross_entropy"; "focal", which counts the images that are already right for less; or
+    # "sigmoid", one binary cross-entropy per class, summed. Evaluation reports plain cross-entropy.
+    c.loss.name = "cross_entropy"
+    # Of "focal": the power of (1 - probability); 0 is cross-entropy.
+    c.loss.gamma = 2.0
+    # Weights of images by their class: "none"; "balanced", 1 / images of the class; "effective",
+    # which levels off for frequent classes; or a weight for every class name, as a JSON object or
+    # the path of a file with one. Batches are divided by the sum of their weights.
+    c.loss.class_weights = "none"
+    # Of "effective": 0 is no weighting, towards 1 it becomes "balanced".
+    c.loss.beta = 0.9999
+    # Add this times the logarithm of a class' share of the training images to its logit, in
+    # training only, so that rare classes are predicted more often; 1 is balanced softmax, 0: none.
+    c.loss.logit_adjustment = 0.0
     # Share of the target spread evenly over all classes.
     c.loss.label_smoothing = 0.0
 
     c.adapt = ConfigDict()
-    # Regular expression for the names of the parameters that stay as they are; "": none.
+    # What is trained, along with the head: "all"; "head" alone, a linear probe; "attention" or
+    # "bias"; or a regular expression for the names of the parameters. "": all, or with
+    # adapt.lora_rank the head. Names, and what is trained, are in the log.
+    c.adapt.train = ""
+    # Regular expression for the names of the parameters that stay as they are, whatever adapt.train
+    # says; "": none.
     c.adapt.freeze = ""
+    # Factors of the learning rate for names that match a regular expression, all that match:
+    # ((r"embeddings/.*", 0.1), (r"classifier/.*", 10.0)), for example.
+    c.adapt.lr_scale = ()
+    # Factor of the learning rate from a layer, of a ResNet a stage, to the one below; 1: none.
+    c.adapt.layer_decay = 1.0
+    # Steps in which only the head is trained, of train.total_steps; the others then start the
+    # optimizer and its schedule anew.
+    c.adapt.probe_steps = 0
+    # Constant learning rate of these steps; unset: optim.lr.
+    c.adapt.probe_lr = placeholder(float)
+    # Instead of kernels train products of this rank, added to them (LoRA); 0: none.
+    c.adapt.lora_rank = 0
+    # What is added is multiplied by this / lora_rank; unset: by 1.
+    c.adapt.lora_alpha = placeholder(float)
+    # Regular expression for the names of the kernels that LoRA adds to.
+    c.adapt.lora_targets = r".*/attention/.*/kernel"
+    # Rate at which pretrained parameters are drawn back to what they were (L2-SP), added to the
+    # gradient, and at which a new head is drawn to 0. Both are off where the first is 0.
+    c.adapt.l2_sp = 0.0
+    c.adapt.l2_sp_head = 0.01
 
     c.train = ConfigDict()
     # Length of training: exactly one of the two is positive.
@@ -207,6 +250,7 @@ RUN_FIELDS = (
 )  # fmt: skip
 SELECT_METRICS = (
     "accuracy",
+    "balanced_accuracy",
     "top5_accuracy",
     "loss",
     "macro_precision",
@@ -222,7 +266,8 @@ _CHOICES = {
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.schedule": ("cosine", "linear", "constant", "step"),
+    "loss.name": ("cross_entropy", "focal", "sigmoid"),
     "eval.select_metric": SELECT_METRICS,
     "eval.tta": ("none", "flip"),
 }
@@ -245,11 +290,22 @@ _RANGES = {
     "model.drop_path": (0, 1, False),
     "model.patch_dropout": (0, 1, False),
     "optim.lr": (0, math.inf, False),
+    "optim.lr_batch_size": (0, math.inf, True),
     "optim.weight_decay": (0, math.inf, False),
     "optim.clip_norm": (0, math.inf, False),
     "optim.warmup_steps": (0, math.inf, True),
     "optim.ema_decay": (0, 1, False),
+    "loss.gamma": (0, math.inf, False),
+    "loss.beta": (0, 1, False),
+    "loss.logit_adjustment": (0, math.inf, False),
     "loss.label_smoothing": (0, 1, False),
+    "adapt.layer_decay": (0, 1, True),
+    "adapt.probe_steps": (0, math.inf, True),
+    "adapt.probe_lr": (0, math.inf, False),
+    "adapt.lora_rank": (0, math.inf, True),
+    "adapt.lora_alpha": (0, math.inf, False),
+    "adapt.l2_sp": (0, math.inf, False),
+    "adapt.l2_sp_head": (0, math.inf, False),
     "train.total_steps": (0, math.inf, True),
     "train.total_epochs": (0, math.inf, False),
     "train.global_batch_size": (1, math.inf, True),
@@ -319,13 +375,9 @@ def check_config(config: ConfigDict) -> None:
             bound = f"at least {low}" + (f" and {end} {high}" if high < math.inf else "")
             raise UserError(f"{field}={value} is out of range: it must be {bound}.")
     _check_pairs(config)
-    for field in ("optim.decay", "adapt.freeze"):
-        try:
-            re.compile(flat[field])
-        except re.error as error:
-            raise UserError(
-                f"{field}={flat[field]!r} is no regular expression: {error}."
-            ) from error
+    for field in ("optim.decay", "adapt.train", "adapt.freeze", "adapt.lora_targets"):
+        _check_pattern(field, flat[field])
+    _check_adapt(config)
     _check_combinations(config)
 
 
@@ -342,6 +394,44 @@ def _check_names(config: ConfigDict) -> None:
             default = known[group][field]
             if default is not None and isinstance(default, str) != isinstance(value, str):
                 raise UserError(f"{group}.{field}={value!r} must be like {default!r}.")
+
+
+def _check_pattern(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{field}={pattern!r} is no regular expression: {error}.") from error
+
+
+def _check_adapt(config: ConfigDict) -> None:
+    fields = config.adapt
+    for pair in fields.lr_scale:
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
+        if not is_pair or not isinstance(pair[1], int | float) or not 0 < pair[1] < math.inf:
+            raise UserError(
+                f"adapt.lr_scale={fields.lr_scale} must be pairs of a regular expression and a "
+                "factor above 0, (('embeddings/.*', 0.1),); for a factor of 0 use adapt.freeze."
+            )
+        _check_pattern("adapt.lr_scale", pair[0])
+    if not fields.layer_decay:
+        raise UserError(
+            "adapt.layer_decay=0 trains nothing below the head; use adapt.train='head'."
+        )
+    if fields.probe_steps and fields.train == "head":
+        raise UserError(
+            f"adapt.probe_steps={fields.probe_steps} with adapt.train='head': nothing else is "
+            "trained after them; set one of the two."
+        )
+    if fields.l2_sp and not config.model.pretrained:
+        raise UserError(
+            f"adapt.l2_sp={fields.l2_sp} draws to the pretrained weights, but model.pretrained is "
+            "empty; use optim.weight_decay."
+        )
+    if fields.l2_sp and fields.lora_rank:
+        raise UserError(
+            f"adapt.l2_sp={fields.l2_sp} with adapt.lora_rank={fields.lora_rank}: LoRA keeps the "
+            "pretrained kernels as they are; set one of the two."
+        )
 
 
 def _check_pairs(config: ConfigDict) -> None:
@@ -390,11 +480,8 @@ def _check_combinations(config: ConfigDict) -> None:
             f"train.total_steps={train.total_steps} and train.total_epochs={train.total_epochs}: "
             "exactly one must be positive."
         )
-    if train.total_steps and config.optim.warmup_steps > train.total_steps:
-        raise UserError(
-            f"optim.warmup_steps={config.optim.warmup_steps} is more than "
-            f"train.total_steps={train.total_steps}."
-        )
+    if train.total_steps:
+        check_num_steps(config)
     if data.crop == "resmall" and not data.resize:
         raise UserError("data.crop='resmall' needs data.resize, the shorter side before the crop.")
     if data.cache not in ("", "ram") and not Path(data.cache).expanduser().is_dir():
@@ -424,6 +511,12 @@ def _check_combinations(config: ConfigDict) -> None:
             f"data.long_tail={data.long_tail} and data.per_class={data.per_class}: classes cannot "
             "be of one size and fall off; set one of the two to 0."
         )
+    if config.loss.name == "sigmoid" and config.loss.logit_adjustment:
+        raise UserError(
+            f"loss.logit_adjustment={config.loss.logit_adjustment} corrects a softmax, and "
+            "loss.name='sigmoid' has none; use 'cross_entropy', or loss.class_weights."
+        )
+    read_class_weights(config.loss.class_weights)
     if config.eval.select_split == "holdout" and not (data.holdout or data.fold):
         raise UserError(
             "eval.select_split='holdout' but data.holdout=0: hold a share out, or name a "
@@ -434,6 +527,46 @@ def _check_combinations(config: ConfigDict) -> None:
             f"eval.select_split={config.eval.select_split!r} is also in data.eval_splits: a split "
             "that chooses the checkpoint cannot measure it. Select on 'holdout'."
         )
+
+
+def check_num_steps(config: ConfigDict) -> None:
+    """Raises `UserError` when `train.total_steps` has no room for the probe and the warm-up."""
+    total_steps, warmup_steps = config.train.total_steps, config.optim.warmup_steps
+    probe_steps = config.adapt.probe_steps
+    if probe_steps and probe_steps >= total_steps:
+        raise UserError(
+            f"adapt.probe_steps={probe_steps} leaves nothing of the {total_steps} steps of "
+            "training; for a linear probe alone use adapt.train='head'."
+        )
+    if warmup_steps > total_steps - probe_steps:
+        after = f" that follow adapt.probe_steps={probe_steps}" if probe_steps else ""
+        raise UserError(
+            f"optim.warmup_steps={warmup_steps} is more than the {total_steps - probe_steps} steps "
+            f"of training{after}."
+        )
+
+
+def read_class_weights(how: str) -> str:
+    """Returns `loss.class_weights` with a file's content, on one line, in place of its path.
+
+    Raises:
+      UserError: it is no name, and no JSON object of weights.
+    """
+    if how in ("none", "balanced", "effective"):
+        return how
+    path = Path(how).expanduser()
+    text = path.read_text() if not how.startswith("{") and path.is_file() else how
+    try:
+        table = json.loads(text)
+        is_table = all(0 <= weight < math.inf for weight in table.values()) and any(table.values())
+    except (ValueError, TypeError, AttributeError):  # no JSON, no numbers, no object
+        is_table = False
+    if not is_table:
+        raise UserError(
+            f"loss.class_weights={how[:80]!r} is none of none, balanced, effective, and no JSON "
+            'object of weights from 0 on, such as {"cat": 1, "dog": 2.5}, nor a file with one.'
+        )
+    return json.dumps(table)
 
 
 def check_same_run(config: ConfigDict, path: Path) -> None:

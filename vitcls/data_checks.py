@@ -297,7 +297,14 @@ def draw_training(config: ConfigDict) -> Image.Image:
     config = train_setup.resolve(
         config, num_train=len(train), image_size=processor.size, num_devices=mesh.size
     )
-    program = make_program(config, model_config, processor, mesh)
+    program = make_program(
+        config,
+        model_config,
+        processor,
+        mesh,
+        class_names=train.class_names,
+        class_counts=train.class_counts(),
+    )
     num_steps = min(-(-_NUM_TILES // config.train.global_batch_size), config.train.total_steps)
     batches = loader.train_batches(
         train,

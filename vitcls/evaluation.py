@@ -34,6 +34,7 @@ def evaluate(
     mesh: Mesh,
     name: str,
     num_examples: int,
+    train_counts: np.ndarray | None = None,
     keep_predictions: bool = False,
     stop: StopRequest | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -46,6 +47,7 @@ def evaluate(
         images that are skipped have mask 0 and their index.
       name: The split's name, for the progress bar.
       num_examples: Size of the split.
+      train_counts: See `metrics.summarise`.
       keep_predictions: Whether to return what the network said of each example.
       stop: Ends the pass with `Interrupted` when a signal came.
 
@@ -65,7 +67,8 @@ def evaluate(
     # Loader and devices disagree only through a bug, which would make the numbers wrong in silence.
     assert total["num_seen"] == num_examples, (name, total["num_seen"], num_examples)
     num_used = int(total["num_examples"])
-    summary = metrics.summarise(total) | {"num_skipped": num_examples - num_used}
+    summary = metrics.summarise(total, train_counts=train_counts)
+    summary["num_skipped"] = num_examples - num_used
     if not keep_predictions:
         return summary, {}
     # Rows of a global batch are in the split's order.

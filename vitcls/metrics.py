@@ -53,20 +53,33 @@ def add_sums(total: dict[str, np.ndarray] | None, new: dict[str, np.ndarray]) ->
     return new if total is None else {name: total[name] + new[name] for name in total}
 
 
-def summarise(sums: dict[str, np.ndarray]) -> dict[str, float]:
+def summarise(
+    sums: dict[str, np.ndarray], *, train_counts: np.ndarray | None = None
+) -> dict[str, float]:
     """Returns the metrics of a whole split.
 
     `macro_*` are means over the classes that occur as a label or as a prediction, a ratio 0 / 0
-    counting as 0, as scikit-learn defines them. `top5_accuracy` only with more than 5 classes.
+    counting as 0, and `balanced_accuracy` is the mean recall of those that occur as a label, as
+    scikit-learn defines them. `top5_accuracy` only with more than 5 classes.
+
+    Args:
+      sums: Of all batches, see `batch_sums`.
+      train_counts: Training images of each class, int (K,). With them `head_accuracy`,
+        `medium_accuracy` and `tail_accuracy` are the mean recall of the classes with more than
+        100, 20 to 100, and fewer than 20 (Liu et al. 2019, arXiv:1904.05160, section 5), each
+        where the split has such classes.
     """
     num_examples = sums["num_examples"]
     seen = (sums["labelled"] > 0) | (sums["predicted"] > 0)
     hits = sums["true_positives"][seen]
     predicted, labelled = sums["predicted"][seen], sums["labelled"][seen]
+    is_label = sums["labelled"] > 0
+    recall = sums["true_positives"] / np.maximum(sums["labelled"], 1)
     summary = {
         "num_examples": int(num_examples),
         "loss": sums["loss"] / num_examples,
         "accuracy": sums["correct"] / num_examples,
+        "balanced_accuracy": np.mean(recall[is_label]),
         "top5_accuracy": sums["top5_correct"] / num_examples,
         "macro_precision": np.mean(hits / np.maximum(predicted, 1)),
         "macro_recall": np.mean(hits / np.maximum(labelled, 1)),
@@ -74,6 +87,15 @@ def summarise(sums: dict[str, np.ndarray]) -> dict[str, float]:
     }
     if len(seen) <= 5:  # every answer would be right
         del summary["top5_accuracy"]
+    if train_counts is not None:
+        groups = {
+            "head": train_counts > 100,
+            "medium": (train_counts >= 20) & (train_counts <= 100),
+            "tail": train_counts < 20,
+        }
+        for name, members in groups.items():
+            if (members & is_label).any():
+                summary[f"{name}_accuracy"] = np.mean(recall[members & is_label])
     return {
         name: value if name == "num_examples" else float(value) for name, value in summary.items()
     }

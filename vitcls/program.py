@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vitcls import adapt, augment, optim, pretrained, sharding
+from vitcls import adapt, augment, losses, optim, pretrained, sharding
 from vitcls import train_step as steps
 from vitcls.errors import UserError
 
@@ -72,6 +74,9 @@ def make_program(
     model_config: pretrained.Config,
     processor: pretrained.Processor,
     mesh: Mesh,
+    *,
+    class_names: tuple[str, ...],
+    class_counts: np.ndarray,
 ) -> Program:
     """Returns what `config`, with every derived field filled in, trains and evaluates.
 
@@ -80,6 +85,8 @@ def make_program(
       model_config: The network's.
       processor: How its images are normalised.
       mesh: The devices.
+      class_names: The data's.
+      class_counts: Training images of each class, int (K,).
 
     Raises:
       UserError: a pattern matches no parameter, an option means nothing to this network, or the
@@ -99,23 +106,11 @@ def make_program(
         model.init, init_key, jnp.zeros((1, *config.data.image_size, 3)), train=False
     )
     variable_shapes = jax.eval_shape(init)
-    schedule = optim.make_schedule(
-        config.optim.schedule,
-        lr=config.optim.lr,
-        warmup_steps=config.optim.warmup_steps,
-        total_steps=config.train.total_steps,
-    )
-    tx = optim.make_optimizer(
-        config.optim.name,
-        schedule,
-        params=adapt.split(variable_shapes["params"], config.adapt.freeze)[0],
-        weight_decay=config.optim.weight_decay,
-        decay=config.optim.decay,
-        clip_norm=config.optim.clip_norm,
-        args=dict(config.optim.args),
-    )
+    split = functools.partial(_split, config, jax.random.fold_in(init_key, 1))
+    trained, frozen = jax.eval_shape(split, variable_shapes["params"])
+    tx, schedule = _make_optimizer(config, trained, frozen)
     init_state = functools.partial(
-        steps.init_state, tx=tx, freeze=config.adapt.freeze, use_ema=config.optim.ema_decay > 0
+        steps.init_state, tx=tx, split=split, use_ema=config.optim.ema_decay > 0
     )
     state_shapes = jax.eval_shape(init_state, variable_shapes)
     state_shardings = sharding.state_shardings(state_shapes, mesh)
@@ -132,13 +127,25 @@ def make_program(
 
     train_step = steps.make_train_step(
         prepare,
-        steps.make_loss_fn(model.apply),
+        steps.make_loss_fn(
+            adapt.with_lora(model.apply) if config.adapt.lora_rank else model.apply,
+            losses.make_loss(
+                config.loss.name,
+                gamma=config.loss.gamma,
+                logit_adjustment=config.loss.logit_adjustment,
+                class_counts=class_counts,
+            ),
+            losses.class_weights(
+                config.loss.class_weights, class_names, class_counts, beta=config.loss.beta
+            ),
+        ),
         tx,
         key=step_key,
         schedule=schedule,
         ema_decay=config.optim.ema_decay,
         num_passes=num_rows // pass_size,
         group_size=group_size,
+        probe_steps=config.adapt.probe_steps,
     )
     eval_apply = steps.over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
     everywhere = sharding.replicated(mesh)
@@ -158,6 +165,61 @@ def make_program(
         init=init,
         init_state=init_state,
     )
+
+
+def _split(config: ConfigDict, key: jax.Array, params: PyTree) -> tuple[PyTree, PyTree]:
+    """Divides the network's parameters into (trained, frozen); `key` draws LoRA's."""
+    fields = config.adapt
+    train = fields.train or ("head" if fields.lora_rank else "all")
+    trained, frozen = adapt.split(params, fields.freeze, train=train)
+    if not fields.lora_rank:
+        return trained, frozen
+    return adapt.add_lora(
+        trained,
+        frozen,
+        key,
+        rank=fields.lora_rank,
+        alpha=fields.lora_rank if fields.lora_alpha is None else fields.lora_alpha,
+        targets=fields.lora_targets,
+    )
+
+
+def _make_optimizer(
+    config: ConfigDict, trained: PyTree, frozen: PyTree
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimizer and its learning rate by step, of parameters of these shapes."""
+    fields, probe_steps = config.optim, config.adapt.probe_steps
+    schedule = optim.make_schedule(
+        fields.schedule,
+        lr=fields.lr,
+        warmup_steps=fields.warmup_steps,
+        total_steps=config.train.total_steps - probe_steps,
+    )
+    alpha = config.adapt.l2_sp
+    beta = config.adapt.l2_sp_head if config.model.head == "new" else alpha
+    make = functools.partial(
+        optim.make_optimizer,
+        fields.name,
+        params=trained,
+        weight_decay=fields.weight_decay,
+        decay=fields.decay,
+        clip_norm=fields.clip_norm,
+        args=dict(fields.args),
+        lr_factors=adapt.lr_factors(
+            trained,
+            frozen,
+            lr_scale=config.adapt.lr_scale,
+            layer_decay=config.adapt.layer_decay,
+        ),
+        l2_sp=optim.L2SP(alpha, beta) if alpha else None,
+    )
+    if not probe_steps:
+        return make(schedule), schedule
+    probe_schedule = optax.constant_schedule(
+        fields.lr if config.adapt.probe_lr is None else config.adapt.probe_lr
+    )
+    tx = optim.probe_first(make(probe_schedule), make(schedule), num_steps=probe_steps)
+    return tx, optax.join_schedules([probe_schedule, schedule], [probe_steps])
 
 
 def _pass_size(num_rows: int, micro_batch: int | None, *, group_size: int = 1) -> int:

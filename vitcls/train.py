@@ -62,7 +62,18 @@ def train_and_evaluate(
     config = train_setup.resolve(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
     )
-    program = make_program(config, model_config, processor, mesh)
+    num_select = len(eval_splits[config.eval.select_split]) if config.eval.select_split else 0
+    for trap in train_setup.traps(config, model_config, num_select=num_select):
+        log.warning("%s", trap)
+    class_counts = train_split.class_counts()
+    program = make_program(
+        config,
+        model_config,
+        processor,
+        mesh,
+        class_names=train_split.class_names,
+        class_counts=class_counts,
+    )
     variables = None
     if files is not None:
         variables = pretrained.read_variables(
@@ -146,7 +157,8 @@ def train_and_evaluate(
         )
         return evaluate(
             program.eval_step, variables, split_batches,
-            mesh=mesh, name=name, num_examples=len(eval_splits[name]), **kwargs,
+            mesh=mesh, name=name, num_examples=len(eval_splits[name]), train_counts=class_counts,
+            **kwargs,
         )  # fmt: skip
 
     def seconds() -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
-from vitcls.config import parse_fold
+from vitcls.config import check_num_steps, parse_fold, read_class_weights
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
@@ -19,6 +19,10 @@ from vitcls.models import resnet, vit
 from vitcls.program import Program
 
 log = logging.getLogger("vitcls")
+
+# What `traps` warns of: fewer images that select, and of Adam on all of a ViT of this width or
+# more, a higher rate.
+_FEW_IMAGES, _SMALL_WIDTH, _MOST_LR = 100, 192, 3e-4
 
 
 def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Split]]:
@@ -177,15 +181,57 @@ def resolve(
     if config.train.total_epochs:
         total_steps = math.ceil(config.train.total_epochs * num_train / batch_size)
         config.train.update(total_steps=total_steps, total_epochs=0.0)
-        if config.optim.warmup_steps > total_steps:
-            raise UserError(
-                f"optim.warmup_steps={config.optim.warmup_steps} is more than the {total_steps} "
-                "steps that train.total_epochs makes."
-            )
+        check_num_steps(config)
+    if config.optim.lr_batch_size:
+        factor = batch_size / config.optim.lr_batch_size
+        config.optim.update(lr=config.optim.lr * factor, lr_batch_size=0)
+        if config.adapt.probe_lr is not None:
+            config.adapt.probe_lr *= factor
     eval_batch_size = config.eval.batch_size or batch_size
     config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
+    config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)
     return config
+
+
+def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: int) -> list[str]:
+    """Returns a warning, with its reason, for each known way to a bad result.
+
+    Args:
+      config: The run's, as `resolve` returns it.
+      model_config: The network's.
+      num_select: Images that choose the checkpoint; 0: none does.
+    """
+    optim, adapt, found = config.optim, config.adapt, []
+    is_whole = adapt.train in ("", "all") and not (adapt.freeze or adapt.lora_rank)
+    is_vit = isinstance(model_config, vit.ViTConfig) and model_config.width >= _SMALL_WIDTH
+    if (
+        config.model.pretrained and is_vit and is_whole and adapt.layer_decay == 1
+        and "adam" in optim.name and optim.lr > _MOST_LR
+    ):  # fmt: skip
+        found.append(
+            f"optim.lr={optim.lr:g} is high for {optim.name} on all of a pretrained ViT: a step "
+            "moves every weight by about the rate, however small its gradient, and so soon away "
+            "from what was pretrained. Try 1e-5 to 1e-4, or adapt.layer_decay."
+        )
+    if 0 < num_select < _FEW_IMAGES:
+        error = 100 * math.sqrt(0.9 * 0.1 / num_select)
+        found.append(
+            f"eval.select_split={config.eval.select_split!r} has {num_select} images: an accuracy "
+            f"of 90 % has a standard error of {error:.1f} points there, so the checkpoint is "
+            "chosen largely by chance. Hold out more (data.holdout), or set eval.select_split=''."
+        )
+    if config.loss.class_weights != "none" and config.loss.logit_adjustment:
+        found.append(
+            "loss.class_weights and loss.logit_adjustment both correct for rare classes: together "
+            "they correct twice. Set one of them."
+        )
+    if adapt.l2_sp and optim.weight_decay:
+        found.append(
+            "adapt.l2_sp draws weights to the pretrained ones and optim.weight_decay draws the "
+            "same weights to 0. Set optim.weight_decay=0."
+        )
+    return found
 
 
 def train_transform(config: ConfigDict, processor: pretrained.Processor) -> Callable:

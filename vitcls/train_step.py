@@ -9,6 +9,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vitcls import adapt, losses, metrics
@@ -27,7 +28,7 @@ class TrainState:
     Attributes:
       step: int32 (), the number of finished steps.
       params: The trained parameters.
-      frozen: The parameters that stay; `adapt.merge(params, frozen)` is the whole network.
+      frozen: The parameters that stay; `adapt.merge(params, frozen)` are all of them.
       batch_stats: Running statistics of BatchNorm; empty without it.
       opt_state: State of the optimizer.
       ema: Moving averages of `params` and `batch_stats`, or None.
@@ -41,14 +42,23 @@ class TrainState:
     ema: PyTree | None
 
     def variables(self) -> PyTree:
-        """The variables of the network as trained."""
+        """The variables as trained: with LoRA, its factors beside the kernels."""
         return _variables(self.params, self.frozen, self.batch_stats)
 
-    def eval_variables(self) -> PyTree:
-        """The variables to evaluate and to export: the moving averages if there are any."""
+    def averages(self) -> PyTree:
+        """The moving averages, where there are any, in place of what they average."""
         if self.ema is None:
             return self.variables()
         return _variables(self.ema["params"], self.frozen, self.ema["batch_stats"])
+
+    def eval_variables(self) -> PyTree:
+        """The network's variables to evaluate and to export: the averages, with LoRA folded in."""
+        return fold_lora(self.averages())
+
+
+def fold_lora(variables: PyTree) -> PyTree:
+    """Returns the variables of the plain network: see `adapt.fold_lora`."""
+    return variables | {"params": adapt.fold_lora(variables["params"])}
 
 
 def _variables(params: PyTree, frozen: PyTree, batch_stats: PyTree) -> PyTree:
@@ -57,10 +67,21 @@ def _variables(params: PyTree, frozen: PyTree, batch_stats: PyTree) -> PyTree:
 
 
 def init_state(
-    variables: PyTree, tx: optax.GradientTransformation, *, freeze: str, use_ema: bool
+    variables: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    use_ema: bool,
+    split: Callable[[PyTree], tuple[PyTree, PyTree]] = adapt.split,
 ) -> TrainState:
-    """Returns the state before the first step; the average starts as the weights themselves."""
-    params, frozen = adapt.split(variables["params"], freeze)
+    """Returns the state before the first step; the average starts as the weights themselves.
+
+    Args:
+      variables: The network's.
+      tx: The optimizer.
+      use_ema: Whether to keep moving averages.
+      split: Parameters -> (trained, frozen).
+    """
+    params, frozen = split(variables["params"])
     batch_stats = variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -74,12 +95,19 @@ def init_state(
     )
 
 
-def make_loss_fn(apply: Callable[..., Any]) -> LossFn:
+def make_loss_fn(
+    apply: Callable[..., Any],
+    loss: losses.Loss = losses.cross_entropy,
+    class_weights: np.ndarray | None = None,
+) -> LossFn:
     """Returns the loss of a network, summed over a batch.
 
     Args:
       apply: A flax module's `apply`. BatchNorm's statistics come back as the mutable collection
         `batch_stats`, if there are any.
+      loss: Of one image.
+      class_weights: (K,) factors of an image's weight; that of a dense target is their mean under
+        it. None: all 1.
     """
 
     def loss_fn(params, frozen, batch_stats, images, targets, weights, keys):
@@ -90,7 +118,9 @@ def make_loss_fn(apply: Callable[..., Any]) -> LossFn:
             keys=keys,
             mutable=["batch_stats"],
         )
-        loss_sum = jnp.sum(losses.cross_entropy(logits, targets) * weights)
+        if class_weights is not None:
+            weights = weights * jnp.sum(targets * class_weights[None], axis=-1)
+        loss_sum = jnp.sum(loss(logits, targets) * weights)
         return loss_sum, (jnp.sum(weights), updated.get("batch_stats", batch_stats))
 
     return loss_fn
@@ -156,26 +186,36 @@ def make_train_step(
     ema_decay: float,
     num_passes: int = 1,
     group_size: int = 1,
+    probe_steps: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `(state, batch) -> (new state, metrics)`, for the caller to compile.
 
     The metrics are `loss`, `grad_norm` (of the mean loss, before clipping) and `lr` (what
-    `schedule`, which `tx` follows, says of this step). For the last two arguments see `in_passes`.
+    `schedule`, which `tx` follows, says of this step). For `num_passes` and `group_size` see
+    `in_passes`. In the first `probe_steps` only the head has a gradient, and only that is computed.
     """
 
     def batch_loss(params, frozen, batch_stats, batch, keys):
         images, targets, weights = prepare(keys[:, 0], batch)
         return loss_fn(params, frozen, batch_stats, images, targets, weights, keys[:, 1])
 
+    def probe_loss(params, *rest):
+        return batch_loss(adapt.hold_backbone(params), *rest)
+
     # Sums, divided once: the mean does not depend on how a batch is split.
-    grad_fn = jax.value_and_grad(batch_loss, has_aux=True)
-    grad_fn = in_passes(grad_fn, num_passes, group_size=group_size)
+    grad_fn, probe_grad_fn = (
+        in_passes(jax.value_and_grad(loss, has_aux=True), num_passes, group_size=group_size)
+        for loss in (batch_loss, probe_loss)
+    )
 
     def train_step(state, batch):
         keys = image_keys(key, state.step, batch["image"].shape[0])
-        (loss_sum, (weight_sum, batch_stats)), grads = grad_fn(
-            state.params, state.frozen, state.batch_stats, batch, keys
-        )
+        inputs = (state.params, state.frozen, state.batch_stats, batch, keys)
+        if probe_steps:  # one branch is executed
+            result = jax.lax.cond(state.step < probe_steps, probe_grad_fn, grad_fn, *inputs)
+        else:
+            result = grad_fn(*inputs)
+        (loss_sum, (weight_sum, batch_stats)), grads = result
         # All images of a batch may have been skipped: no gradient then, rather than 0 / 0.
         weight_sum = jnp.where(weight_sum > 0, weight_sum, 1.0)
         grads = jax.tree.map(lambda g: g / weight_sum, grads)

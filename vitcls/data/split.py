@@ -41,6 +41,10 @@ class Split(abc.ABC):
     def labels(self) -> np.ndarray:
         """All labels, int32 (N,)."""
 
+    def class_counts(self) -> np.ndarray:
+        """Number of examples of each class, int64 (K,)."""
+        return np.bincount(self.labels(), minlength=len(self.class_names))
+
     def image(self, index: int) -> tuple[Image.Image, int]:
         """The image, upright and RGB, and the label of one example. Safe to call as `read`.
 
@@ -171,7 +175,7 @@ def take_per_class(split: Split, num: int, *, seed: int) -> Subset:
     Raises:
       UserError: A class has fewer.
     """
-    counts = np.bincount(split.labels(), minlength=len(split.class_names))
+    counts = split.class_counts()
     rarest = int(counts.argmin())
     if not 0 < num <= counts[rarest]:
         raise UserError(

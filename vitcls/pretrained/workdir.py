@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from vitcls import adapt
 from vitcls.checkpoint import Checkpoints
 from vitcls.errors import UserError
 from vitcls.pretrained.find import CONFIG
+from vitcls.train_step import fold_lora
 
 _REFERENCE = re.compile(r"(?P<directory>.+?)(@(?P<which>best|last|\d+))?")
 
@@ -37,6 +39,8 @@ class Run:
     def read_variables(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables as float32 numpy arrays: the averaged ones if there are any.
 
+        What LoRA adds to kernels is folded into them.
+
         Args:
           shapes: The network's variables as nested dicts of `jax.ShapeDtypeStruct`.
 
@@ -45,14 +49,15 @@ class Run:
           StorageError: it cannot be read.
         """
         device = SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
-        )
         with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
             step = self._step(checkpoints)
             item = "ema" if "ema" in checkpoints.item_names(step) else "params"
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                adapt.merge(shapes, checkpoints.lora_shapes(step, item)),
+            )
             restored = checkpoints.restore(step, {item: target})[item]
-        return jax.tree.map(np.asarray, restored)
+        return jax.tree.map(np.asarray, fold_lora(restored))
 
     def _step(self, checkpoints: Checkpoints) -> int:
         steps = checkpoints.steps()
