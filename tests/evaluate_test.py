@@ -110,6 +110,18 @@ def test_metrics_are_those_of_torch_and_sklearn(checkpoint, data, split, evaluat
     np.testing.assert_allclose(predictions["logits"], logits, atol=1e-4)
 
 
+def test_logits_of_mirror_images_are_averaged_in(checkpoint, data, split, evaluated):
+    _, predictions = evaluation.evaluate_checkpoint(checkpoint, split, batch_size=8, tta="flip")
+    paths = [split.id(i) for i in range(30)]
+    model = transformers.ViTForImageClassification.from_pretrained(checkpoint)
+    pixels = np.stack([np.asarray(Image.open(data / path), np.float32) for path in paths])
+    with torch.no_grad():
+        mirrored = torch.from_numpy(np.moveaxis(pixels[:, :, ::-1] / 127.5 - 1, -1, 1).copy())
+        expected = (evaluated[1]["logits"] + model(mirrored).logits.numpy()) / 2
+    np.testing.assert_allclose(predictions["logits"], expected, atol=1e-4)
+    assert np.abs(expected - evaluated[1]["logits"]).max() > 1e-3
+
+
 def test_the_order_of_classes_does_not_matter(evaluated, split, tmp_path):
     order = [6, 5, 0, 2, 4, 1, 3]
     permuted = save_checkpoint(tmp_path, tuple(NAMES[i] for i in order), order=order)

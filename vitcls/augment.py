@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from vitcls import mixing, pixels, policies
 
-POLICIES = ("none", "randaugment", "trivialaugment")
 # What each random step folds into an image's key; the flip draws from the key itself.
 _VERTICAL_FLIP, _ROTATION, _POLICY, _JITTER, _ERASING, _NOISE, _MIXING = range(1, 8)
 
@@ -75,7 +74,7 @@ def make_prepare(
       flip: Whether to mirror every second image.
       vertical_flip: Whether to turn every second image upside down.
       rotation: Most degrees of a rotation, drawn evenly in both directions.
-      policy: One of `POLICIES`.
+      policy: "none", "randaugment" or "trivialaugment".
       num_ops: Of RandAugment: operations per image.
       magnitude: Of RandAugment: their strength, from 0 to 10.
       color_jitter: Spread around 1 of the factors of brightness, contrast and saturation.
