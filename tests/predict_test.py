@@ -108,6 +108,9 @@ def test_what_images_names(photos, tmp_path, monkeypatch):
     (photos / "list.txt").write_text(f"turned.jpg\n\n {paths[1]} \ngone.jpg\nturned.jpg")
     expected = [paths[4], paths[1], f"{photos}/gone.jpg", paths[4]]
     assert prediction.find_images(f"@{photos}/list.txt") == expected
+    (photos / "list.txt").write_bytes(b"\xef\xbb\xbfgrey.jpg\r\n")  # as Notepad saves it
+    assert prediction.find_images(f"@{photos}/list.txt") == paths[:1]
+    (photos / "list.txt").write_text(f"turned.jpg\n\n {paths[1]} \ngone.jpg\nturned.jpg")
     monkeypatch.setenv("HOME", str(photos))
     assert prediction.find_images("~/more/*.gif") == [f"{photos}/more/palette.gif"]
     assert prediction.find_images("@~/list.txt") == expected

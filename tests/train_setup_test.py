@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,6 +117,21 @@ def test_image_size_comes_from_the_config_or_the_checkpoint(make_checkpoint):
     config.data.image_size = (10, 10)
     with pytest.raises(UserError, match="not divisible by the patch"):
         train_setup.open_model(config, DIGITS)
+
+
+def test_black_borders_are_announced(make_checkpoint, caplog, monkeypatch):
+    monkeypatch.setattr(train_setup.log, "propagate", True)
+    folder = Path(make_checkpoint(DIGITS))
+    content = {"image_processor_type": "CLIPImageProcessor", "size": 9, "crop_size": 8}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    config = make_config(str(folder))
+    for size, resize, is_padded in [((8, 8), 0, 0), ((8, 16), 16, 0), ((8, 16), 0, 1)]:
+        caplog.clear()
+        config.data.update(image_size=size, resize=resize)
+        processor = train_setup.open_model(config, DIGITS)[2]
+        corner = processor.pixels(np.full((20, 20, 3), 255, np.uint8))[0, 0]
+        assert corner.tolist() == [0 if is_padded else 255] * 3
+        assert ("black borders; data.resize=16 would cut" in caplog.text) == bool(is_padded)
 
 
 def test_resize_smaller_than_the_image_is_refused(make_checkpoint):

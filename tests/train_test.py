@@ -262,8 +262,9 @@ def test_a_run_can_be_loaded_at_any_of_its_checkpoints(config, tmp_path):
         averaged = final_items(tmp_path, step)["ema"]["params"]
         jax.tree.map(np.testing.assert_array_equal, loaded[which], averaged)
     jax.tree.map(np.testing.assert_array_equal, loaded[""], loaded["@best"])
-    with pytest.raises(UserError, match="has no checkpoint '7'; it has the steps"):
-        pretrained.load(f"{tmp_path}@7")
+    for which in ("7", "latest"):
+        with pytest.raises(UserError, match=f"has no checkpoint '{which}'; it has the steps"):
+            pretrained.load(f"{tmp_path}@{which}")
 
 
 def test_a_diverging_run_stops_and_saves_nothing_of_it(config, tmp_path):

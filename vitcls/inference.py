@@ -121,5 +121,6 @@ def _available_bytes(mesh: Mesh) -> float:
     """Free memory of each device."""
     if _on_cpu(mesh):  # simulated devices share the machine's
         return available_memory() / mesh.size
-    stats = [device.memory_stats() for device in mesh.devices.flat]
-    return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    # None where the allocator keeps no count: the largest size is then taken.
+    stats = [device.memory_stats() or {} for device in mesh.devices.flat]
+    return min(s.get("bytes_limit", math.inf) - s.get("bytes_in_use", 0) for s in stats)

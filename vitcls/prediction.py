@@ -69,7 +69,7 @@ def _match(pattern: str) -> list[str]:
 
 def _read_list(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows begins them with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--images=@{path} is no list that can be read ({error}); write one path per line."

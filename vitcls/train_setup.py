@@ -124,12 +124,19 @@ def open_model(
             f"data.resize={config.data.resize} is smaller than the image size {processor.size} "
             "that is cropped from it."
         )
+    shorter = config.data.resize or processor.resize
+    if isinstance(shorter, int) and shorter < max(processor.size):
+        log.warning(
+            "data.image_size=%s: evaluation scales the shorter side to %d, so that images of other "
+            "proportions get black borders; data.resize=%d would cut them instead.",
+            processor.size, shorter, max(processor.size),
+        )  # fmt: skip
     return (
         files,
         model_config,
         dataclasses.replace(
             processor,
-            resize=config.data.resize or processor.resize,
+            resize=shorter,
             id2label=dict(enumerate(class_names)),
         ),
     )

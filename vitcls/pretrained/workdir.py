@@ -1,7 +1,6 @@
 """The workdir of one of our own runs as a checkpoint: `DIR`, `DIR@best`, `DIR@last`, `DIR@STEP`."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from vitcls.checkpoint import Checkpoints
 from vitcls.errors import UserError
 from vitcls.pretrained.find import CONFIG
 from vitcls.train_step import fold_lora
-
-_REFERENCE = re.compile(r"(?P<directory>.+?)(@(?P<which>best|last|\d+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Run:
             "best": best,
             "last": checkpoints.latest_step(),
         }.get(self.which, self.which)
-        if chosen is None or int(chosen) not in steps:
+        if str(chosen) not in map(str, steps):
             raise UserError(
                 f"{self.directory} has no checkpoint {self.which or 'best'!r}; it has the steps "
                 f"{steps}{'' if best is None else f', {best} the best'}."
@@ -77,9 +74,10 @@ class Run:
 
 def find_run(checkpoint: str | Path) -> Run | None:
     """Returns the run that `checkpoint` refers to, or None if it is no workdir."""
-    match = _REFERENCE.fullmatch(str(checkpoint))
-    if match is None:
-        return None
-    directory = Path(match["directory"]).expanduser()
-    is_workdir = (directory / "model" / CONFIG).is_file() and (directory / "checkpoints").is_dir()
-    return Run(directory, match["which"]) if is_workdir else None
+    before, _, which = str(checkpoint).rpartition("@")
+    for name, step in ((str(checkpoint), None), (before, which)):
+        directory = Path(name).expanduser()
+        is_workdir = (directory / "model" / CONFIG).is_file()
+        if name and is_workdir and (directory / "checkpoints").is_dir():
+            return Run(directory, step)
+    return None
