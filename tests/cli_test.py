@@ -136,3 +136,21 @@ def test_compiled_programs_are_kept(tmp_path, is_named):
     user = list((tmp_path / "user").glob("vitcls/xla/*/*-cache"))
     named = list((tmp_path / "named").glob("*-cache"))
     assert bool(user) != is_named and bool(named) == is_named
+
+
+def test_sigterm_ends_as_errors_do():
+    program = (
+        "import os, signal, time\n"
+        "from vitcls import cli\n"
+        "def main():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('cleaned up')\n"
+        "cli.run(main)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (143, "cleaned up\n")

@@ -154,3 +154,8 @@ def test_broken_json_is_named(folder, content, message):
     (folder / "config.json").write_text(content)
     with pytest.raises(UserError, match=f"config.json {message}"):
         read_config(folder)
+
+
+def test_heads_for_several_labels_per_image_are_warned_of(folder, caplog):
+    read_config(change(folder, problem_type="multi_label_classification"))
+    assert 'problem_type="multi_label_classification" is not supported' in caplog.text

@@ -31,6 +31,8 @@ def run(main: Callable[[], None]) -> None:
         print(_help(main_module))
         sys.exit(0)
     start_logging()
+    # Ends as errors do, so that half-written files are removed; training's loop has its own way.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         _parse_flags(sys.argv)
         main()

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from vitcls import images, inference, progress, sharding
+from vitcls import images, inference, progress, records, sharding
 from vitcls import train_step as steps
 from vitcls.errors import UserError
 
@@ -219,14 +219,11 @@ def _whole_file(output: str) -> Iterator[TextIO]:
         sys.stdout.reconfigure(errors=escape)
         yield sys.stdout
         return
-    path = Path(output)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("w", encoding="utf-8", errors=escape, newline="") as file:
-            yield file
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with (
+        records.written_aside(Path(output)) as aside,
+        aside.open("w", encoding="utf-8", errors=escape, newline="") as file,
+    ):
+        yield file
 
 
 def _jsonl_writer(file: TextIO) -> Callable[[Row], Any]:

@@ -1,11 +1,13 @@
 """What a run leaves beside its checkpoints and metrics: config, manifest, results, predictions."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,21 @@ def make(folder: Path, *, flag: str = "--workdir") -> None:
         raise UserError(f"{flag}={folder} cannot be written to; name another.")
 
 
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which is renamed to `path` at the end, or removed on failure."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes indented JSON aside and renames it, so that the file is always whole."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
@@ -103,10 +115,8 @@ def _git_commit() -> str | None:
 def save_predictions(path: Path, *, labels: np.ndarray, logits: np.ndarray, ids: list[str]) -> None:
     """Writes `labels` int32 (N,), `logits` float32 (N, K) and `ids` (N,) to an npz file."""
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
+    with written_aside(path) as aside, aside.open("wb") as file:
         np.savez_compressed(file, labels=labels, logits=logits, ids=np.asarray(ids))
-    aside.replace(path)
 
 
 def read_results(workdir: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """From a checkpoint's files to a network, its variables and its preprocessing."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,6 +146,12 @@ def _family(fields: JsonFields) -> Family:
 
 def _class_names(fields: JsonFields) -> dict[int, str]:
     """Class names by index, from id2label or else as many as num_labels (2 if it is absent)."""
+    kind = fields.any("problem_type", "single_label_classification")
+    if kind != "single_label_classification":
+        log.warning(
+            "%s: problem_type=%s is not supported: probabilities here are those of one class per "
+            "image.", fields.path, json.dumps(kind)[:40],
+        )  # fmt: skip
     named = fields.any("id2label")
     if named is None:
         return label_names(fields.integer("num_labels", 2, most=MOST_CLASSES))
