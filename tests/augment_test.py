@@ -97,6 +97,7 @@ def prepared(size: int, data: int = 1, **kwargs) -> tuple[np.ndarray, ...]:
     return jax.device_get(compiled(keys, batch))
 
 
+@pytest.mark.slow
 def test_what_an_image_becomes_does_not_depend_on_the_batch_or_the_devices():
     """Of the same key, whatever is beside it: apart from rounding, a level at a few pixels."""
     whole = prepared(16, **STRONG)
@@ -129,6 +130,7 @@ def test_each_option_changes_about_as_many_images_as_it_says(change):
     assert np.isfinite(images).all()
 
 
+@pytest.mark.slow
 def test_erasing_is_after_mixing_and_shows_in_one_image():
     both, mixed = (prepared(16, flip=False, mixup=1.0, erasing=x) for x in (0.5, 0.0))
     is_erased = np.any(both[0] != mixed[0], axis=-1)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pretrained_vit_test import write_processor
 from safetensors import safe_open
 
 from vitcls import pretrained
@@ -37,7 +36,7 @@ def model():
 def folder(model, tmp_path):
     """What `save_pretrained` writes, all but the weights."""
     model.config.save_pretrained(tmp_path / "model")
-    write_processor(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
     return tmp_path / "model"
 
 

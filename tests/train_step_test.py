@@ -183,6 +183,7 @@ def test_four_passes_of_32_are_one_of_128(data, dropout):
 MIXED = dict(name="sgd", lr=0.1, mixup=0.4, cutmix=1.0)
 
 
+@pytest.mark.slow
 def test_pairs_are_mixed_the_same_on_any_devices_in_any_passes():
     batch = make_batch(64)
     batch["mask"][5:9] = 0
@@ -464,6 +465,7 @@ def test_gradient_of_frozen_parameters_is_not_computed():
     assert flops("(embeddings|encoder)/.*") < 0.5 * flops("")
 
 
+@pytest.mark.slow
 def test_lora_saves_the_gradients_of_kernels():
     """A third of the products of a step, were images large: here two small factors weigh more."""
     model = vit.ViT(dataclasses.replace(CONFIG, width=64, mlp_dim=256))

@@ -127,6 +127,7 @@ def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, m
     assert losses("parts") == losses("whole")
 
 
+@pytest.mark.slow
 def test_lora_after_a_probe_continues_bit_for_bit_and_is_a_checkpoint(
     config, tmp_path, monkeypatch
 ):
