@@ -144,6 +144,7 @@ def lora(params, targets=".*/(attention|mlp)/.*/kernel", train="head"):
     return adapt.add_lora(*parts, jax.random.key(2), rank=4, alpha=6.0, targets=targets)
 
 
+@pytest.mark.slow
 def test_lora_changes_nothing_at_first():
     model, params = vit_params()
     variables = adapt.merge(*lora(params))

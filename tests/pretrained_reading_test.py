@@ -158,4 +158,4 @@ def test_broken_json_is_named(folder, content, message):
 
 def test_heads_for_several_labels_per_image_are_warned_of(folder, caplog):
     read_config(change(folder, problem_type="multi_label_classification"))
-    assert 'problem_type="multi_label_classification" is not supported' in caplog.text
+    assert "problem_type=multi_label_classification is not supported" in caplog.text

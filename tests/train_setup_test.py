@@ -263,6 +263,7 @@ def test_fine_tuning_starts_from_the_checkpoint(make_checkpoint, digits_dir, tmp
     assert variables["params"]["classifier"]["kernel"].any()
 
 
+@pytest.mark.slow
 def test_l2_sp_keeps_the_weights_it_began_with(make_checkpoint, digits_dir, tmp_path):
     config = make_config(make_checkpoint(("cat", "dog")))
     config.data.data_dir = digits_dir

@@ -380,6 +380,7 @@ def test_the_optimizer_keeps_moments_of_what_is_trained_only(split):
     assert trained < 0.2 * frozen
 
 
+@pytest.mark.slow
 def test_a_probe_trains_the_head_as_if_the_rest_were_frozen():
     probed, frozen = Run(probe_steps=3), Run(split=functools.partial(adapt.split, train="head"))
     before = jax.device_get(probed.state.params)

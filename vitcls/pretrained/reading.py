@@ -1,7 +1,6 @@
 """From a checkpoint's files to a network, its variables and its preprocessing."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +44,8 @@ FAMILIES: dict[str, Family] = {
     "siglip_vision_model": SIGLIP,
     "vit": VIT,
 }
+_SINGLE_LABEL = "single_label_classification"
+_PROBLEM_TYPES = (_SINGLE_LABEL, "multi_label_classification", "regression")
 _MOST_SPARE = 1 << 20  # bytes of names, and of a small network's pooler
 
 
@@ -146,11 +147,11 @@ def _family(fields: JsonFields) -> Family:
 
 def _class_names(fields: JsonFields) -> dict[int, str]:
     """Class names by index, from id2label or else as many as num_labels (2 if it is absent)."""
-    kind = fields.any("problem_type", "single_label_classification")
-    if kind != "single_label_classification":
+    kind = fields.choice("problem_type", _SINGLE_LABEL, {name: name for name in _PROBLEM_TYPES})
+    if kind != _SINGLE_LABEL:
         log.warning(
             "%s: problem_type=%s is not supported: probabilities here are those of one class per "
-            "image.", fields.path, json.dumps(kind)[:40],
+            "image.", fields.path, kind,
         )  # fmt: skip
     named = fields.any("id2label")
     if named is None:
