@@ -88,7 +88,7 @@ def _unreadable(split: sources.Split, facts: list[Facts], on_error: str) -> list
 
 def _classes(splits: list[sources.Split]) -> list[str]:
     train, problems = splits[0], []
-    counts = np.bincount(train.labels(), minlength=len(train.class_names))
+    counts = train.class_counts()
     empty = [train.class_names[k] for k in np.flatnonzero(counts == 0)]
     if empty:
         problems.append(
@@ -107,7 +107,7 @@ def _classes(splits: list[sources.Split]) -> list[str]:
 
 
 def _describe(split: sources.Split, facts: list[Facts]) -> Report:
-    counts = np.bincount(split.labels(), minlength=len(split.class_names))
+    counts = split.class_counts()
     readable = [one for one in facts if not one.error]
 
     def ids(chosen) -> list[str]:

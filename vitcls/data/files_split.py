@@ -101,7 +101,7 @@ def divide(whole: Split, split: str) -> DividedSplit:
     Raises:
       UserError: A class has one image only.
     """
-    counts = np.bincount(whole.labels(), minlength=len(whole.class_names))
+    counts = whole.class_counts()
     if counts.min() < 2:
         raise UserError(
             f"{whole.class_names[counts.argmin()]!r} has one image only; data without splits are "

@@ -202,7 +202,7 @@ def take_long_tail(split: Split, ratio: float, *, seed: int) -> Subset:
     Raises:
       UserError: A class would be left without examples.
     """
-    counts = np.bincount(split.labels(), minlength=len(split.class_names))
+    counts = split.class_counts()
     shares = ratio ** -np.linspace(0, 1, len(counts))
     # The margin keeps whole numbers whole.
     taken = np.floor(np.min(counts / shares) * shares + 1e-6).astype(np.int64)

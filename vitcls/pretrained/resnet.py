@@ -10,7 +10,7 @@ from vitcls.pretrained import keys
 from vitcls.pretrained.family import Family
 from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.keys import Key
-from vitcls.pretrained.vit_fields import ACTIVATIONS
+from vitcls.pretrained.vit_fields import ACTIVATIONS, activation_name
 
 # Far above any ResNet that exists; a config beyond them is broken or hostile.
 _MOST_WIDTH, _MOST_DEPTH, _MOST_STAGES = 1 << 16, 256, 16
@@ -53,7 +53,7 @@ def _write(config: ResNetConfig) -> dict[str, Any]:
         "hidden_sizes": list(config.hidden_sizes),
         "depths": list(config.depths),
         "layer_type": config.layer_type,
-        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == config.activation),
+        "hidden_act": activation_name(config.activation),
         "downsample_in_first_stage": config.downsample_in_first_stage,
         "downsample_in_bottleneck": config.downsample_in_bottleneck,
     }

@@ -50,9 +50,14 @@ def write(config: ViTConfig) -> dict[str, Any]:
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
-        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == config.activation),
+        "hidden_act": activation_name(config.activation),
         "layer_norm_eps": config.epsilon,
     }
+
+
+def activation_name(ours: str) -> str:
+    """Their name of an activation."""
+    return next(name for name, value in ACTIVATIONS.items() if value == ours)
 
 
 def _square(size: tuple[int, int]) -> int | list[int]:
