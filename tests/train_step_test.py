@@ -258,7 +258,9 @@ def test_remat_changes_what_is_kept_and_nothing_else(family):
 
         def loss(params, loss_fn=loss_fn):
             images = NORMALISE(batch["image"])
-            return loss_fn(params, {}, batch_stats, images, batch["targets"], batch["mask"], keys)
+            return loss_fn(
+                params, ({}, None), batch_stats, images, batch["targets"], batch["mask"], keys
+            )
 
         residuals = jax.eval_shape(lambda params: jax.vjp(loss, params, has_aux=True)[1], params)
         kept[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
@@ -449,8 +451,8 @@ def test_first_loss_of_a_new_head_is_ln_k():
     loss_fn = steps.make_loss_fn(model.apply)
     batch = make_batch(8)
     loss_sum, (weight_sum, _) = loss_fn(
-        variables["params"], {}, {}, NORMALISE(batch["image"]), batch["targets"], batch["mask"],
-        jax.random.split(jax.random.key(0), 8),
+        variables["params"], ({}, None), {}, NORMALISE(batch["image"]), batch["targets"],
+        batch["mask"], jax.random.split(jax.random.key(0), 8),
     )  # fmt: skip
     assert float(loss_sum / weight_sum) == pytest.approx(np.log(NUM_CLASSES), rel=1e-6)
 
