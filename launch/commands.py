@@ -16,9 +16,7 @@ def overrides() -> list[str]:
         if not argument.startswith("-") or not name.startswith(("config.", "noconfig.")):
             continue
         if name.startswith("noconfig.") or not equals:
-            raise UserError(
-                f"{argument}: write --config.FIELD=VALUE, as runs are given it."
-            )
+            raise UserError(f"{argument}: write --config.FIELD=VALUE, as runs are given it.")
         found.append(argument)
     return found
 

@@ -15,11 +15,20 @@ ENDS = (0, 2, 87)  # finished, a mistake, diverged: another start would end the 
 log = logging.getLogger("vitcls")
 
 
-def start(command: list[str], *, output: IO | None = None) -> subprocess.Popen:
-    """Starts a command that ends, saved, with this process; Ctrl-C does not reach it by itself."""
+def start(
+    command: list[str], *, output: IO | None = None, gpus: str | None = None
+) -> subprocess.Popen:
+    """Starts a command that ends, saved, with this process; Ctrl-C does not reach it by itself.
+
+    Args:
+      command: The program and its arguments.
+      output: Where its output goes, default to ours.
+      gpus: Its `CUDA_VISIBLE_DEVICES`, default ours.
+    """
+    env = None if gpus is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
     return subprocess.Popen(
         [sys.executable, "-m", "launch.tied", str(os.getpid()), *command],
-        stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=env,
     )  # fmt: skip
 
 

@@ -36,9 +36,22 @@ _SETUP = flags.DEFINE_string(
     "'source .venv/bin/activate'.",
 )  # fmt: skip
 _SBATCH = flags.DEFINE_multi_string(
-    "sbatch", [], "SLURM: a further option of sbatch, such as --sbatch=--partition=gpu; may be repeated"
+    "sbatch",
+    [],
+    "SLURM: a further option of sbatch, as in --sbatch=--partition=gpu",
 )
 
+# Where a flag means something; the others are for all.
+_PLACES = {
+    "nodes": ("slurm", "kubernetes"),
+    "gpus_per_node": ("slurm", "kubernetes"),
+    "cpus": ("slurm", "kubernetes"),
+    "memory": ("slurm", "kubernetes"),
+    "grace_secs": ("slurm", "kubernetes"),
+    "time": ("slurm",),
+    "sbatch": ("slurm",),
+    "setup": ("slurm", "kubernetes", "tpu-vm"),
+}
 _MEMORY_PATTERN = r"\d+[KMGT]"
 _TIME_PATTERN = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
 
@@ -56,6 +69,18 @@ class Resources:
     max_restarts: int = 3
     setup: str = ""
     sbatch: tuple[str, ...] = ()
+
+
+def check_places(place: str, more: dict[str, tuple[str, ...]] | None = None) -> None:
+    """Raises `UserError` for a flag that is given and means nothing at `--on=place`.
+
+    Args:
+      place: Where the run runs.
+      more: Where further flags mean something.
+    """
+    for name, places in (_PLACES | (more or {})).items():
+        if flags.FLAGS[name].present and place not in places:
+            raise UserError(f"--{name} is for --on={' or '.join(places)}, not for --on={place}.")
 
 
 def from_flags() -> Resources:

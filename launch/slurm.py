@@ -43,7 +43,7 @@ def array_script(
 
     A line is the trial's folder, a tab, and its command as a shell reads it.
     """
-    head = _head(workdir, resources, output="/dev/null")
+    head = _head(workdir, resources, output=str(workdir).replace("%", "%%") + "/array-%A.log")
     head.insert(1, f"#SBATCH --array=0-{num_trials - 1}%{jobs}")
     read = [
         f'line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(commands))})',
@@ -102,12 +102,8 @@ def submit(text: str, path: Path) -> str:
     return job.strip().partition(";")[0]
 
 
-def active_tasks(job: str) -> dict[int, str]:
-    """Returns the state, such as RUNNING, by index of an array's tasks that have not ended."""
-    listed = call(["squeue", "--noheader", "--array", "--format=%K %T %i", "--me"])
-    tasks = {}
-    for line in listed.splitlines():
-        index, state, name = line.split()
-        if name.partition("_")[0] == job:
-            tasks[int(index)] = state
-    return tasks
+def active_tasks() -> dict[tuple[str, int], str]:
+    """Returns the state, such as RUNNING, of my array tasks in the queue, by (job, index)."""
+    listed = call(["squeue", "--me", "--noheader", "--array", "--format=%F %K %T"])
+    rows = [line.split() for line in listed.splitlines()]
+    return {(job, int(index)): state for job, index, state in rows if index.isdecimal()}

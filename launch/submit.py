@@ -25,7 +25,6 @@ from ml_collections import config_flags
 
 from launch import commands, kubernetes, local, resources, slurm, tpu_vm
 from vitcls import cli
-from vitcls.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -46,7 +45,7 @@ _IMAGE = flags.DEFINE_string("image", "", "Kubernetes: container image with the 
 _VOLUME = flags.DEFINE_multi_string(
     "volume",
     [],
-    "Kubernetes: CLAIM:/PATH, a persistent volume claim and where to mount it; may be repeated",
+    "Kubernetes: CLAIM:/PATH, a persistent volume claim and where to mount it",
 )
 _NAMESPACE = flags.DEFINE_string("namespace", "default", "Kubernetes: where to make the JobSet.")
 _FOLDER = flags.DEFINE_string(
@@ -56,16 +55,8 @@ _ZONE = flags.DEFINE_string("zone", "", "TPU VM: its zone; empty: gcloud's defau
 _PROJECT = flags.DEFINE_string("project", "", "TPU VM: its project; empty: gcloud's default.")
 flags.adopt_module_key_flags(resources)
 
-# Where a flag means something; the others are for all.
+# Where a flag means something; those that are not here or in `resources` do everywhere.
 _PLACES = {
-    "nodes": ("slurm", "kubernetes"),
-    "gpus_per_node": ("slurm", "kubernetes"),
-    "cpus": ("slurm", "kubernetes"),
-    "memory": ("slurm", "kubernetes"),
-    "grace_secs": ("slurm", "kubernetes"),
-    "time": ("slurm",),
-    "sbatch": ("slurm",),
-    "setup": ("slurm", "kubernetes", "tpu-vm"),
     "image": ("kubernetes",),
     "volume": ("kubernetes",),
     "namespace": ("kubernetes",),
@@ -80,9 +71,7 @@ def main() -> None:
     """Checks the flags and the config, then shows or submits."""
     config = cli.config_value(_CONFIG)
     workdir, place = cli.required(_WORKDIR), cli.required(_ON)
-    for name, places in _PLACES.items():
-        if flags.FLAGS[name].present and place not in places:
-            raise UserError(f"--{name} is for --on={' or '.join(places)}, not for {place}.")
+    resources.check_places(place, _PLACES)
     asked = resources.from_flags()
     commands.check(config, here=place == "local")
     python = sys.executable if place in ("local", "slurm") else "python"

@@ -46,6 +46,13 @@ class Trial:
     def command(self) -> list[str]:
         return [sys.executable, "-m", "vitcls.main", *self.flags, f"--workdir={self.workdir}"]
 
+    def prepare(self) -> None:
+        """Makes the folder, and notes what is asked for: another sweep must not take it over."""
+        from vitcls.records import write_json  # imports jax: not before the flags are checked
+
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        write_json(self.workdir / "asked.json", self.config.to_dict())
+
     def total_steps(self) -> int | None:
         """Returns the steps it trains for; None before a run of epochs has counted them."""
         path = self.workdir / "config.json"
