@@ -85,21 +85,21 @@ def _columns(by_group: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return list(fields), list(names)
 
 
-def write(workdir: Path, trials: list[Trial], ends: dict[str, dict[str, Any]]) -> None:
+def write(workdir: Path, trials: list[Trial], states: dict[str, dict[str, Any]]) -> None:
     """Writes `sweep.json` (trials and groups) and `sweep.csv` (one line per group).
 
     Args:
       workdir: The sweep's folder.
       trials: All of them.
-      ends: By trial, how those ended that did not finish: `{"state": "failed", "exit_code": 87}`.
+      states: By trial, `{"state": "failed", "exit_code": 87}` of those that were started.
     """
     rows = []
     for trial in trials:
         results = trial.results()
-        state = {"state": "finished", "exit_code": 0} if results else ends.get(trial.name)
+        state = states.get(trial.name, {"state": "waiting", "exit_code": None})
         rows.append(
             {"name": trial.name, "fields": trial.fields, "command": trial.command}
-            | (state or {"state": "waiting", "exit_code": None})
+            | ({"state": "finished", "exit_code": 0} if results else state)
             | {"seconds": results and results["seconds"], "metrics": metrics(trial)}
         )
     by_group = groups(trials)
