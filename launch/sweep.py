@@ -45,6 +45,10 @@ _JOBS = flags.DEFINE_integer(
     "jobs", None, "Trials that run at the same time, sharing the GPUs of this machine evenly; by "
     "default one here, all on SLURM.", lower_bound=1,
 )  # fmt: skip
+_METRICS = flags.DEFINE_list(
+    "metrics", [], "What the table shows besides the selection metric and the accuracies, such as "
+    "test/macro_f1,test/tail_accuracy; sweep.json and sweep.csv have all metrics.",
+)  # fmt: skip
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check every trial, print the commands of those to run, and end."
 )
@@ -89,6 +93,8 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
     from launch import array, pool, tables  # these import jax
     from vitcls import records
 
+    shown = tables.shown_metrics(trials, _METRICS.value)
+
     def write() -> None:
         tables.write(workdir, trials, runner.states)
 
@@ -103,7 +109,7 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
         runner.run(stop)
     write()
     if by_group := tables.groups(trials):
-        print(f"Mean (lowest to highest) over the seeds:\n{tables.text(by_group)}")
+        print(f"Mean (lowest to highest) over the seeds:\n{tables.text(by_group, shown)}")
     if stop.name and _ON.value == "slurm":
         raise Interrupted(f"{stop.name}: the jobs go on; the same command watches them again.")
     if stop.name:
