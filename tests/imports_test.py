@@ -19,14 +19,16 @@ LEVELS = [
     {"inference", "evaluation", "prediction", "config", "recipes", "records"},
     {"teacher", "program", "train_setup", "train"},
     {"model_card", "exporting", "data_checks"},
-    {"cli", "main", "evaluate", "predict", "export", "check_data"},
+    {"cli", "main", "evaluate", "predict", "export", "check_data"} | {"analysis"},
 ]
+# Modules of vitcls/analysis that are commands.
+ANALYSES = {"report"}
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt"} | LEVELS[1]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
     "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",
-    "datasets",
+    "datasets", "matplotlib", "jinja2",
 }  # fmt: skip
 
 
@@ -74,12 +76,27 @@ def test_the_core_needs_jax_flax_optax_numpy_only(path):
 
 def test_only_commands_touch_flags():
     with_flags = {
-        module_of(path)
+        path.stem if path.parent.name == "analysis" else module_of(path)
         for path in SOURCES
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
-    }
+    } - ANALYSES
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
     assert with_flags <= {"main", "cli", "evaluate", "predict", "export", "check_data", "data"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_commands_know_of_commands(path):
+    commands = {"cli", "main", "evaluate", "predict", "export", "check_data"} | {
+        f"analysis.{name}" for name in ANALYSES
+    }
+    is_command = module_of(path) in LEVELS[-1] - {"analysis"} or path.stem in ANALYSES
+    known = {
+        command
+        for name in imports(path)
+        for command in commands
+        if (name + ".").startswith(f"vitcls.{command}.")
+    }
+    assert is_command or not known
 
 
 def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):

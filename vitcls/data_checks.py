@@ -6,6 +6,7 @@ K classes.
 import collections
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -286,13 +287,25 @@ def draw_duplicates(splits: Mapping[str, sources.Split], report: Report) -> Imag
 
 
 def draw_training(config: ConfigDict) -> Image.Image:
-    """A sheet of the first batch, or batches, as the network sees them, under their targets.
+    """A sheet of `training_images`. Raises what they do."""
+    return contact_sheet(training_images(config, num=_NUM_TILES), num_columns=_NUM_COLUMNS)
+
+
+def training_images(
+    config: ConfigDict, *, num: int, begun: Path | None = None
+) -> list[tuple[Image.Image, str]]:
+    """The first images, at most `num`, as the network sees them, each with its target.
+
+    Args:
+      config: The run's.
+      num: How many; whole batches are made for them.
+      begun: The workdir of a run with this config, whose network it is, if there is one.
 
     Raises:
       UserError: What training with this config would raise at its start.
     """
     train, _ = train_setup.open_splits(config)
-    _, model_config, processor = train_setup.open_model(config, train.class_names)
+    _, model_config, processor = train_setup.open_model(config, train.class_names, begun=begun)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     config = train_setup.resolve(
         config, num_train=len(train), image_size=processor.size, num_devices=mesh.size
@@ -305,7 +318,7 @@ def draw_training(config: ConfigDict) -> Image.Image:
         class_names=train.class_names,
         class_counts=train.class_counts(),
     )
-    num_steps = min(-(-_NUM_TILES // config.train.global_batch_size), config.train.total_steps)
+    num_steps = min(-(-num // config.train.global_batch_size), config.train.total_steps)
     batches = loader.train_batches(
         train,
         global_batch_size=config.train.global_batch_size,
@@ -326,7 +339,7 @@ def draw_training(config: ConfigDict) -> Image.Image:
             np.rint(pixels).clip(0, 255).astype(np.uint8), targets, strict=True
         ):
             tiles.append((Image.fromarray(image), _describe_target(target, train.class_names)))
-    return contact_sheet(tiles[:_NUM_TILES], num_columns=_NUM_COLUMNS)
+    return tiles[:num]
 
 
 def _describe_target(target: np.ndarray, class_names: tuple[str, ...]) -> str:
