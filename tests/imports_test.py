@@ -22,7 +22,7 @@ LEVELS = [
     {"cli", "main", "evaluate", "predict", "export", "check_data"} | {"analysis"},
 ]
 # Modules of vitcls/analysis that are commands.
-ANALYSES = {"report"}
+ANALYSES = {"report", "compare"}
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt"} | LEVELS[1]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names

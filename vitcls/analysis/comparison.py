@@ -1,4 +1,4 @@
-"""Groups of runs against each other on the images of one split: numbers and plain sentences.
+"""Groups of runs against each other on the images of one split.
 
 N images, S runs of a group, R resamples.
 """
@@ -7,13 +7,18 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from vitcls.analysis import classification, paired, weighted
+from vitcls.analysis import classification, paired, predictions, weighted
+from vitcls.analysis import groups as grouping
 from vitcls.analysis.groups import Group
 from vitcls.analysis.predictions import Predictions
+from vitcls.analysis.run import read_run
 from vitcls.errors import UserError
 
 METRICS = (
@@ -69,6 +74,84 @@ class Pair:
     sentence: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What runs come to; lists are of the runs that are compared.
+
+    Attributes:
+      split: The split.
+      metric: One of `METRICS`.
+      workdirs: Their folders.
+      groups: Their groups, one or more.
+      values: The metric of each.
+      histories: The lines of `metrics.jsonl` of each.
+      pairs: Each group against each other, the clearest difference first.
+      left_out: What is not compared, and why.
+      notes: What a reader should know besides, a sentence each.
+    """
+
+    split: str
+    metric: str
+    workdirs: list[Path]
+    groups: list[Group]
+    values: list[float]
+    histories: list[list[dict[str, Any]]]
+    pairs: list[Pair]
+    left_out: dict[Path, str]
+    notes: list[str]
+
+
+def read(directories: Iterable[str], *, split: str, metric: str) -> Comparison:
+    """Reads and compares all finished runs.
+
+    Args:
+      directories: Workdirs, and folders of workdirs such as launch.sweep leaves.
+      split: The split whose images are compared.
+      metric: One of `METRICS`.
+
+    Raises:
+      UserError: A folder has no runs, or none of them can be compared.
+    """
+    runs, measured, left_out = [], [], {}
+    found = grouping.find(directories)
+    for workdir, state in tqdm(found.items(), "Reading runs", disable=None, leave=False):
+        try:
+            run = read_run(workdir)
+            if why := grouping.why_unfinished(run):
+                raise UserError(f"{why} ({state})" if state else why)
+            of_split = (
+                run.splits[split] if split in run.splits else predictions.read(workdir, split)
+            )
+            measured.append(measure(of_split, metric))
+            runs.append(dataclasses.replace(run, splits={}))  # they are large
+        except UserError as error:
+            left_out[workdir] = str(error) if workdir.is_dir() else state
+    if not runs:
+        listed = "\n".join(f"  {workdir}: {why}" for workdir, why in left_out.items())
+        raise UserError(f"None of the runs can be compared:\n{listed}")
+    groups = grouping.group([run.config for run in runs])
+    kept = sorted(i for one in groups for i in one.runs)
+    for i in set(range(len(runs))) - set(kept):
+        left_out[runs[i].workdir] = "it has the config and the seed of another run"
+    notes = []
+    if split in {run.select_split for run in runs}:
+        notes.append(f"{split} chose the checkpoints of some of these runs: they look too good.")
+    commits = {str(run.manifest.get("git_commit")) for run in runs}
+    if len(commits) > 1:
+        notes.append(f"The runs are of several versions of the code: {', '.join(sorted(commits))}.")
+    return Comparison(
+        split=split,
+        metric=metric,
+        workdirs=[run.workdir for run in runs],
+        groups=groups,
+        values=[one.value for one in measured],
+        histories=[run.history for run in runs],
+        pairs=compare(groups, measured, metric),
+        left_out=left_out,
+        notes=notes,
+    )
+
+
 def measure(found: Predictions, metric: str) -> Measured:
     """Reduces predictions.
 
@@ -92,7 +175,9 @@ def measure(found: Predictions, metric: str) -> Measured:
 
 
 def compare(groups: Sequence[Group], runs: Sequence[Measured], metric: str) -> list[Pair]:
-    """Compares each group with each other one, the p values corrected for all of it (Holm).
+    """Compares each group with each other one; the clearest difference is first.
+
+    The p values are corrected for the number of pairs (Holm).
 
     Args:
       groups: Their `runs` are positions in `runs`.
@@ -100,13 +185,12 @@ def compare(groups: Sequence[Group], runs: Sequence[Measured], metric: str) -> l
       metric: One of `METRICS`, that of `runs`.
     """
     samples = _samples(groups, runs, sign=-1 if metric in LOWER_IS_BETTER else 1)
-    pairs = [
-        _weigh(a, b, samples, runs) for a, b in itertools.combinations(groups, 2)
-    ]  # fmt: skip
+    pairs = [_weigh(a, b, samples, runs) for a, b in itertools.combinations(groups, 2)]
     tested = [i for i, pair in enumerate(pairs) if pair.weighed]
     p_values = paired.holm([pairs[i].weighed.p for i in tested])
     for i, corrected in zip(tested, p_values, strict=True):
         pairs[i] = dataclasses.replace(pairs[i], corrected=corrected)
+    pairs.sort(key=lambda pair: (not pair.weighed, pair.corrected))
     return [
         dataclasses.replace(pair, sentence=_sentence(pair, runs, metric, len(tested)))
         for pair in pairs
@@ -135,9 +219,7 @@ def _samples(
     return samples
 
 
-def _weigh(
-    a: Group, b: Group, samples: dict[str, paired.Sample], runs: Sequence[Measured]
-) -> Pair:
+def _weigh(a: Group, b: Group, samples: dict[str, paired.Sample], runs: Sequence[Measured]) -> Pair:
     if len({runs[i].images for i in (*a.runs, *b.runs)}) > 1:
         return Pair(a, b, None, "not all of their runs were evaluated on the same images", {})
     same_seeds = a.seeds == b.seeds
@@ -165,12 +247,11 @@ def _weigh(
     return Pair(a, b, weighed, modelled, mcnemar)
 
 
-def amount(value: float, metric: str, *, unit: bool = True) -> str:
-    """A difference for people: `0.8 points` of a share, or `0.0123`."""
-    if metric in LOWER_IS_BETTER:
-        return f"{value:.4f}"
-    # Adding 0 turns -0.0 into 0.0.
-    return f"{round(100 * value, 2) + 0:.2f}" + (" points" if unit else "")
+def amount(value: float, metric: str, *, digits: int) -> str:
+    """A difference for people, in points of a share."""
+    if metric not in LOWER_IS_BETTER:
+        value = 100 * value
+    return f"{round(value, digits) + 0:.{digits}f}"  # adding 0 turns -0.0 into 0.0
 
 
 def _sentence(pair: Pair, runs: Sequence[Measured], metric: str, num_tests: int) -> str:
@@ -179,35 +260,46 @@ def _sentence(pair: Pair, runs: Sequence[Measured], metric: str, num_tests: int)
         return f"{a.label} and {b.label} cannot be compared: {pair.modelled}."
     if found.value < 0:
         a, b = b, a
-    low, high = sorted(math.copysign(1, found.value) * end for end in found.interval())
-    within = f"95 % interval {amount(low, metric, unit=False)} to {amount(high, metric)}"
-    single = len(a.runs) == len(b.runs) == 1
-    if pair.corrected <= 1 - paired.LEVEL:
-        what = f"{a.label} is better than {b.label} by {amount(abs(found.value), metric)} ({within})"
-        return f"{what}, " + _caveat(pair) if not found.seeds else f"{what}."
-    what = f"{a.label} and {b.label} cannot be told apart"
     num_images = runs[a.runs[0]].num_images
     if not found.variance():
-        same = "right and wrong on the same images" if single else "the same in every run"
-        return f"{what}: they are {same} ({num_images} images)."
-    ahead = f"{amount(abs(found.value), metric)} in favour of {a.name}, {within}"
-    return f"{what} ({ahead}): {_needed(found, num_images, num_tests)}."
+        return (
+            f"{a.label} and {b.label} cannot be told apart: they are the same on each of "
+            f"{num_images} images."
+        )
+    low, high = sorted(math.copysign(1, found.value) * end for end in found.interval())
+    digits = 4 if metric in LOWER_IS_BETTER else 1 if high - low >= 0.01 else 2
+    by = amount(abs(found.value), metric, digits=digits)
+    by += "" if metric in LOWER_IS_BETTER else " points"
+    ends = f"{amount(low, metric, digits=digits)} to {amount(high, metric, digits=digits)}"
+    if pair.corrected <= 1 - paired.LEVEL:
+        what = f"{a.label} is better than {b.label} by {by} (95 % interval {ends})"
+        return f"{what}{_caveat(pair)}."
+    seeming = ""
+    if found.p <= 1 - paired.LEVEL:
+        seeming = f", but one of {num_tests} comparisons, corrected p {pair.corrected:.2f}"
+    return (
+        f"{a.label} and {b.label} cannot be told apart ({by} in favour of {a.name}, 95 % interval "
+        f"{ends}{seeming}): {_needed(found, num_images, num_tests)}."
+    )
 
 
 def _caveat(pair: Pair) -> str:
-    ones = " and ".join(g.name for g in (pair.a, pair.b) if len(g.seeds) == 1)
-    return f"as far as one seed of {ones} can say: other seeds may differ."
+    ones = " and ".join(group.name for group in (pair.a, pair.b) if len(group.seeds) == 1)
+    return f", as far as one seed of {ones} can say: others may differ" if ones else ""
 
 
 def _needed(found: paired.Difference, num_images: int, num_tests: int) -> str:
     images = paired.images_needed(found, num_images, num_tests=num_tests)
     if not found.seeds:
-        more = f"about {images} images would be needed, not {num_images}" if images else ""
-        return "; ".join(filter(None, [more, "and a second seed, to know how much seeds differ"]))
-    seeds = paired.seeds_needed(found, num_tests=num_tests)
-    if seeds is not None:
-        number = f"{seeds} or more" if seeds == paired.MOST_SEEDS else f"about {seeds}"
-        return f"{number} more seeds{' of each'} would be needed"
+        second = "a second seed would be needed, to know how much seeds differ"
+        return second + (f", and about {images} images, not {num_images}" if images else "")
     if images is None:
         return "there is no difference that more seeds could show"
-    return f"more seeds would not do; at least {images} images would be needed, not {num_images}"
+    seeds = paired.seeds_needed(found, num_tests=num_tests)
+    if seeds is None:
+        return (
+            f"more seeds would not do: {images} images or more, not {num_images}, would be needed"
+        )
+    if seeds == paired.MOST_SEEDS:
+        return f"{seeds} or more seeds of each would be needed"
+    return f"about {seeds} more seed{'s' * (seeds > 1)} of each would be needed"

@@ -24,20 +24,28 @@ class Group:
     Attributes:
       name: A letter.
       fields: What makes it this group: config fields and their values.
+      unusual: Those of the fields whose value is not that of most groups.
       runs: Positions of its runs, by seed.
       seeds: Theirs.
     """
 
     name: str
     fields: dict[str, Any]
+    unusual: dict[str, Any]
     runs: list[int]
     seeds: list[int]
 
     @property
     def label(self) -> str:
         """Such as `A (optim.lr=0.001)`."""
-        fields = ", ".join(f"{field}={_short(value)}" for field, value in self.fields.items())
-        return f"{self.name} ({fields})" if fields else self.name
+        if not self.fields:
+            return self.name
+        return f"{self.name} ({describe(self.unusual) or 'the usual values'})"
+
+
+def describe(fields: Mapping[str, Any]) -> str:
+    """Such as `optim.lr=0.001, optim.weight_decay=0.1`."""
+    return ", ".join(f"{field}={_short(value)}" for field, value in fields.items())
 
 
 def find(directories: Iterable[str]) -> dict[Path, str]:
@@ -78,7 +86,7 @@ def _states(directory: Path) -> dict[str, str]:
     try:
         trials = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))["trials"]
         return {
-            str(Path(trial["name"]).name): trial["state"]
+            Path(trial["name"]).name: trial["state"]
             + (f" with exit code {trial['exit_code']}" if trial["exit_code"] else "")
             for trial in trials
         }
@@ -102,7 +110,8 @@ def group(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
     """Groups runs by all fields of their configs but the seed and `config.RUN_FIELDS`.
 
     A field that a config of an earlier version lacks has its default. Groups are in the order of
-    what makes them, numbers by size.
+    what makes them, numbers by size. Of runs with the same seed, which are no two samples of
+    anything, a group has the first.
 
     Args:
       configs: As `config.json` has them.
@@ -117,9 +126,16 @@ def group(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
         members.setdefault(tuple(key[name] for name in differing), []).append(i)
     groups = []
     for key in sorted(members, key=lambda key: [_order(json.loads(value)) for value in key]):
-        runs = sorted(members[key], key=lambda i: flat[i][_SEED])
-        fields = {name: flat[runs[0]].get(name) for name in differing}
-        groups.append(Group(_letter(len(groups)), fields, runs, [flat[i][_SEED] for i in runs]))
+        by_seed = {flat[i][_SEED]: i for i in reversed(members[key])}
+        seeds = sorted(by_seed)
+        runs = [by_seed[seed] for seed in seeds]
+        fields = {name: json.loads(value) for name, value in zip(differing, key, strict=True)}
+        unusual = {
+            name: fields[name]
+            for position, (name, value) in enumerate(zip(differing, key, strict=True))
+            if 2 * sum(other[position] == value for other in members) <= len(members)
+        }
+        groups.append(Group(_letter(len(groups)), fields, unusual, runs, seeds))
     return groups
 
 

@@ -97,7 +97,7 @@ def difference(a: Sample, b: Sample, *, same_seeds: bool) -> Difference:
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """p of the exact McNemar test (1947): whether two runs are right equally often.
+    """P of the exact McNemar test (1947): whether two runs are right equally often.
 
     Args:
       a: Whether one run is right, bool (N,).
@@ -108,7 +108,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p values corrected for their number, in the same order (Holm 1979)."""
+    """P values corrected for their number, in the same order (Holm 1979)."""
     corrected, largest = [1.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
