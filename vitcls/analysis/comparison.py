@@ -116,16 +116,18 @@ def read(directories: Iterable[str], *, split: str, metric: str) -> Comparison:
     found = grouping.find(directories)
     for workdir, state in tqdm(found.items(), "Reading runs", disable=None, leave=False):
         try:
+            if not (workdir / "config.json").is_file():
+                raise UserError("there is no config.json, as of a run that has not begun")
             run = read_run(workdir)
             if why := grouping.why_unfinished(run):
-                raise UserError(f"{why} ({state})" if state else why)
+                raise UserError(why)
             of_split = (
                 run.splits[split] if split in run.splits else predictions.read(workdir, split)
             )
             measured.append(measure(of_split, metric))
             runs.append(dataclasses.replace(run, splits={}))  # they are large
         except UserError as error:
-            left_out[workdir] = str(error) if workdir.is_dir() else state
+            left_out[workdir] = f"{error} ({state})" if state else str(error)
     if not runs:
         listed = "\n".join(f"  {workdir}: {why}" for workdir, why in left_out.items())
         raise UserError(f"None of the runs can be compared:\n{listed}")

@@ -98,7 +98,7 @@ def why_unfinished(run: Run) -> str:
     """Says what a run lacks to be compared, "" if nothing."""
     train = run.config.get("train")
     if not isinstance(train, dict) or not isinstance(train.get("seed"), int):
-        return "config.json is missing or damaged"
+        return "config.json is damaged"
     if not run.is_finished:
         return "not finished"
     if run.results.get("step") != train.get("total_steps"):
