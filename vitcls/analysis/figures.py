@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -51,6 +52,19 @@ def _svg(figure: Figure, name: str) -> str:
                   r'xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)  # fmt: skip
 
 
+class _PlainNumbers(ticker.LogFormatter):
+    """Numbers at the ticks that matplotlib chooses; its own are mathematics, which is off."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _scale_log(axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PlainNumbers())
+    axes.yaxis.set_minor_formatter(_PlainNumbers(minor_thresholds=(2, 0.6)))
+
+
 def curves(
     name: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, log: bool
 ) -> str:
@@ -62,7 +76,7 @@ def curves(
             marker = "o" if len(steps) < 12 else None
             axes.plot(steps[kept], values[kept], marker=marker, markersize=3, label=label)
         if log:
-            axes.set_yscale("log")
+            _scale_log(axes)
         axes.set(xlabel="step", ylabel=ylabel)
         if len(series) > 1:
             axes.legend()
@@ -79,7 +93,8 @@ def reliability(name: str, bins: Mapping[str, np.ndarray]) -> str:
         above.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
         above.legend(loc="upper left")
         below.bar(bins["confidence"], bins["images"], width=0.04, color=_COLORS[0])
-        below.set(xlabel="confidence", ylabel="images", yscale="log")
+        below.set(xlabel="confidence", ylabel="images")
+        _scale_log(below)
         return _svg(figure, name)
 
 
