@@ -297,4 +297,5 @@ def test_the_command_writes_all_files_and_says_what_is_wrong(tmp_path):
     assert page.count("<svg") == 4  # both pictures, two curves
     assert (output / "comparison.md").read_text().strip() in done.stdout
     wrong = run(str(tmp_path / "runs"), "--metric=acuracy")
-    assert wrong.returncode == 2 and "Did you mean 'accuracy'?" in wrong.stderr
+    assert wrong.returncode == 2 and "--metric=acuracy" in wrong.stderr
+    assert all(metric in wrong.stderr for metric in comparison.METRICS)

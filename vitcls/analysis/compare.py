@@ -17,12 +17,15 @@ from pathlib import Path
 from absl import flags
 
 from vitcls import cli
-from vitcls.errors import UserError, unknown
+from vitcls.errors import UserError
 
 _SPLIT = flags.DEFINE_string("split", "test", "Split whose images are compared.")
-_METRIC = flags.DEFINE_string(
-    "metric", "accuracy", "accuracy, top5_accuracy, balanced_accuracy, macro_precision, "
-    "macro_recall, macro_f1, log_loss or brier, from predictions/SPLIT.npz.",
+_METRIC = flags.DEFINE_enum(
+    "metric", "accuracy",
+    ["accuracy", "top5_accuracy", "balanced_accuracy", "macro_precision", "macro_recall",
+     "macro_f1", "log_loss", "brier"],
+    "What is compared, computed from predictions/SPLIT.npz: accuracy, top5_accuracy, "
+    "balanced_accuracy, macro_precision, macro_recall, macro_f1, log_loss or brier.",
 )  # fmt: skip
 _OUTPUT = flags.DEFINE_string(
     "output", "", "Folder for the files, where those of an earlier comparison are replaced; "
@@ -32,6 +35,7 @@ _OUTPUT = flags.DEFINE_string(
 
 def main(directories: list[str]) -> None:
     """Checks the flags, compares, prints and writes."""
+    split = cli.required(_SPLIT)
     try:
         from vitcls.analysis import comparison, comparison_page
     except ModuleNotFoundError as error:
@@ -40,9 +44,6 @@ def main(directories: list[str]) -> None:
         ) from error
     from vitcls import records
 
-    split = cli.required(_SPLIT)
-    if _METRIC.value not in comparison.METRICS:
-        raise unknown("--metric", _METRIC.value, comparison.METRICS)
     output = Path(_OUTPUT.value)
     if _OUTPUT.value:
         records.make(output, flag="--output")
