@@ -89,6 +89,7 @@ def prepared(size: int, data: int = 1, **kwargs) -> tuple[np.ndarray, ...]:
     }
     normalise = functools.partial(augment.normalise, rescale=1 / 255, mean=MEAN, std=STD)
     prepare = augment.make_prepare(normalise, label_smoothing=0.1, **kwargs)
+    prepare = sharding.on_each_device(prepare, mesh)
     keys = steps.sample_keys(jax.random.key(3), jnp.asarray(5), size)
     batch = sharding.to_global(batch, mesh)
     options = {"xla_llvm_disable_expensive_passes": True}  # most of the time is compilation

@@ -120,7 +120,9 @@ def make_program(
     prepare = augment.make_prepare(
         processor.normalise, label_smoothing=config.loss.label_smoothing, **config.augment
     )
+    prepare = sharding.on_each_device(prepare, mesh)
 
+    @jax.jit
     def prepare_step(step: int, batch: steps.Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys = steps.image_keys(step_key, step, batch["image"].shape[0])
         return prepare(keys[:, 0], batch)
