@@ -217,7 +217,11 @@ def test_rates_are_scaled_with_the_batch():
     [
         ("optim.lr", 5e-4, 0, "optim.lr=0.0005 is high for adamw on all of a pretrained ViT"),
         ("train.seed", 1, 36, "has 36 images: an accuracy of 90 % has a standard error of 5.0 po"),
-        ("loss.logit_adjustment", 1.0, 0, "together they correct twice"),
+        (
+            "loss.logit_adjustment", 1.0, 0,
+            "loss.class_weights and loss.logit_adjustment each correct for rare classes: together",
+        ),
+        ("data.sampling", "sqrt", 0, "loss.class_weights and data.sampling each correct for rare"),
         ("optim.weight_decay", 0.1, 0, "draws the same weights to 0. Set optim.weight_decay=0."),
     ],
 )
