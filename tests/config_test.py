@@ -77,8 +77,24 @@ def test_valid_config_passes_as_it_is():
             "augment.rotation=181.0 is out of range: it must be at least 0 and at most 180.",
         ),
         ("augment.magnitude", 11.0, "augment.magnitude=11.0 is out of range"),
-        ("augment.magnitude", 5.0, "augment.magnitude=5.0 is of RandAugment only"),
-        ("augment.num_ops", 3, "augment.num_ops=3 is of RandAugment only, and augment.policy="),
+        (
+            "augment.magnitude",
+            5.0,
+            "augment.magnitude=5.0 has no effect: it needs augment.policy='randaugment', and that "
+            "is 'none'. Set it, or leave augment.magnitude at 9.0.",
+        ),
+        ("augment.num_ops", 3, "augment.num_ops=3 has no effect: it needs augment.policy="),
+        ("loss.gamma", 1.0, "loss.gamma=1.0 has no effect: it needs loss.name='focal', and"),
+        ("loss.beta", 0.9, "loss.beta=0.9 has no effect: it needs loss.class_weights='effec"),
+        ("adapt.probe_lr", 0.1, "adapt.probe_lr=0.1 has no effect: it needs adapt.probe_steps, and"),
+        (
+            "adapt.lora_alpha",
+            8.0,
+            "adapt.lora_alpha=8.0 has no effect: it needs adapt.lora_rank, and that is 0. Set it, "
+            "or leave adapt.lora_alpha unset.",
+        ),
+        ("adapt.lora_targets", "a", "adapt.lora_targets='a' has no effect: it needs adapt.lora_r"),
+        ("adapt.l2_sp_head", 0.1, "adapt.l2_sp_head=0.1 has no effect: it needs adapt.l2_sp, and"),
         ("model.patch_dropout", 1.0, "it must be at least 0 and below 1."),
         ("loss.name", "focl", "Unknown value of loss.name 'focl'. Did you mean 'focal'?"),
         *[

@@ -271,6 +271,18 @@ _CHOICES = {
     "eval.select_metric": SELECT_METRICS,
     "eval.tta": ("none", "flip"),
 }
+# field -> (the field that gives it a meaning, and the value; None: all but 0 and "")
+_DEPENDENT = {
+    "augment.num_ops": ("augment.policy", "randaugment"),
+    "augment.magnitude": ("augment.policy", "randaugment"),
+    "loss.gamma": ("loss.name", "focal"),
+    "loss.beta": ("loss.class_weights", "effective"),
+    "adapt.probe_lr": ("adapt.probe_steps", None),
+    "adapt.lora_alpha": ("adapt.lora_rank", None),
+    "adapt.lora_targets": ("adapt.lora_rank", None),
+    "adapt.l2_sp_head": ("adapt.l2_sp", None),
+    "eval.select_metric": ("eval.select_split", None),
+}
 # field -> (lowest, highest, whether the highest itself is allowed)
 _RANGES = {
     "data.holdout": (0, 1, False),
@@ -377,6 +389,7 @@ def check_config(config: ConfigDict) -> None:
     _check_pairs(config)
     for field in ("optim.decay", "adapt.train", "adapt.freeze", "adapt.lora_targets"):
         _check_pattern(field, flat[field])
+    _check_dependent(flat)
     _check_adapt(config)
     _check_combinations(config)
 
@@ -401,6 +414,19 @@ def _check_pattern(field: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{field}={pattern!r} is no regular expression: {error}.") from error
+
+
+def _check_dependent(flat: dict[str, Any]) -> None:
+    defaults = flatten(default_config())
+    for field, (other, value) in _DEPENDENT.items():
+        counts = flat[other] == value if value else flat[other]
+        if flat[field] != defaults[field] and not counts:
+            needed = f"{other}={value!r}" if value else other
+            default = "unset" if defaults[field] is None else f"at {defaults[field]!r}"
+            raise UserError(
+                f"{field}={flat[field]!r} has no effect: it needs {needed}, and that is "
+                f"{flat[other]!r}. Set it, or leave {field} {default}."
+            )
 
 
 def _check_adapt(config: ConfigDict) -> None:
@@ -454,13 +480,6 @@ def _check_combinations(config: ConfigDict) -> None:
     data, augment, model, train = config.data, config.augment, config.model, config.train
     if not data.source:
         raise UserError('data.source is empty; set it, for example to "digits" or "tfds:cifar10".')
-    for field, default in default_config().augment.items():
-        is_randaugments = field in ("num_ops", "magnitude")
-        if is_randaugments and augment.policy != "randaugment" and augment[field] != default:
-            raise UserError(
-                f"augment.{field}={augment[field]} is of RandAugment only, and augment.policy="
-                f"{augment.policy!r}; leave it at {default}, or set the policy to 'randaugment'."
-            )
     if config.eval.tta == "flip" and not augment.flip:
         raise UserError(
             "eval.tta='flip' shows mirror images, which augment.flip=False keeps from training; "
