@@ -86,7 +86,7 @@ def test_valid_config_passes_as_it_is():
         ("augment.num_ops", 3, "augment.num_ops=3 has no effect: it needs augment.policy="),
         ("loss.gamma", 1.0, "loss.gamma=1.0 has no effect: it needs loss.name='focal', and"),
         ("loss.beta", 0.9, "loss.beta=0.9 has no effect: it needs loss.class_weights='effec"),
-        ("adapt.probe_lr", 0.1, "adapt.probe_lr=0.1 has no effect: it needs adapt.probe_steps, and"),
+        ("adapt.probe_lr", 0.1, "adapt.probe_lr=0.1 has no effect: it needs adapt.probe_steps"),
         (
             "adapt.lora_alpha",
             8.0,

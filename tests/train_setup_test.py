@@ -218,7 +218,9 @@ def test_rates_are_scaled_with_the_batch():
         ("optim.lr", 5e-4, 0, "optim.lr=0.0005 is high for adamw on all of a pretrained ViT"),
         ("train.seed", 1, 36, "has 36 images: an accuracy of 90 % has a standard error of 5.0 po"),
         (
-            "loss.logit_adjustment", 1.0, 0,
+            "loss.logit_adjustment",
+            1.0,
+            0,
             "loss.class_weights and loss.logit_adjustment each correct for rare classes: together",
         ),
         ("data.sampling", "sqrt", 0, "loss.class_weights and data.sampling each correct for rare"),
