@@ -123,12 +123,11 @@ def test_rate_factors_multiply_and_count_frozen_layers():
     factors = adapt.lr_factors(
         trained, frozen, lr_scale=((".*/kernel", 10.0), ("embeddings/.*", 2.0)), layer_decay=0.5
     )
-    flat = traverse_util.flatten_dict(factors, sep="/")
-    assert set(flat) == set(adapt.names(trained))
-    assert flat["layernorm/scale"] == 1
-    assert flat["encoder/layer_0/mlp/output/bias"] == 0.25
-    assert flat["encoder/layer_0/mlp/output/kernel"] == 2.5
-    assert flat["embeddings/patch_embedding/kernel"] == 0.125 * 20
+    assert set(factors) == set(adapt.names(trained))
+    assert factors["layernorm/scale"] == 1
+    assert factors["encoder/layer_0/mlp/output/bias"] == 0.25
+    assert factors["encoder/layer_0/mlp/output/kernel"] == 2.5
+    assert factors["embeddings/patch_embedding/kernel"] == 0.125 * 20
     assert adapt.lr_factors(trained, frozen, lr_scale=(), layer_decay=1.0) is None
     with pytest.raises(UserError, match="adapt.lr_scale='classifier/.*' matches no parameter"):
         adapt.lr_factors(trained, frozen, lr_scale=(("classifier/.*", 2.0),), layer_decay=1.0)

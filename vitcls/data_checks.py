@@ -18,6 +18,7 @@ from PIL import Image
 from vitcls import sharding, train_setup
 from vitcls.contact_sheet import contact_sheet
 from vitcls.data import loader, sources
+from vitcls.data.files_split import show
 from vitcls.data.skipped import Skipped
 from vitcls.data.survey import Facts, find_duplicates, survey
 from vitcls.errors import UserError
@@ -26,7 +27,6 @@ from vitcls.program import make_program
 Report = dict[str, Any]
 
 _TINY = 8  # pixels; an image with a shorter side shows next to nothing
-_NUM_SHOWN = 5  # ids in a line
 _NUM_CLASSES_SHOWN = 40
 _NUM_TILES = 100  # of a sheet
 _NUM_COLUMNS = 10
@@ -95,7 +95,7 @@ def _classes(splits: list[sources.Split]) -> list[str]:
     empty = [train.class_names[k] for k in np.flatnonzero(counts == 0)]
     if empty:
         problems.append(
-            f"{train.name}: {len(empty)} of {len(counts)} classes have no images: {_some(empty)}."
+            f"{train.name}: {len(empty)} of {len(counts)} classes have no images: {show(empty)}."
         )
     if len(counts) - len(empty) < 2:
         problems.append(f"{train.name}: there must be images of two classes or more.")
@@ -104,7 +104,7 @@ def _classes(splits: list[sources.Split]) -> list[str]:
             other = sorted(set(split.class_names) ^ set(train.class_names))
             problems.append(
                 f"{split.name}: other classes than {train.name}, or in another order: "
-                f"{_some(other)}."
+                f"{show(other)}."
             )
     return problems
 
@@ -202,7 +202,7 @@ def format_report(report: Report) -> str:
             ("unreadable", [f"{bad['id']} ({bad['reason']})" for bad in one["unreadable"]]),
         ):
             if found:
-                lines.append(f"{name}: {len(found)} {what}: {_some(found)}")
+                lines.append(f"{name}: {len(found)} {what}: {show(found)}")
     return "\n".join([*lines, *_duplicate_lines(report["duplicates"])])
 
 
@@ -243,12 +243,8 @@ def _duplicate_lines(groups: list[Report]) -> list[str]:
             if group[flag]
         ]
         if found:
-            lines.append(f"  {len(found)} {meaning}: {_some(found)}")
+            lines.append(f"  {len(found)} {meaning}: {show(found)}")
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")
 
 
 def _table(rows: Sequence[Sequence[Any]]) -> list[str]:
