@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -217,6 +218,11 @@ def _make_optimizer(
     )
     if not probe_steps:
         return make(schedule), schedule
+    if not any(re.fullmatch(adapt.HEAD, name) for name in adapt.names(trained)):
+        raise UserError(
+            f"adapt.probe_steps={probe_steps} train the head alone, which adapt.freeze="
+            f"{config.adapt.freeze!r} keeps as it is; change one of the two."
+        )
     probe_schedule = optax.constant_schedule(
         fields.lr if config.adapt.probe_lr is None else config.adapt.probe_lr
     )
