@@ -131,6 +131,26 @@ def test_each_option_changes_about_as_many_images_as_it_says(change):
     assert np.isfinite(images).all()
 
 
+def test_rotation_and_jitter_are_drawn_evenly_around_nothing(monkeypatch):
+    """Here images become what was drawn for them."""
+    for name in ("rotate", "jitter"):
+        monkeypatch.setattr(
+            augment.pixels, name, lambda image, x: jnp.zeros(image.shape) + x.reshape(1, 1, -1)
+        )
+    batch = {"image": jnp.zeros((1000, 1, 1, 3), jnp.uint8), "targets": jnp.ones((1000, 1))}
+    keys = jax.random.split(jax.random.key(0), 1000)
+
+    def drawn(**kwargs):
+        prepare = augment.make_prepare(lambda x: x, flip=False, label_smoothing=0.0, **kwargs)
+        return np.asarray(prepare(keys, batch | {"mask": jnp.ones(1000)})[0])[:, 0, 0]
+
+    factors = drawn(color_jitter=0.5)
+    for changes in (drawn(rotation=50.0), 100 * (factors - 1)):
+        quantiles = np.quantile(changes, [0, 0.25, 0.5, 0.75, 1], axis=0)
+        np.testing.assert_allclose(quantiles, [[x] * 3 for x in (-50, -25, 0, 25, 50)], atol=6)
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.15
+
+
 @pytest.mark.slow
 def test_erasing_is_after_mixing_and_shows_in_one_image():
     both, mixed = (prepared(16, flip=False, mixup=1.0, erasing=x) for x in (0.5, 0.0))

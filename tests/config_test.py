@@ -99,7 +99,15 @@ def test_valid_config_passes_as_it_is():
         ("loss.name", "focl", "Unknown value of loss.name 'focl'. Did you mean 'focal'?"),
         *[
             ("loss.class_weights", weights, f"{weights!r} is none of none, balanced, effective")
-            for weights in ("weights.json", "[1]", '{"a": "much"}', '{"a": -1}', '{"a": 0}', "{}")
+            for weights in (
+                "weights.json",
+                "/",
+                "[1]",
+                '{"a": "much"}',
+                '{"a": -1}',
+                '{"a": 0}',
+                "{}",
+            )
         ],
         ("adapt.train", "*", "adapt.train='*' is no regular expression"),
         ("adapt.lr_scale", (("a", 0.0),), "for a factor of 0 use adapt.freeze"),
@@ -161,6 +169,12 @@ def test_a_table_of_class_weights_may_be_a_file(tmp_path):
     path.write_text('{"cat": 1,\n "dog": 2.5}')
     assert config_lib.read_class_weights(str(path)) == '{"cat": 1, "dog": 2.5}'
     assert config_lib.read_class_weights('{"cat": 1, "dog": 2.5}') == '{"cat": 1, "dog": 2.5}'
+
+
+def test_what_is_too_long_for_a_path_is_no_table_either():
+    with pytest.raises(UserError, match="is none of none, balanced, effective"):
+        config_lib.read_class_weights("balanced " * 100)
+    assert config_lib.read_class_weights(f' {{"{"cat" * 100}": 1}}')
 
 
 def test_worker_processes_share_no_memory():

@@ -72,3 +72,34 @@ def test_a_probe_without_a_head_to_train_is_refused():
     message = "adapt.probe_steps=5 train the head alone, which adapt.freeze='classifier/"
     with pytest.raises(UserError, match=message):
         program._make_optimizer(config, *adapt.split(PARAMS, "classifier/.*"))
+
+
+def test_lora_trains_the_head_along_and_scales_by_1_unless_told():
+    config = default_config()
+    config.adapt.update(lora_rank=4, lora_targets="encoder/.*/kernel")
+    for alpha, scale in ((None, 1), (8.0, 2)):
+        config.adapt.lora_alpha = alpha
+        trained, frozen = program._split(config, jax.random.key(0), PARAMS)
+        layer = "encoder/layer_0"
+        assert set(adapt.names(trained)) == {
+            f"{layer}/lora_a", f"{layer}/lora_b", "classifier/kernel"
+        }  # fmt: skip
+        assert frozen["encoder"]["layer_0"]["lora_scale"] == scale
+    config.adapt.train = "all"
+    with pytest.raises(UserError, match="which is trained itself"):
+        program._split(config, jax.random.key(0), PARAMS)
+
+
+@pytest.mark.parametrize(("head", "rate"), [("new", 0.5), ("keep", 0.25)])
+def test_l2_sp_has_a_rate_of_its_own_for_a_new_head_only(head, rate):
+    config = default_config()
+    config.model.head = head
+    config.train.total_steps = 2
+    config.optim.update(name="sgd", lr=1.0, schedule="constant", clip_norm=0.0)
+    config.adapt.update(l2_sp=0.25, l2_sp_head=0.5)
+    tx, _ = program._make_optimizer(config, PARAMS, {})
+    moved = jax.tree.map(lambda x: x + 1, PARAMS)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = tx.update(zeros, tx.init(PARAMS), moved)
+    np.testing.assert_allclose(updates["encoder"]["layer_0"]["kernel"], -0.25)
+    np.testing.assert_allclose(updates["classifier"]["kernel"], -rate)

@@ -574,11 +574,10 @@ def read_class_weights(how: str) -> str:
     if how in ("none", "balanced", "effective"):
         return how
     path = Path(how).expanduser()
-    text = path.read_text() if not how.startswith("{") and path.is_file() else how
     try:
-        table = json.loads(text)
+        table = json.loads(how if how.lstrip().startswith("{") else path.read_text())
         is_table = all(0 <= weight < math.inf for weight in table.values()) and any(table.values())
-    except (ValueError, TypeError, AttributeError):  # no JSON, no numbers, no object
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, JSON, number, object
         is_table = False
     if not is_table:
         raise UserError(
