@@ -171,9 +171,13 @@ def test_a_table_of_class_weights_may_be_a_file(tmp_path):
     assert config_lib.read_class_weights('{"cat": 1, "dog": 2.5}') == '{"cat": 1, "dog": 2.5}'
 
 
-def test_what_is_too_long_for_a_path_is_no_table_either():
+@pytest.mark.parametrize("how", ["balanced " * 100, "/"])
+def test_what_cannot_be_read_as_a_file_is_no_table_either(how):
     with pytest.raises(UserError, match="is none of none, balanced, effective"):
-        config_lib.read_class_weights("balanced " * 100)
+        config_lib.read_class_weights(how)
+
+
+def test_a_table_may_be_longer_than_a_path():
     assert config_lib.read_class_weights(f' {{"{"cat" * 100}": 1}}')
 
 
