@@ -84,6 +84,7 @@ def test_valid_config_passes_as_it_is():
             "is 'none'. Set it, or leave augment.magnitude at 9.0.",
         ),
         ("augment.num_ops", 3, "augment.num_ops=3 has no effect: it needs augment.policy="),
+        ("optim.decay", ".*", "optim.decay='.*' has no effect: it needs optim.weight_decay, and"),
         ("loss.gamma", 1.0, "loss.gamma=1.0 has no effect: it needs loss.name='focal', and"),
         ("loss.beta", 0.9, "loss.beta=0.9 has no effect: it needs loss.class_weights='effec"),
         ("adapt.probe_lr", 0.1, "adapt.probe_lr=0.1 has no effect: it needs adapt.probe_steps"),
@@ -123,6 +124,16 @@ def test_each_mistake_has_its_message(field, value, message):
     with pytest.raises(UserError) as error:
         check_config(with_field(field, value))
     assert message in str(error.value)
+
+
+def test_a_kept_head_has_the_rate_of_what_is_pretrained():
+    config = with_field("adapt.l2_sp_head", 0.5)
+    config.adapt.l2_sp = 0.1
+    config.model.update(pretrained="some/model", arch="")
+    check_config(config)
+    config.model.head = "keep"
+    with pytest.raises(UserError, match="l2_sp_head=0.5 has no effect: it needs model.head='new'"):
+        check_config(config)
 
 
 def test_images_that_are_never_mirrored_are_not_evaluated_mirrored():

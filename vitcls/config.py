@@ -271,18 +271,20 @@ _CHOICES = {
     "eval.select_metric": SELECT_METRICS,
     "eval.tta": ("none", "flip"),
 }
-# field -> (the field that gives it a meaning, and the value; None: all but 0 and "")
-_DEPENDENT = {
-    "augment.num_ops": ("augment.policy", "randaugment"),
-    "augment.magnitude": ("augment.policy", "randaugment"),
-    "loss.gamma": ("loss.name", "focal"),
-    "loss.beta": ("loss.class_weights", "effective"),
-    "adapt.probe_lr": ("adapt.probe_steps", None),
-    "adapt.lora_alpha": ("adapt.lora_rank", None),
-    "adapt.lora_targets": ("adapt.lora_rank", None),
-    "adapt.l2_sp_head": ("adapt.l2_sp", None),
-    "eval.select_metric": ("eval.select_split", None),
-}
+# (field, the one that gives it a meaning, and the value that does; None: all but 0 and "")
+_DEPENDENT = (
+    ("augment.num_ops", "augment.policy", "randaugment"),
+    ("augment.magnitude", "augment.policy", "randaugment"),
+    ("optim.decay", "optim.weight_decay", None),
+    ("loss.gamma", "loss.name", "focal"),
+    ("loss.beta", "loss.class_weights", "effective"),
+    ("adapt.probe_lr", "adapt.probe_steps", None),
+    ("adapt.lora_alpha", "adapt.lora_rank", None),
+    ("adapt.lora_targets", "adapt.lora_rank", None),
+    ("adapt.l2_sp_head", "adapt.l2_sp", None),
+    ("adapt.l2_sp_head", "model.head", "new"),
+    ("eval.select_metric", "eval.select_split", None),
+)
 # field -> (lowest, highest, whether the highest itself is allowed)
 _RANGES = {
     "data.holdout": (0, 1, False),
@@ -418,7 +420,7 @@ def _check_pattern(field: str, pattern: str) -> None:
 
 def _check_dependent(flat: dict[str, Any]) -> None:
     defaults = flatten(default_config())
-    for field, (other, value) in _DEPENDENT.items():
+    for field, other, value in _DEPENDENT:
         counts = flat[other] == value if value else flat[other]
         if flat[field] != defaults[field] and not counts:
             needed = f"{other}={value!r}" if value else other
