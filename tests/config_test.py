@@ -97,7 +97,11 @@ def test_valid_config_passes_as_it_is():
         ("adapt.lora_targets", "a", "adapt.lora_targets='a' has no effect: it needs adapt.lora_r"),
         ("adapt.l2_sp_head", 0.1, "adapt.l2_sp_head=0.1 has no effect: it needs adapt.l2_sp, and"),
         ("model.patch_dropout", 1.0, "it must be at least 0 and below 1."),
-        ("loss.temperature", 2.0, "loss.temperature=2.0 is of distillation only, and loss.teacher"),
+        (
+            "loss.temperature",
+            2.0,
+            "loss.temperature=2.0 has no effect: it needs loss.teacher, and that",
+        ),
         ("loss.teacher_weight", 1.5, "it must be at least 0 and at most 1."),
         ("loss.name", "focl", "Unknown value of loss.name 'focl'. Did you mean 'focal'?"),
         *[

@@ -285,6 +285,8 @@ _DEPENDENT = (
     ("optim.decay", "optim.weight_decay", None),
     ("loss.gamma", "loss.name", "focal"),
     ("loss.beta", "loss.class_weights", "effective"),
+    ("loss.teacher_weight", "loss.teacher", None),
+    ("loss.temperature", "loss.teacher", None),
     ("adapt.probe_lr", "adapt.probe_steps", None),
     ("adapt.lora_alpha", "adapt.lora_rank", None),
     ("adapt.lora_targets", "adapt.lora_rank", None),
@@ -546,12 +548,6 @@ def _check_combinations(config: ConfigDict) -> None:
             f"loss.logit_adjustment={config.loss.logit_adjustment} corrects a softmax, and "
             "loss.name='sigmoid' has none; use 'cross_entropy', or loss.class_weights."
         )
-    for field in ("teacher_weight", "temperature"):
-        if not config.loss.teacher and config.loss[field] != default_config().loss[field]:
-            raise UserError(
-                f"loss.{field}={config.loss[field]} is of distillation only, and loss.teacher is "
-                f"empty; leave it at {default_config().loss[field]}, or name a teacher."
-            )
     read_class_weights(config.loss.class_weights)
     if config.eval.select_split == "holdout" and not (data.holdout or data.fold):
         raise UserError(
