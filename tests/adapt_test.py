@@ -178,6 +178,17 @@ def test_folded_lora_equals_the_adapted_network(remat):
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
+def test_lora_begins_with_factors_as_torch_begins_with_kernels():
+    """Even up to 1 / sqrt(D), as `torch.nn.Linear` and the paper's own code; each its own."""
+    flat = traverse_util.flatten_dict(lora(vit_params()[1])[0])
+    drawn = {path: np.asarray(leaf) for path, leaf in flat.items() if path[-1] == "lora_a"}
+    for a in drawn.values():
+        bound = 1 / np.sqrt(a.shape[0])
+        assert 0.9 * bound < np.abs(a).max() <= bound
+        assert np.std(a) == pytest.approx(bound / np.sqrt(3), rel=0.2)
+    assert len({a.flat[0] for a in drawn.values()}) == len(drawn) == 8
+
+
 def test_lora_trains_its_factors_and_the_head():
     trained, frozen = lora(vit_params()[1])
     leaves = {name.rsplit("/", 1)[-1] for name in adapt.names(trained) if "encoder" in name}

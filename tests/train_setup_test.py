@@ -172,6 +172,27 @@ def test_fold_and_long_tail_make_the_splits_of_a_run(digits_dir):
     assert not held & {train_split.id(i) for i in range(len(train_split))}
 
 
+@pytest.mark.parametrize("fields", [{"fold": "1/5", "long_tail": 10.0}, {"per_class": 9}], ids=str)
+def test_what_is_held_out_and_taken_follows_the_seed(digits_dir, fields):
+    config = make_config("x")
+    config.data.update(data_dir=digits_dir, **fields)
+
+    def ids(seed):
+        config.train.seed = seed
+        train_split, evaluated = train_setup.open_splits(config)
+        return [
+            {split.id(i) for i in range(len(split))}
+            for split in (train_split, evaluated["holdout"])
+        ]
+
+    first, again, other = ids(0), ids(0), ids(1)
+    assert first == again
+    for one, two in zip(first, other, strict=True):
+        assert len(one) == len(two) and len(one & two) < 0.7 * len(one)
+    # Taken anew, and not only from what another hold-out leaves.
+    assert len((first[0] & other[0]) - other[1]) < 0.6 * len(first[0])
+
+
 def test_selection_on_images_of_the_test_split_is_refused(digits_dir):
     config = make_config("x")
     config.data.data_dir = digits_dir
