@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 FILL = 128  # grey, for what comes from outside the image: timm's default
-OPERATIONS = (  # and what the value of each means, if anything
+OPERATIONS = (  # in the order of their stages; and what the value of each means, if anything
     "identity",
     "autocontrast",
     "equalize",
