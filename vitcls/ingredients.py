@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from vitcls.pretrained.workdir import find_run
 from vitcls.train_setup import open_splits
 
 PyTree = Any
+log = logging.getLogger("vitcls")
 
 _MOST_SHOWN = 8  # differences in a message
 _HEADS = ("classifier", "distillation_classifier")
@@ -93,6 +95,7 @@ def find(references: str) -> list[Ingredient]:
         )
     for other in found[1:]:
         _check_same(found[0], other)
+    _warn_of_starts(found)
     return found
 
 
@@ -142,6 +145,20 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> str:
     fields = [field for field in one | other if one.get(field) != other.get(field)]
     lines = [f"  {field}: {one.get(field)}, {other.get(field)}" for field in fields[:_MOST_SHOWN]]
     return "\n".join(lines + (["  ..."] if len(fields) > _MOST_SHOWN else []))
+
+
+def _warn_of_starts(found: list[Ingredient]) -> None:
+    """Where runs began from different weights; those that began from random ones all did."""
+    starts = {}
+    for one in found:
+        if manifest := one.manifest():
+            sha256 = (manifest["pretrained"] or {}).get("sha256", one.workdir)
+            starts.setdefault(str(sha256), one.name)
+    if len(starts) > 1:
+        log.warning(
+            "%s began from different weights: only networks that were fine-tuned from the same "
+            "ones can be expected to have a good mean.", " and ".join(starts.values()),
+        )  # fmt: skip
 
 
 def read_start(
@@ -194,6 +211,7 @@ def read_start(
     if not keeps_head:
         heads = {name: end["params"][name] for name in _HEADS if name in end["params"]}
         start = start | {"params": start["params"] | heads}
+        log.info("The head is the fine-tuned one at both ends.")
     return start, {"checkpoint": source, "head": "pretrained" if keeps_head else "fine-tuned"}
 
 
