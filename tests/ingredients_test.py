@@ -239,6 +239,21 @@ def test_a_kept_head_is_the_pretrained_one(root, tmp_path):
     assert record["head"] == "pretrained"
 
 
+def test_the_hubs_commit_of_then_is_the_start(root, monkeypatch):
+    run = make_run(root / "hub", model_pretrained="google/vit@main")
+    recorded = {"source": "google/vit@main", "revision": "abc", "sha256": {}}
+    (run / "manifest.json").write_text(json.dumps({"pretrained": recorded}))
+
+    def load(source, **kwargs):
+        raise UserError(f"asked for {source}.")
+
+    monkeypatch.setattr(pretrained, "load", load)
+    (found,) = ingredients.find(str(run))
+    message = "The pretrained 'google/vit@abc' of .*hub@1 cannot be used: asked for google/vit@abc"
+    with pytest.raises(UserError, match=message):
+        ingredients.read_start(found, {})
+
+
 def test_a_start_that_cannot_be_the_start_is_refused(root, start, tmp_path):
     (scratch,) = ingredients.find(f"{root}/run-b")
     with pytest.raises(UserError, match="run-b@1, which began from random weights .*--pretrained"):

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
-from vitcls import evaluation, inference, pretrained, souping, soups
+from vitcls import evaluation, inference, parameters, pretrained, souping, soups
 from vitcls.data import sources
 from vitcls.errors import UserError
 
@@ -161,7 +161,7 @@ def test_a_greedy_soup_is_the_mean_of_what_was_kept(greedy):
     best = record["metrics"]["accuracy"]
     assert best >= max(accuracies.values())
     weights = soups.average(pretrained.load(name)[1] for name in record["used"])
-    assert soups.sha256(weights) == record["sha256"]
+    assert parameters.sha256(weights) == record["sha256"]
     line = f"{len(kept)} of 3 checkpoints, val accuracy {best:.4f} (30 images)"
     assert souping.describe(record) == line
 
@@ -180,7 +180,7 @@ def test_wise_takes_the_best_point_of_the_line(root, tmp_path):
     losses = {point["alpha"]: point["metrics"]["loss"] for point in record["alphas"]}
     assert record["alpha"] == min(losses, key=losses.get)
     expected = soups.interpolate(*ends, record["alpha"])
-    assert soups.sha256(pretrained.load(tmp_path / "best")[1]) == soups.sha256(expected)
+    assert parameters.sha256(pretrained.load(tmp_path / "best")[1]) == parameters.sha256(expected)
 
 
 def run(*args: str) -> subprocess.CompletedProcess:

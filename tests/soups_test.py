@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitcls import soups
+from vitcls import parameters, soups
 
 
 def make_trees(num: int, *, seed: int = 0) -> list[dict]:
@@ -31,7 +31,7 @@ def flat(tree: dict) -> np.ndarray:
 
 
 def assert_same_bits(one: dict, other: dict) -> None:
-    assert soups.sha256(one) == soups.sha256(other)
+    assert parameters.sha256(one) == parameters.sha256(other)
     assert flat(one).dtype == np.float32
     np.testing.assert_array_equal(flat(one).view(np.int32), flat(other).view(np.int32))
 
@@ -100,11 +100,11 @@ def test_greedy_is_the_papers_recipe(seed):
 
 def test_what_is_no_number_is_added_last_and_not_kept():
     trees = dict(zip("abc", make_trees(3), strict=True))
-    digests = {soups.sha256(tree): name for name, tree in trees.items()}
+    digests = {parameters.sha256(tree): name for name, tree in trees.items()}
     scores = {"a": math.nan, "b": 0.5, "c": 0.75}
 
     def evaluate(what, tree):
-        return {"x": scores.get(digests.get(soups.sha256(tree)), math.nan)}
+        return {"x": scores.get(digests.get(parameters.sha256(tree)), math.nan)}
 
     found = soups.greedy("abc", trees.get, evaluate, score=get_x)
     assert [(a.name, a.is_kept) for a in found.additions] == [
@@ -122,14 +122,3 @@ def test_the_line_between_two_weights_is_torchs_lerp():
         found = flat(soups.interpolate(start, end, alpha))
         ends = (torch.from_numpy(flat(tree)).double() for tree in (start, end))
         np.testing.assert_allclose(found, torch.lerp(*ends, alpha).numpy(), rtol=1e-6)
-
-
-def test_the_digest_knows_names_shapes_and_values():
-    tree = {"a": {"w": np.zeros((2, 3), np.float32)}}
-    others = [
-        {"a": {"v": np.zeros((2, 3), np.float32)}},
-        {"a": {"w": np.zeros((3, 2), np.float32)}},
-        {"a": {"w": np.float32([[0, 0, 0], [0, 0, 1e-45]])}},
-    ]
-    assert len({soups.sha256(one) for one in [tree, *others]}) == 4
-    assert soups.sha256({"a": {"w": np.zeros((3, 2), np.float32).T}}) == soups.sha256(tree)

@@ -11,6 +11,7 @@ from vitcls import (
     evaluation,
     inference,
     ingredients,
+    parameters,
     pretrained,
     progress,
     records,
@@ -75,7 +76,7 @@ def make(
 
         def read(name: str) -> PyTree:
             weights = found[name].read()
-            digests[name] = soups.sha256(weights)
+            digests[name] = parameters.sha256(weights)
             return weights
 
         evaluate, chosen_on, listed = None, None, Path(scratch) / "skipped.jsonl"
@@ -97,7 +98,10 @@ def make(
             begin, origin = ingredients.read_start(first, end, checkpoint=start)
             alphas = ALPHAS if alpha is None else (alpha,)
             weights, made = _wise(begin, end, evaluate, metric, alphas=alphas)
-            made |= {"used": [first.name], "pretrained": origin | {"sha256": soups.sha256(begin)}}
+            made |= {
+                "used": [first.name],
+                "pretrained": origin | {"sha256": parameters.sha256(begin)},
+            }
         record = {
             "how": how,
             "checkpoints": [
@@ -106,7 +110,7 @@ def make(
             ],
             "selection": chosen_on,
             **made,
-            "sha256": soups.sha256(weights),
+            "sha256": parameters.sha256(weights),
             "environment": records.environment(sharding.make_mesh(-1, 1)),
         }
         if "batch_stats" in weights and record["sha256"] not in digests.values():

@@ -4,14 +4,12 @@ Weights are trees of float32 numpy arrays, on the host. One at a time is read, a
 memory does not grow with their number, and the mean of equal weights is those weights bit for bit.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 PyTree = Any
 Metrics = dict[str, float]
@@ -92,15 +90,6 @@ def interpolate(start: PyTree, end: PyTree, alpha: float) -> PyTree:
         return ((1 - alpha) * np.float64(a) + alpha * np.float64(b)).astype(np.float32)
 
     return jax.tree.map(between, start, end)
-
-
-def sha256(weights: PyTree) -> str:
-    """Returns the hexadecimal digest of names, shapes and values, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(flatten_dict(weights, sep="/").items()):
-        digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
-        digest.update(np.ascontiguousarray(leaf))
-    return digest.hexdigest()
 
 
 def _add(total: PyTree | None, tree: PyTree) -> PyTree:
