@@ -3,11 +3,16 @@
 import csv
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.trials import SEED, Trial
+from vitcls.config import SELECT_METRICS
+from vitcls.errors import unknown
 from vitcls.records import write_json, written_aside
+
+_METRICS = (*SELECT_METRICS, "head_accuracy", "medium_accuracy", "tail_accuracy")
 
 
 def select_metric(trial: Trial) -> str | None:
@@ -17,16 +22,31 @@ def select_metric(trial: Trial) -> str | None:
 
 
 def metrics(trial: Trial) -> dict[str, float]:
-    """Returns what a finished trial is compared by: selection metric, accuracies; else {}."""
-    results = trial.results()
-    if results is None:
-        return {}
-    names = [f"{split}/accuracy" for split in trial.config.data.eval_splits]
-    found = {}
-    for name in filter(None, dict.fromkeys([select_metric(trial), *names])):
-        split, metric = name.split("/")
-        found[name] = results["splits"][split][metric]
-    return found
+    """Returns all metrics of a finished trial, `{"test/accuracy": 0.97, ...}`; else {}."""
+    results = trial.results() or {"splits": {}}
+    return {
+        f"{split}/{name}": value
+        for split, summary in results["splits"].items()
+        for name, value in summary.items()
+    }
+
+
+def shown_metrics(trials: list[Trial], added: Sequence[str] = ()) -> list[str]:
+    """Returns what the table shows: selection metric, accuracies, and what is added.
+
+    Raises:
+      UserError: no trial has what is added, which reads `SPLIT/METRIC`.
+    """
+    splits = dict.fromkeys(split for trial in trials for split in trial.config.data.eval_splits)
+    names = [*map(select_metric, trials), *(f"{split}/accuracy" for split in splits)]
+    splits |= dict.fromkeys(trial.config.eval.select_split for trial in trials)
+    for name in added:
+        split, _, metric = name.partition("/")
+        if split not in splits:
+            raise unknown("split in --metrics", split, filter(None, splits))
+        if metric not in _METRICS:
+            raise unknown("metric in --metrics", metric, _METRICS)
+    return list(dict.fromkeys(filter(None, [*names, *added])))
 
 
 def groups(trials: list[Trial]) -> list[dict[str, Any]]:
@@ -62,9 +82,9 @@ def _group(rows: list[tuple[Trial, dict, dict]]) -> dict[str, Any]:
     return {"fields": rows[0][1], "seeds": seeds, "metrics": summary}
 
 
-def text(by_group: list[dict[str, Any]]) -> str:
+def text(by_group: list[dict[str, Any]], names: list[str]) -> str:
     """Returns the groups as lines of aligned columns: mean (lowest to highest) of each metric."""
-    fields, names = _columns(by_group)
+    fields, _ = _columns(by_group)
     lines = [[*fields, *names, "seeds"]]
     for group in by_group:
         cells = [str(group["fields"].get(field, "")) for field in fields]
@@ -85,21 +105,21 @@ def _columns(by_group: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return list(fields), list(names)
 
 
-def write(workdir: Path, trials: list[Trial], ends: dict[str, dict[str, Any]]) -> None:
+def write(workdir: Path, trials: list[Trial], states: dict[str, dict[str, Any]]) -> None:
     """Writes `sweep.json` (trials and groups) and `sweep.csv` (one line per group).
 
     Args:
       workdir: The sweep's folder.
       trials: All of them.
-      ends: By trial, how those ended that did not finish: `{"state": "failed", "exit_code": 87}`.
+      states: By trial, `{"state": "failed", "exit_code": 87}` of those that were started.
     """
     rows = []
     for trial in trials:
         results = trial.results()
-        state = {"state": "finished", "exit_code": 0} if results else ends.get(trial.name)
+        state = states.get(trial.name, {"state": "waiting", "exit_code": None})
         rows.append(
             {"name": trial.name, "fields": trial.fields, "command": trial.command}
-            | (state or {"state": "waiting", "exit_code": None})
+            | ({"state": "finished", "exit_code": 0} if results else state)
             | {"seconds": results and results["seconds"], "metrics": metrics(trial)}
         )
     by_group = groups(trials)
