@@ -341,16 +341,16 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", default="vit_b16", help=f"{', '.join(NAMES)} (default: vit_b16)")
-    add("--image_size", type=_positive(int), default=224, help="height and width (default: 224)")
-    add("--batch_size", type=_positive(int), default=8, help="images in a step (default: 8)")
+    add("--image_size", type=positive(int), default=224, help="height and width (default: 224)")
+    add("--batch_size", type=positive(int), default=8, help="images in a step (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add(
         "--peer", choices=("auto", "torch", "timm", "none"), default="auto",
         help="torch: the network of transformers; timm: timm's; auto: timm on a GPU if it is "
         "installed, otherwise torch (default: auto)",
     )  # fmt: skip
-    add("--windows", type=_positive(int), default=5, help="turns of each (default: 5)")
-    add("--window_secs", type=_positive(float), default=3.0, help="seconds a turn (default: 3)")
+    add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
+    add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
     add("--json", type=Path, help="file to write all figures to")
     args = parser.parse_args()
     if args.peer != "none":  # on a GPU it needs what JAX would reserve; read at JAX's first use
@@ -367,7 +367,9 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
+def positive(kind: type) -> Callable[[str], Any]:
+    """Returns what reads a flag's value as a positive `kind`."""
+
     def parse(text: str):
         if not 0 < kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not positive")
