@@ -35,16 +35,16 @@ import numpy as np
 from benchmarks.models import arch_config, make_model
 from benchmarks.train_step import (
     COPY_SIZE,
-    WEIGHT_DECAY,
     calls_per_window,
     chain,
     device_name,
+    make_training,
     positive,
     random_batch,
+    random_variables,
     summary,
 )
-from vitcls import adapt, augment, heads, optim
-from vitcls import train_step as steps
+from vitcls import adapt, augment, heads
 from vitcls.errors import UserError
 
 PAIRS = list(itertools.product(np.geomspace(1e-4, 1.0, 10), (0.0, 1e-4, 1e-3, 1e-2)))
@@ -107,7 +107,7 @@ def measure_sweep(args: argparse.Namespace) -> dict[str, Any]:
         for name in ("ours", "separate", "sklearn")
         if name in rates
     }
-    return environment() | {
+    return environment(args) | {
         "examples": args.examples, "dim": args.dim, "classes": args.classes,
         "epochs": args.epochs, "batch_size": args.batch_size, "trials": NUM_TRIALS,
         "gflop": gflop, "compile_secs": compile_secs, "largest_difference": difference,
@@ -161,19 +161,17 @@ def sklearn_run(features: np.ndarray, labels: np.ndarray):
 def measure_cached(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what a head costs through the frozen network and on kept features."""
     config = arch_config(args.model, args.image_size)
-    model = make_model(config, "float32")
-    variables = jax.jit(functools.partial(model.init, train=False))(
-        jax.random.key(0), jnp.zeros((1, *config.image_size, 3))
-    )
+    variables = random_variables(config)
+    split = functools.partial(adapt.split, train="head")
+    bare = make_model(dataclasses.replace(config, num_classes=0), "float32")
+    # A copy: the step, whose state is donated, has the variables themselves.
+    backbone = jax.tree.map(jnp.copy, variables | {"params": split(variables["params"])[1]})
+    state, train_step = make_training(make_model(config, "float32"), variables, split=split)
+    train_step = jax.jit(train_step, donate_argnums=0)
+    batch = jax.device_put(random_batch(config, args.image_batch_size))
     normalise = functools.partial(
         augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
-    batch = jax.device_put(random_batch(config, args.image_batch_size))
-    state, train_step = head_only(model, variables, normalise)
-    train_step = jax.jit(train_step, donate_argnums=0)
-    bare = make_model(dataclasses.replace(config, num_classes=0), "float32")
-    frozen = adapt.split(variables["params"], train="head")[1]
-    backbone = jax.tree.map(jnp.copy, variables | {"params": frozen})  # the step donates its own
     extract = jax.jit(
         lambda variables, images: bare.apply(variables, normalise(images), train=False)
     )
@@ -198,7 +196,7 @@ def measure_cached(args: argparse.Namespace) -> dict[str, Any]:
     extract_secs = [batches / rate for rate in rates["extract"]]
     probe_secs = [1 / rate for rate in rates["probe"]]
     parts = zip(head_only_secs, extract_secs, probe_secs, strict=True)
-    return environment() | {
+    return environment(args) | {
         "model": args.model, "image_size": args.image_size, "examples": args.examples,
         "image_batch_size": args.image_batch_size, "probe_epochs": args.probe_epochs,
         "classes": config.num_classes,
@@ -211,36 +209,23 @@ def measure_cached(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def head_only(model, variables, normalise):
-    """Returns the state and the step of training the head alone, as `adapt.train=head` has it."""
-    split = functools.partial(adapt.split, train="head")
-    schedule = optim.make_schedule("constant", lr=1e-3, warmup_steps=0, total_steps=1)
-    tx = optim.make_optimizer(
-        "sgd", schedule, params=split(variables["params"])[0], weight_decay=WEIGHT_DECAY,
-        decay=".*/kernel", clip_norm=0.0, args={"momentum": heads.MOMENTUM},
-    )  # fmt: skip
-    step = steps.make_train_step(
-        augment.make_prepare(normalise, flip=True, label_smoothing=0.0),
-        steps.make_loss_fn(model.apply), tx,
-        key=jax.random.key(0), schedule=schedule, ema_decay=0.0,
-    )  # fmt: skip
-    init = functools.partial(steps.init_state, tx=tx, use_ema=False, split=split)
-    return jax.jit(init)(variables), step
-
-
 def in_turns(runs: dict[str, Any], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Returns calls per second, one number per window; all take turns."""
+    """Returns calls per second of `--clock`, one number per window; all take turns."""
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     num_calls = {name: calls_per_window(run, args.window_secs) for name, run in runs.items()}
     rates = {name: [] for name in runs}
     for _ in range(args.windows):
         for name, run in runs.items():
-            rates[name].append(num_calls[name] / run(num_calls[name]))
+            begin = clock()
+            run(num_calls[name])
+            rates[name].append(num_calls[name] / (clock() - begin))
     return rates
 
 
-def environment() -> dict[str, Any]:
-    """Returns the machine and the versions."""
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the machine, the versions and the clock."""
     return {
+        "clock": args.clock,
         "device": device_name(jax.devices()[0]),
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "load": os.getloadavg()[0],
@@ -256,7 +241,10 @@ def report(result: dict[str, Any]) -> str:
         low, high = format(figures["min"], form), format(figures["max"], form)
         return f"{format(figures['median'], form)} ({low} to {high})"
 
-    lines = [f"{result['device']}, {result['num_cpus']} CPUs, load {result['load']:.1f}"]
+    lines = [
+        f"{result['device']}, {result['num_cpus']} CPUs, load {result['load']:.1f}, "
+        f"{result['clock']} clock"
+    ]
     seconds = result["seconds"]
     if "gain" in result:
         epochs = result["probe_epochs"]
@@ -305,6 +293,11 @@ def main() -> None:
     add("--probe_epochs", type=count, default=100, help="with --model (default: 100)")
     add("--windows", type=count, default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
+    add(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: seconds of the processor, for one that is shared with other work; start it on "
+        "one core then, with taskset -c 0 (default: wall)",
+    )  # fmt: skip
     add("--json", type=Path, help="file to write all figures to")
     args = parser.parse_args()
     try:
