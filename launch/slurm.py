@@ -11,7 +11,8 @@ from pathlib import Path
 from launch.calling import call
 from launch.resources import Resources, job_name
 
-# What follows a run. SLURM itself puts a job back that it or a broken machine took away.
+# What follows a run that ended by itself, or that SLURM told to save before the time limit. A job
+# that SLURM itself or a broken machine ended, SLURM itself puts back, and a cancelled one nobody.
 _AFTER = """\
 code=$?
 failures={failures}-$SLURM_JOB_ID.txt
@@ -23,6 +24,7 @@ case $code in
     if [ "$(wc -l < "$failures")" -gt {max_restarts} ]; then exit $code; fi
     ;;
 esac
+if [ -n "$told" ]; then exit $code; fi
 echo "Ended with $code: back into the queue."
 scontrol requeue "$SLURM_JOB_ID"
 exit $code
@@ -77,7 +79,9 @@ def _head(workdir: Path, resources: Resources, *, output: str) -> list[str]:
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
         "export PYTHONUNBUFFERED=1",
         *filter(None, [resources.setup]),
-        "trap : TERM  # the run has been sent it too: wait until it has saved",
+        # Sent to this shell too by scancel, scontrol requeue and preemption: the run saves, and
+        # SLURM decides what becomes of the job.
+        "trap told=1 TERM",
     ]
 
 
