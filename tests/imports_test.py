@@ -16,10 +16,10 @@ LEVELS = [
     {"train_step", "models", "images", "adapt", "optim"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
     | {"contact_sheet"},
-    {"inference", "evaluation", "prediction", "config", "recipes", "records"},
+    {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups"},
     {"teacher", "program", "train_setup", "train"},
-    {"model_card", "exporting", "data_checks"},
-    {"cli", "main", "evaluate", "predict", "export", "check_data"},
+    {"model_card", "exporting", "data_checks", "ingredients", "souping"},
+    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data"},
 ]
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt"} | LEVELS[1]
@@ -79,7 +79,7 @@ def test_only_commands_touch_flags():
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
     }
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
-    assert with_flags <= {"main", "cli", "evaluate", "predict", "export", "check_data", "data"}
+    assert with_flags <= LEVELS[-1] | {"data"}
 
 
 def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):
