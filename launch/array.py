@@ -10,9 +10,9 @@ from typing import Any
 
 from launch import slurm, watch
 from launch.resources import Resources
+from launch.stopping import StopRequest
 from launch.trials import Trial
 from vitcls import records
-from vitcls.signals import StopRequest
 
 _POLL_SECS = 5
 _MOST_LINES = 10  # of running trials

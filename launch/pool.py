@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from launch import local, watch
+from launch.stopping import StopRequest
 from launch.trials import Trial
 from vitcls.errors import UserError
 from vitcls.progress import duration
-from vitcls.signals import StopRequest
 
 _POLL_SECS = 0.5
 

@@ -27,9 +27,9 @@ from ml_collections import config_flags
 
 from launch import commands, resources, slurm
 from launch import trials as trials_lib
+from launch.stopping import StopRequest
 from vitcls import cli
 from vitcls.errors import Interrupted
-from vitcls.signals import StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
