@@ -5,6 +5,7 @@
 Needs root, and the packages slurmctld, slurmd and slurm-client.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -126,6 +127,32 @@ def test_a_job_stopped_in_the_middle_ends_as_an_undisturbed_run(stop, flags, und
     continued = json.loads((workdir / "manifest.json").read_text())["continued"]
     assert len(continued) == 1 and 100 <= continued[0]["step"] < 600
     assert_same_end(workdir, undisturbed)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("vitcls.distributed") is None, reason="one process only"
+)
+def test_a_job_of_two_nodes_is_one_run_also_when_it_is_put_back(flags, undisturbed, tmp_path):
+    workdirs = [tmp_path / "two", tmp_path / "two-again"]
+    for workdir in workdirs:
+        number = submit(*flags, f"--workdir={workdir}", "--nodes=2")
+        if workdir == workdirs[1]:
+            wait_for(lambda workdir=workdir: has_trained(workdir, 100))
+            run("scontrol", "requeue", number)
+            start_soon(number)
+        end = finish(number)
+        assert (end["JobState"], end["NumNodes"]) == ("COMPLETED", "2")
+        manifest = json.loads((workdir / "manifest.json").read_text())
+        assert manifest["devices"]["processes"] == 2
+    assert len(manifest["continued"]) == 1
+    assert_same_end(*workdirs)
+    one, two = (losses(workdir)[:50] for workdir in (undisturbed, workdirs[0]))
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+def losses(workdir: Path) -> list[float]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
 def test_a_mistake_is_not_put_back(flags, tmp_path):
