@@ -13,16 +13,16 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
-    {"train_step", "models", "images", "adapt", "optim"},
+    {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
     | {"contact_sheet"},
-    {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups"},
+    {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},
     {"teacher", "program", "train_setup", "train"},
-    {"model_card", "exporting", "data_checks", "ingredients", "souping"},
-    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data"},
+    {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing"},
+    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe"},
 ]
 # What a machine without the data stack can import.
-LIGHT = {"train_step", "models", "optim", "adapt"} | LEVELS[1]
+LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[1]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
     "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",

@@ -53,7 +53,7 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
         if name and name not in evaluated:
             evaluated[name] = keep(open_split(name))
     for split in evaluated.values():
-        _check_same_classes(train, split)
+        check_same_classes(train, split)
     if config.eval.select_split:
         _check_apart(evaluated, config.eval.select_split, data.eval_splits)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
@@ -64,7 +64,8 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     return train, evaluated
 
 
-def _check_same_classes(train: sources.Split, other: sources.Split) -> None:
+def check_same_classes(train: sources.Split, other: sources.Split) -> None:
+    """Raises `UserError` unless labels mean the same in both."""
     if train.class_names == other.class_names:
         return
     missing = sorted(set(train.class_names) - set(other.class_names))
