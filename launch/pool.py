@@ -80,8 +80,8 @@ class Pool:
                 screen.show(self._lines())
         finally:
             screen.close()
-            for _, process, _ in self._running.values():  # an error, or a second Ctrl-C
-                process.kill()
+            for _, process, _ in self._running.values():  # an error here, or a second Ctrl-C
+                (process.kill if told else process.terminate)()
                 process.wait()
 
     def _start(self, trial: Trial) -> None:

@@ -74,7 +74,7 @@ def job(number: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def wait_for(condition, secs: float = 300) -> None:
+def wait_for(condition, secs: float = 1200) -> None:
     end = time.monotonic() + secs
     while not condition():
         assert time.monotonic() < end, run("squeue")
