@@ -35,7 +35,7 @@ def script(command: list[str], workdir: Path, resources: Resources) -> str:
     """Returns the batch script of one run; its log is `slurm-JOB.log` in the workdir."""
     head = _head(workdir, resources, output=str(workdir).replace("%", "%%") + "/slurm-%j.log")
     after = _after(shlex.quote(str(workdir / "failures")), resources)
-    return "\n".join([*head, _srun(shlex.join(command)), after])
+    return "\n".join([*head, _srun(resources) + shlex.join(command), after])
 
 
 def array_script(
@@ -55,7 +55,7 @@ def array_script(
         'echo "$ $command"',
     ]
     after = _after('"$folder"/failures', resources)
-    return "\n".join([*head, *read, "eval " + shlex.quote(_srun("")) + '"$command"', after])
+    return "\n".join([*head, *read, "eval " + shlex.quote(_srun(resources)) + '"$command"', after])
 
 
 def _head(workdir: Path, resources: Resources, *, output: str) -> list[str]:
@@ -85,10 +85,13 @@ def _head(workdir: Path, resources: Resources, *, output: str) -> list[str]:
     ]
 
 
-def _srun(command: str) -> str:
+def _srun(resources: Resources) -> str:
     # A task that ends first must not take those along that still save; and every process sees all
     # GPUs of its machine, of which jax takes the one with its local number.
-    return f"srun --kill-on-bad-exit=0 --gpu-bind=none {command}"
+    options = ["--kill-on-bad-exit=0", "--gpu-bind=none"]
+    if resources.cpus:  # which srun takes from the job no more, since 22.05
+        options.append(f"--cpus-per-task={resources.cpus}")
+    return " ".join(["srun", *options, ""])
 
 
 def _after(failures: str, resources: Resources) -> str:
