@@ -13,6 +13,7 @@ from launch.resources import Resources
 from launch.stopping import StopRequest
 from launch.trials import Trial
 from vitcls import records
+from vitcls.errors import UserError
 
 _POLL_SECS = 5
 _SETTLE_SECS = 30  # after a task left the queue; on NFS its last files may show up later
@@ -70,7 +71,12 @@ class Array:
         screen = watch.Screen(1 + _MOST_LINES)
         try:
             while left and not stop.name:
-                active = self._active()  # before the results: what ends in between has written them
+                try:
+                    active = self._active()  # before the results, which are there when a task ends
+                except UserError as error:  # SLURM's controller is away for a moment, or busy
+                    log.warning("%s", error)
+                    _sleep(stop)
+                    continue
                 for name, trial in list(left.items()):
                     state = active.get(name, "finished" if trial.results() else "failed").lower()
                     if state == "failed":
@@ -82,7 +88,7 @@ class Array:
                         del left[name]
                         watch.log_end(trial, state)
                         self._on_change()
-                running = [left[name] for name, state in active.items() if state == "RUNNING"]
+                running = [trial for name, trial in left.items() if active.get(name) == "RUNNING"]
                 head = f"{len(left)} of {len(self._trials)} in the queue, {len(running)} running"
                 screen.show([head, *(watch.line(trial) for trial in running[:_MOST_LINES])])
                 if left:
