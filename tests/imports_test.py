@@ -72,6 +72,13 @@ def test_the_core_needs_jax_flax_optax_numpy_only(path):
     assert {name.split(".")[0] for name in imports(path)} <= LIGHT_PACKAGES
 
 
+def test_launch_is_above_all_and_needs_little():
+    assert not [path for path in SOURCES if any(x.startswith("launch") for x in imports(path))]
+    packages = {"absl", "launch", "ml_collections", "tqdm", "vitcls", "yaml"}
+    for path in (ROOT / "launch").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= packages | sys.stdlib_module_names
+
+
 def test_only_commands_touch_flags():
     with_flags = {
         module_of(path)
