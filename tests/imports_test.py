@@ -15,11 +15,11 @@ LEVELS = [
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
-    | {"contact_sheet"},
+    | {"contact_sheet", "chips", "collectives", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records"},
     {"teacher", "program", "train_setup", "train"},
-    {"model_card", "exporting", "data_checks"},
-    {"cli", "main", "evaluate", "predict", "export", "check_data"},
+    {"model_card", "exporting", "data_checks", "choices", "planning", "plan_table"},
+    {"cli", "main", "evaluate", "predict", "export", "check_data", "plan"},
 ]
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt"} | LEVELS[1]
@@ -78,8 +78,9 @@ def test_only_commands_touch_flags():
         for path in SOURCES
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
     }
+    commands = {"main", "cli", "evaluate", "predict", "export", "check_data", "plan"}
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
-    assert with_flags <= {"main", "cli", "evaluate", "predict", "export", "check_data", "data"}
+    assert with_flags <= commands | {"data"}
 
 
 def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):
