@@ -241,10 +241,16 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
             f"of 90 % has a standard error of {error:.1f} points there, so the checkpoint is "
             "chosen largely by chance. Hold out more (data.holdout), or set eval.select_split=''."
         )
-    if config.loss.class_weights != "none" and config.loss.logit_adjustment:
+    corrections = {
+        "loss.class_weights": config.loss.class_weights != "none",
+        "loss.logit_adjustment": config.loss.logit_adjustment,
+        "data.sampling": config.data.sampling != "uniform",
+    }
+    corrections = [field for field, is_set in corrections.items() if is_set]
+    if len(corrections) > 1:
         found.append(
-            "loss.class_weights and loss.logit_adjustment both correct for rare classes: together "
-            "they correct twice. Set one of them."
+            f"{' and '.join(corrections)} each correct for rare classes: together they correct "
+            "more than once. Set one of them."
         )
     if adapt.l2_sp and optim.weight_decay:
         found.append(
