@@ -94,9 +94,8 @@ def _state_by_kind(program: Any) -> dict[str, int]:
 
 
 def state_bytes(program: Any) -> int:
-    """Returns what a program's state and the sum of its gradients take, however small a pass is."""
-    gradients = bytes_of(program.state_shapes.params, program.state_shardings.params)
-    return sum(_state_by_kind(program).values()) + gradients
+    """Returns what a program's state takes on each device, however small a pass is."""
+    return sum(_state_by_kind(program).values())
 
 
 def bytes_of(shapes: Any, shardings: Any = None) -> int:

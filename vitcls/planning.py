@@ -132,11 +132,11 @@ class Plans:
         """
         check_config(config)
         self.where = where
-        class_names, class_counts = _open_data(config, num_classes, num_images)
+        class_names, class_counts, num_train = _open_data(config, num_classes, num_images)
         config, network, processor = _open_network(config, class_names, arch)
         self.config = train_setup.resolve(
             config,
-            num_train=int(class_counts.sum()),
+            num_train=num_train,
             image_size=processor.size,
             num_devices=len(where.devices),
         )
@@ -187,7 +187,7 @@ class Plans:
         return sum(footprint.memory_by_kind(self.program(choice), analysis).values())
 
     def state_fits(self, fsdp: int) -> bool:
-        """Whether there is room for the state and its gradients; costs no compilation."""
+        """Whether there is room for the state alone; costs no compilation."""
         choice = dataclasses.replace(self.asked, fsdp=fsdp)
         return footprint.state_bytes(self.program(choice)) <= self.where.usable
 
@@ -232,8 +232,8 @@ def _analyse(
 
 def _open_data(
     config: ConfigDict, num_classes: int, num_images: int
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names, and training images of each class, int (K,)."""
+) -> tuple[tuple[str, ...], np.ndarray, int]:
+    """Class names, training images of each class, int (K,), and of all."""
     if num_classes:
         if config.train.total_epochs and not num_images:
             raise UserError(
@@ -241,9 +241,8 @@ def _open_data(
                 "many steps as the images to train on make. Or set train.total_steps, and "
                 "train.total_epochs=0."
             )
-        counts = np.full(num_classes, num_images // num_classes)
-        counts[0] += num_images % num_classes
-        return tuple(map(str, range(num_classes))), counts
+        counts = np.ones(num_classes, np.int64)  # which are constants of the loss at most
+        return tuple(map(str, range(num_classes))), counts, num_images
     if not _is_here(config.data.source, config.data.data_dir or None):
         raise UserError(
             f"data.source={config.data.source!r} is not on this machine, and a plan fetches "
@@ -251,7 +250,7 @@ def _open_data(
             "--num_images, the images to train on."
         )
     train, _ = train_setup.open_splits(config)
-    return train.class_names, train.class_counts()
+    return train.class_names, train.class_counts(), len(train)
 
 
 def _is_here(source: str, data_dir: str | None) -> bool:
