@@ -15,11 +15,12 @@ LEVELS = [
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
-    | {"contact_sheet"},
+    | {"contact_sheet", "chips", "collectives", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},
     {"teacher", "program", "train_setup", "train"},
-    {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing"},
-    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe"},
+    {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing", "choices"}
+    | {"planning", "plan_table"},
+    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe", "plan"},
 ]
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[1]
