@@ -85,7 +85,8 @@ def test_operations_are_those_of_the_networks_products():
 
 
 def test_every_pass_counts():
-    batch = dict(train__global_batch_size=256)  # beside which the optimizer, counted twice, is little
+    # The optimizer, which is counted twice, is little beside so many images.
+    batch = dict(train__global_batch_size=256)
     whole, parts = (analyse(make(train__micro_batch=size, **batch)) for size in (None, 16))
     assert parts["flops"] == pytest.approx(whole["flops"], rel=0.1)
     assert parts["temporaries"] < whole["temporaries"]
