@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vitcls import checkpoint, optim, pretrained, records, sharding, train_setup
+from vitcls import checkpoint, optim, pretrained, records, sharding, step_folders, train_setup
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
@@ -54,7 +54,7 @@ def train_and_evaluate(
     check_config(config)
     optim.check_args(config.optim.name, dict(config.optim.args))
     train_split, eval_splits = train_setup.open_splits(config)
-    begun = workdir if checkpoint.has_steps(workdir / "checkpoints") else None
+    begun = workdir if step_folders.has_steps(workdir / "checkpoints") else None
     files, model_config, processor = train_setup.open_model(
         config, train_split.class_names, begun=begun
     )
