@@ -314,7 +314,10 @@ class Checkpoints:
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint: whole networks, so that each can be read without this run."""
+    """The items of a checkpoint: whole networks, so that each can be read without this run.
+
+    The step and its `skips` are few numbers: the one names the checkpoint, `meta` has the others.
+    """
     items = {"params": state.variables(), "opt_state": state.opt_state}
     return items | ({} if state.ema is None else {"ema": state.averages()})
 
@@ -341,6 +344,9 @@ def restore_state(
         frozen=adapt.subtree(items["params"]["params"], target.frozen),
         opt_state=items["opt_state"],
         ema=None if target.ema is None else trained(items["ema"]),
+        skips=jax.device_put(
+            jax.tree.map(np.int32, checkpoints.meta(step)["skips"]), shardings.skips
+        ),
         **trained(items["params"]),
     )
 

@@ -184,7 +184,18 @@ def train_and_evaluate(
         ) as progress,
     ):
         metrics = LateMetrics(
-            writer, progress, every_steps=config.log.every_steps, window=meta["window"]
+            writer,
+            progress,
+            every_steps=config.log.every_steps,
+            window=meta["window"],
+            max_nonfinite=config.train.max_nonfinite,
+            ids=functools.partial(
+                loader.train_ids,
+                train_split,
+                global_batch_size=config.train.global_batch_size,
+                seed=config.train.seed,
+                sampling=config.data.sampling,
+            ),
         )
         for step in range(start_step + 1, total_steps + 1):
             profile(step - start_step - 1, state)
@@ -212,6 +223,7 @@ def train_and_evaluate(
                     "seconds": seconds(),
                     "images_per_second": progress.images_per_second(),
                     "window": metrics.window,
+                    "skips": jax.tree.map(int, state.skips),
                 }
                 checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
             if stop.name and step < total_steps:
