@@ -362,9 +362,13 @@ def restore_eval_variables(checkpoints: Checkpoints, step: int, state: TrainStat
 
 
 @jax.jit
-def _all_finite(tree: PyTree) -> jax.Array:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in leaves]))
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
+
+
+def _all_finite(tree: PyTree) -> bool:
+    # One by one: a program for all leaves would take a second to compile, and the loop waits.
+    return all(jax.device_get([_is_finite(leaf) for leaf in jax.tree.leaves(tree)]))
 
 
 def _in_any_process(flag: bool) -> bool:

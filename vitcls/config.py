@@ -584,7 +584,7 @@ def check_same_run(config: ConfigDict, path: Path) -> None:
     """Raises `UserError` when the run saved at `path` was started with other identity fields."""
     try:
         saved = flatten(ConfigDict(json.loads(path.read_text())))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # not read, no JSON, no object
         raise UserError(
             f"{path}, the config of a run that has checkpoints, cannot be read ({error}): put it "
             "back, or use another --workdir."

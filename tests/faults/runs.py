@@ -59,7 +59,8 @@ class Run:
         return self._process.is_alive()
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.is_alive():
+            os.kill(self.pid, number)
 
     def output(self) -> str:
         return self._log.read_text()
