@@ -8,16 +8,18 @@ from pathlib import Path
 
 NAME = "sha256.json"
 # Orbax writes the last two after the seal, and reads a checkpoint without them.
-_UNSEALED = {NAME, "_CHECKPOINT_METADATA", "commit_success.txt"}
+_UNSEALED = {NAME, f"{NAME}.tmp", "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
 def write(folder: Path) -> None:
-    """Writes the seal of what lies in `folder`, once all of it is on the disk itself."""
+    """Writes the seal of what lies in `folder`, or a new one, once that is on the disk itself."""
     digests = _digests(sorted(_files(folder)), folder, sync=True)
-    with (folder / NAME).open("w") as file:
+    aside = folder / f"{NAME}.tmp"
+    with aside.open("w") as file:
         json.dump(digests, file, indent=0)
         file.flush()
         os.fsync(file.fileno())
+    aside.replace(folder / NAME)
 
 
 def damage(folder: Path, *, part: str = "") -> str | None:
