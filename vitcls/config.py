@@ -167,6 +167,13 @@ def default_config() -> ConfigDict:
     c.loss.logit_adjustment = 0.0
     # Share of the target spread evenly over all classes.
     c.loss.label_smoothing = 0.0
+    # Distillation: checkpoint to learn from (workdir, folder or hub id) that has the data's classes
+    # by name; it sees the same images, as they are augmented and mixed. "": none.
+    c.loss.teacher = ""
+    # Share of the loss that draws to the teacher; the rest is the loss against the labels.
+    c.loss.teacher_weight = 0.5
+    # What both networks' logits are divided by for it.
+    c.loss.temperature = 1.0
 
     c.adapt = ConfigDict()
     # What is trained, along with the head: "all"; "head" alone, a linear probe; "attention" or
@@ -281,6 +288,22 @@ _CHOICES = {
     "eval.select_metric": SELECT_METRICS,
     "eval.tta": ("none", "flip"),
 }
+# (field, the one that gives it a meaning, and the value that does; None: all but 0 and "")
+_DEPENDENT = (
+    ("augment.num_ops", "augment.policy", "randaugment"),
+    ("augment.magnitude", "augment.policy", "randaugment"),
+    ("optim.decay", "optim.weight_decay", None),
+    ("loss.gamma", "loss.name", "focal"),
+    ("loss.beta", "loss.class_weights", "effective"),
+    ("loss.teacher_weight", "loss.teacher", None),
+    ("loss.temperature", "loss.teacher", None),
+    ("adapt.probe_lr", "adapt.probe_steps", None),
+    ("adapt.lora_alpha", "adapt.lora_rank", None),
+    ("adapt.lora_targets", "adapt.lora_rank", None),
+    ("adapt.l2_sp_head", "adapt.l2_sp", None),
+    ("adapt.l2_sp_head", "model.head", "new"),
+    ("eval.select_metric", "eval.select_split", None),
+)
 # field -> (lowest, highest, whether the highest itself is allowed)
 _RANGES = {
     "data.holdout": (0, 1, False),
@@ -309,6 +332,8 @@ _RANGES = {
     "loss.beta": (0, 1, False),
     "loss.logit_adjustment": (0, math.inf, False),
     "loss.label_smoothing": (0, 1, False),
+    "loss.teacher_weight": (0, 1, True),
+    "loss.temperature": (1e-3, math.inf, False),
     "adapt.layer_decay": (0, 1, True),
     "adapt.probe_steps": (0, math.inf, True),
     "adapt.probe_lr": (0, math.inf, False),
@@ -388,6 +413,7 @@ def check_config(config: ConfigDict) -> None:
     _check_pairs(config)
     for field in ("optim.decay", "adapt.train", "adapt.freeze", "adapt.lora_targets"):
         _check_pattern(field, flat[field])
+    _check_dependent(flat)
     _check_adapt(config)
     _check_combinations(config)
 
@@ -412,6 +438,19 @@ def _check_pattern(field: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{field}={pattern!r} is no regular expression: {error}.") from error
+
+
+def _check_dependent(flat: dict[str, Any]) -> None:
+    defaults = flatten(default_config())
+    for field, other, value in _DEPENDENT:
+        counts = flat[other] == value if value else flat[other]
+        if flat[field] != defaults[field] and not counts:
+            needed = f"{other}={value!r}" if value else other
+            default = "unset" if defaults[field] is None else f"at {defaults[field]!r}"
+            raise UserError(
+                f"{field}={flat[field]!r} has no effect: it needs {needed}, and that is "
+                f"{flat[other]!r}. Set it, or leave {field} {default}."
+            )
 
 
 def _check_adapt(config: ConfigDict) -> None:
@@ -465,13 +504,6 @@ def _check_combinations(config: ConfigDict) -> None:
     data, augment, model, train = config.data, config.augment, config.model, config.train
     if not data.source:
         raise UserError('data.source is empty; set it, for example to "digits" or "tfds:cifar10".')
-    for field, default in default_config().augment.items():
-        is_randaugments = field in ("num_ops", "magnitude")
-        if is_randaugments and augment.policy != "randaugment" and augment[field] != default:
-            raise UserError(
-                f"augment.{field}={augment[field]} is of RandAugment only, and augment.policy="
-                f"{augment.policy!r}; leave it at {default}, or set the policy to 'randaugment'."
-            )
     if config.eval.tta == "flip" and not augment.flip:
         raise UserError(
             "eval.tta='flip' shows mirror images, which augment.flip=False keeps from training; "
@@ -566,11 +598,10 @@ def read_class_weights(how: str) -> str:
     if how in ("none", "balanced", "effective"):
         return how
     path = Path(how).expanduser()
-    text = path.read_text() if not how.startswith("{") and path.is_file() else how
     try:
-        table = json.loads(text)
+        table = json.loads(how if how.lstrip().startswith("{") else path.read_text())
         is_table = all(0 <= weight < math.inf for weight in table.values()) and any(table.values())
-    except (ValueError, TypeError, AttributeError):  # no JSON, no numbers, no object
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, JSON, number, object
         is_table = False
     if not is_table:
         raise UserError(

@@ -16,10 +16,12 @@ from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
 from vitcls.evaluation import evaluate
 from vitcls.metric_writers import LateMetrics, MetricWriter
+from vitcls.metrics import select_score
 from vitcls.parameters import memory_line, parameter_table
 from vitcls.program import make_program
 from vitcls.progress import Progress
 from vitcls.signals import StopRequest
+from vitcls.teacher import open_teacher
 from vitcls.train_step import TrainState
 
 log = logging.getLogger("vitcls")
@@ -66,6 +68,9 @@ def train_and_evaluate(
     for trap in train_setup.traps(config, model_config, num_select=num_select):
         log.warning("%s", trap)
     class_counts = train_split.class_counts()
+    teacher = None
+    if config.loss.teacher:
+        teacher = open_teacher(config.loss.teacher, processor, dtype=config.model.dtype)
     program = make_program(
         config,
         model_config,
@@ -73,6 +78,7 @@ def train_and_evaluate(
         mesh,
         class_names=train_split.class_names,
         class_counts=class_counts,
+        teacher=teacher,
     )
     variables = None
     if files is not None:
@@ -97,6 +103,7 @@ def train_and_evaluate(
     if start_step:
         meta = checkpoints.meta(start_step)
         train_setup.check_same_data(meta["data"], train_split)
+        train_setup.check_same_teacher(meta.get("teacher"), teacher)
         if start_step < config.train.total_steps:
             train_setup.check_same_passes(meta.get("num_passes", 1), program, config)
     if is_main:
@@ -112,6 +119,7 @@ def train_and_evaluate(
         state = checkpoint.restore_state(
             checkpoints, start_step, program.state_shapes, program.state_shardings
         )
+        state = program.with_teacher(state)
         if is_main:
             records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
@@ -214,11 +222,12 @@ def train_and_evaluate(
                 score = None
                 if is_evaluated:
                     summary, _ = evaluate_split(select, state.eval_variables())
-                    score = _score(summary, config.eval.select_metric)
+                    score = select_score(summary, config.eval.select_metric)
                     writer.write(step, {f"{select}/{name}": x for name, x in summary.items()})
                     _log_summary(f"step {step}: {select}", summary)
                 meta_now = {
                     "data": train_split.fingerprint,
+                    "teacher": teacher and teacher.sha256,
                     "num_passes": program.num_passes,
                     "seconds": seconds(),
                     "images_per_second": progress.images_per_second(),
@@ -270,11 +279,6 @@ def train_and_evaluate(
 
 def _is_due(step: int, every_steps: int, total_steps: int) -> bool:
     return step == total_steps or bool(every_steps and step % every_steps == 0)
-
-
-def _score(summary: dict[str, float], metric: str) -> float:
-    """Higher is better."""
-    return -summary[metric] if metric == "loss" else summary[metric]
 
 
 def _log_summary(what: str, summary: dict[str, float]) -> None:

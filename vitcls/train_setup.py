@@ -17,6 +17,7 @@ from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
 from vitcls.program import Program
+from vitcls.teacher import Teacher
 
 log = logging.getLogger("vitcls")
 
@@ -52,7 +53,7 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
         if name and name not in evaluated:
             evaluated[name] = keep(open_split(name))
     for split in evaluated.values():
-        _check_same_classes(train, split)
+        check_same_classes(train, split)
     if config.eval.select_split:
         _check_apart(evaluated, config.eval.select_split, data.eval_splits)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
@@ -63,7 +64,8 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     return train, evaluated
 
 
-def _check_same_classes(train: sources.Split, other: sources.Split) -> None:
+def check_same_classes(train: sources.Split, other: sources.Split) -> None:
+    """Raises `UserError` unless labels mean the same in both."""
     if train.class_names == other.class_names:
         return
     missing = sorted(set(train.class_names) - set(other.class_names))
@@ -228,10 +230,16 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
             f"of 90 % has a standard error of {error:.1f} points there, so the checkpoint is "
             "chosen largely by chance. Hold out more (data.holdout), or set eval.select_split=''."
         )
-    if config.loss.class_weights != "none" and config.loss.logit_adjustment:
+    corrections = {
+        "loss.class_weights": config.loss.class_weights != "none",
+        "loss.logit_adjustment": config.loss.logit_adjustment,
+        "data.sampling": config.data.sampling != "uniform",
+    }
+    corrections = [field for field, is_set in corrections.items() if is_set]
+    if len(corrections) > 1:
         found.append(
-            "loss.class_weights and loss.logit_adjustment both correct for rare classes: together "
-            "they correct twice. Set one of them."
+            f"{' and '.join(corrections)} each correct for rare classes: together they correct "
+            "more than once. Set one of them."
         )
     if adapt.l2_sp and optim.weight_decay:
         found.append(
@@ -264,6 +272,15 @@ def check_same_data(fingerprint: str, split: sources.Split) -> None:
         raise UserError(
             f"The training data ({split.name}, {len(split)} images) is not what this run began "
             "with: files or labels changed. Use another --workdir, or restore the data."
+        )
+
+
+def check_same_teacher(sha256: str | None, teacher: Teacher | None) -> None:
+    """Raises `UserError` when the teacher's weights are not those with this hash."""
+    if sha256 != (teacher and teacher.sha256):
+        raise UserError(
+            "loss.teacher has other weights than when this run began. Restore them, or name one "
+            "step of its workdir (DIR@STEP), or use another --workdir."
         )
 
 

@@ -1,0 +1,123 @@
+"""Trials as processes of this machine: some at a time, watched, stopped together."""
+
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from launch import local, watch
+from launch.trials import Trial
+from vitcls.errors import UserError
+from vitcls.progress import duration
+from vitcls.signals import StopRequest
+
+_POLL_SECS = 0.5
+
+log = logging.getLogger("vitcls")
+
+
+def share_gpus(jobs: int) -> list[str | None]:
+    """Returns for each of the jobs the `CUDA_VISIBLE_DEVICES` of its share of this machine's GPUs.
+
+    None leaves things as they are: there is one job, or no NVIDIA GPU.
+
+    Raises:
+      UserError: the GPUs cannot be shared out evenly.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        names = [row for row in listed.stdout.splitlines() if row.startswith("GPU ")]
+        visible = ",".join(str(index) for index in range(len(names)))
+    gpus = visible.split(",") if visible else []
+    if jobs == 1 or not gpus:
+        return [None] * jobs
+    if len(gpus) % jobs:
+        raise UserError(f"--jobs={jobs} cannot share {len(gpus)} GPUs evenly; use a divisor.")
+    share = len(gpus) // jobs
+    return [",".join(gpus[slot * share :][:share]) for slot in range(jobs)]
+
+
+class Pool:
+    """Runs trials, some at a time, each in a process and a session of its own.
+
+    Attributes:
+      states: By name of the trial, `{"state": ..., "exit_code": ...}` of those that were started
+        and did not finish.
+    """
+
+    def __init__(self, trials: list[Trial], *, jobs: int, on_change: Callable[[], None]):
+        """Takes the trials and how many run at a time; `on_change` is called at starts and ends."""
+        self.states: dict[str, dict[str, Any]] = {}
+        self._waiting = deque(trials)
+        self._running: dict[str, tuple[Trial, subprocess.Popen, str | None]] = {}
+        self._free = share_gpus(jobs)
+        self._jobs, self._on_change = jobs, on_change
+        self._num_trials, self._seconds = len(trials), []
+
+    def run(self, stop: StopRequest) -> None:
+        """Runs all trials; returns early, with the running ones saved, when `stop` is asked."""
+        screen = watch.Screen(1 + self._jobs)
+        told = False
+        try:
+            while self._running or (self._waiting and not stop.name):
+                while self._waiting and self._free and not stop.name:
+                    self._start(self._waiting.popleft())
+                if stop.name and not told:
+                    told = True
+                    log.info("%s: %d running, which save and stop.", stop.name, len(self._running))
+                    for _, process, _ in self._running.values():
+                        process.terminate()
+                time.sleep(_POLL_SECS)
+                for trial, process, _ in list(self._running.values()):
+                    if process.poll() is not None:
+                        self._ended(trial, process.returncode, stopping=told)
+                screen.show(self._lines())
+        finally:
+            screen.close()
+            for _, process, _ in self._running.values():  # an error, or a second Ctrl-C
+                process.kill()
+                process.wait()
+
+    def _start(self, trial: Trial) -> None:
+        trial.prepare()
+        gpus = self._free.pop(0)
+        with (trial.workdir / "log.txt").open("a") as file:
+            print("$", shlex.join(trial.command), file=file, flush=True)
+            process = local.start(trial.command, output=file, gpus=gpus)
+        self._running[trial.name] = trial, process, gpus
+        self.states[trial.name] = {"state": "running", "exit_code": None}
+        log.info("%s: started, log in %s", trial.name, trial.workdir / "log.txt")
+        self._on_change()
+
+    def _ended(self, trial: Trial, code: int, *, stopping: bool) -> None:
+        self._free.append(self._running.pop(trial.name)[2])
+        if code == 0 and (results := trial.results()):
+            state = "finished"
+            self._seconds.append(results["seconds"])
+        elif stopping or code == 75:
+            state = "stopped"
+            if not stopping:  # someone stopped this one trial, which has saved
+                self._waiting.appendleft(trial)
+        else:
+            state = "failed"
+        self.states[trial.name] = {"state": state, "exit_code": code}
+        watch.log_end(trial, state, code)
+        self._on_change()
+
+    def _lines(self) -> list[str]:
+        failed = [state for state in self.states.values() if state["state"] == "failed"]
+        left = len(self._waiting) + len(self._running)
+        head = (
+            f"{len(self._seconds)} of {self._num_trials} finished, {len(failed)} failed, "
+            f"{len(self._running)} running, {len(self._waiting)} waiting"
+        )
+        if self._seconds and left:
+            mean = sum(self._seconds) / len(self._seconds)
+            head += f"; at most {duration(mean * -(-left // self._jobs))} left"
+        return [head, *(watch.line(trial) for trial, _, _ in self._running.values())]
