@@ -80,6 +80,8 @@ def test_valid_config_passes_as_it_is():
         ("augment.magnitude", 5.0, "augment.magnitude=5.0 is of RandAugment only"),
         ("augment.num_ops", 3, "augment.num_ops=3 is of RandAugment only, and augment.policy="),
         ("model.patch_dropout", 1.0, "it must be at least 0 and below 1."),
+        ("loss.temperature", 2.0, "loss.temperature=2.0 is of distillation only, and loss.teacher"),
+        ("loss.teacher_weight", 1.5, "it must be at least 0 and at most 1."),
         ("loss.name", "focl", "Unknown value of loss.name 'focl'. Did you mean 'focal'?"),
         *[
             ("loss.class_weights", weights, f"{weights!r} is none of none, balanced, effective")

@@ -17,7 +17,7 @@ LEVELS = [
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
     | {"contact_sheet"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records"},
-    {"program", "train_setup", "train"},
+    {"teacher", "program", "train_setup", "train"},
     {"model_card", "exporting", "data_checks"},
     {"cli", "main", "evaluate", "predict", "export", "check_data"},
 ]

@@ -56,7 +56,7 @@ def make(name="cross_entropy", *, gamma=2.0, logit_adjustment=0.0):
 def mean_loss(loss, weights, logits, targets, mask):
     """The loss that the step minimises, of a network that returns `logits`."""
     loss_fn = steps.make_loss_fn(lambda *args, **kwargs: (logits, {}), loss, weights)
-    loss_sum, (weight_sum, _) = loss_fn({}, {}, {}, None, targets, mask, None)
+    loss_sum, (weight_sum, _) = loss_fn({}, ({}, None), {}, None, targets, mask, None)
     return loss_sum / weight_sum
 
 
@@ -78,7 +78,7 @@ def test_weight_of_a_dense_target_is_its_mean_under_it(logits):
     targets = np.float32([[0.5, 0, 0, 0, 0.5]] * 16)
     mask = np.float32([1] + [0] * 15)
     got, (weight, _) = steps.make_loss_fn(lambda *a, **k: (logits, {}), make(), weights)(
-        {}, {}, {}, None, targets, mask, None
+        {}, ({}, None), {}, None, targets, mask, None
     )
     assert weight == 3
     np.testing.assert_allclose(got, 3 * make()(logits, targets)[0], rtol=1e-6)

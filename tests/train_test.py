@@ -331,6 +331,7 @@ def test_every_field_of_the_config_is_read(config, tmp_path, monkeypatch):
     train.train_and_evaluate(config, tmp_path / "b")
     config.model.update(arch="", pretrained=str(tmp_path / "model"))
     config.data.update(crop="resmall", resize=10)
+    config.loss.teacher = str(tmp_path / "model")
     train.train_and_evaluate(config, tmp_path / "c")
     assert read == set(flatten(default_config())) | {"optim.args"}
 

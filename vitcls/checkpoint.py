@@ -203,7 +203,7 @@ def state_items(state: TrainState) -> dict[str, Any]:
 def restore_state(
     checkpoints: Checkpoints, step: int, shapes: TrainState, shardings: TrainState
 ) -> TrainState:
-    """Returns the state after `step`, bit for bit as it was saved."""
+    """Returns the state after `step`, bit for bit as it was saved; it has no teacher."""
     target = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,

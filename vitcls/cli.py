@@ -142,14 +142,14 @@ def _parse_flags(argv: list[str]) -> None:
     try:
         rest = FLAGS(argv)
     except Exception as error:  # flags.Error, or whatever running a config file raises
-        raise UserError(_explain(error)) from error
+        raise UserError(explain(error)) from error
     if len(rest) > 1:
         raise UserError(
             f"Unexpected argument {rest[1]!r}: every option starts with --. Try --help."
         )
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
     """The message of an error that came up while flags were parsed and the config file was run."""
     chain = [error]  # absl and ml_collections wrap what a config file raises, with its traceback
     while chain[-1].__context__ is not None:

@@ -167,6 +167,13 @@ def default_config() -> ConfigDict:
     c.loss.logit_adjustment = 0.0
     # Share of the target spread evenly over all classes.
     c.loss.label_smoothing = 0.0
+    # Distillation: checkpoint to learn from (workdir, folder or hub id) that has the data's classes
+    # by name; it sees the same images, as they are augmented and mixed. "": none.
+    c.loss.teacher = ""
+    # Share of the loss that draws to the teacher; the rest is the loss against the labels.
+    c.loss.teacher_weight = 0.5
+    # What both networks' logits are divided by for it.
+    c.loss.temperature = 1.0
 
     c.adapt = ConfigDict()
     # What is trained, along with the head: "all"; "head" alone, a linear probe; "attention" or
@@ -312,6 +319,8 @@ _RANGES = {
     "loss.beta": (0, 1, False),
     "loss.logit_adjustment": (0, math.inf, False),
     "loss.label_smoothing": (0, 1, False),
+    "loss.teacher_weight": (0, 1, True),
+    "loss.temperature": (1e-3, math.inf, False),
     "adapt.layer_decay": (0, 1, True),
     "adapt.probe_steps": (0, math.inf, True),
     "adapt.probe_lr": (0, math.inf, False),
@@ -533,6 +542,12 @@ def _check_combinations(config: ConfigDict) -> None:
             f"loss.logit_adjustment={config.loss.logit_adjustment} corrects a softmax, and "
             "loss.name='sigmoid' has none; use 'cross_entropy', or loss.class_weights."
         )
+    for field in ("teacher_weight", "temperature"):
+        if not config.loss.teacher and config.loss[field] != default_config().loss[field]:
+            raise UserError(
+                f"loss.{field}={config.loss[field]} is of distillation only, and loss.teacher is "
+                f"empty; leave it at {default_config().loss[field]}, or name a teacher."
+            )
     read_class_weights(config.loss.class_weights)
     if config.eval.select_split == "holdout" and not (data.holdout or data.fold):
         raise UserError(

@@ -46,6 +46,18 @@ def sigmoid(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.sum(targets * positive + (1 - targets) * negative, axis=-1)
 
 
+def distillation(logits: jax.Array, teacher_logits: jax.Array, *, temperature: float) -> jax.Array:
+    """Returns `T^2 KL(softmax(teacher / T) || softmax(logits / T))`, float32 (B,).
+
+    Hinton et al. 2015, arXiv:1503.02531, section 2; T^2 keeps the size of the gradient. The
+    teacher's entropy, which has no gradient, is taken off: with the teacher's logits it is 0.
+    """
+    log_p, log_q = (
+        jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (teacher_logits, logits)
+    )
+    return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
 def make_loss(
     name: str, *, gamma: float, logit_adjustment: float, class_counts: np.ndarray
 ) -> Loss:

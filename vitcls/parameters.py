@@ -45,6 +45,7 @@ def memory_line(state: TrainState) -> str:
         "parameters": (state.params, state.frozen, state.batch_stats),
         "optimizer": state.opt_state,
         "average": state.ema,
+        "teacher": state.teacher,
     }
     sizes = {name: bytes_per_device(tree) for name, tree in parts.items() if tree is not None}
     listed = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vitcls import adapt, augment, losses, optim, pretrained, sharding
 from vitcls import train_step as steps
 from vitcls.errors import UserError
+from vitcls.teacher import Teacher
 
 PyTree = Any
 
@@ -34,7 +35,8 @@ class Program:
       num_passes: Parts of the batch that a training step takes one after the other.
       pass_size: Images of one part, on each device.
       init: Returns random variables.
-      init_state: Makes a `TrainState` of variables.
+      init_state: Makes a `TrainState`, without a teacher, of variables.
+      teacher: The teacher's variables, on the host, or None.
     """
 
     mesh: Mesh
@@ -47,6 +49,7 @@ class Program:
     pass_size: int
     init: Callable[[], PyTree]
     init_state: Callable[[PyTree], steps.TrainState]
+    teacher: PyTree | None
 
     def passes_line(self) -> str:
         """Returns how a step takes its batch, for the log."""
@@ -64,9 +67,13 @@ class Program:
             variables = jax.jit(self.init, out_shardings=shardings)()
         else:
             variables = jax.device_put(variables, shardings)
-        return jax.jit(self.init_state, donate_argnums=0, out_shardings=self.state_shardings)(
-            variables
-        )
+        shardings = self.state_shardings.replace(teacher=None)
+        state = jax.jit(self.init_state, donate_argnums=0, out_shardings=shardings)(variables)
+        return self.with_teacher(state)
+
+    def with_teacher(self, state: steps.TrainState) -> steps.TrainState:
+        """Returns the state with the teacher's variables, if there are any, on the devices."""
+        return state.replace(teacher=jax.device_put(self.teacher, self.state_shardings.teacher))
 
 
 def make_program(
@@ -77,6 +84,7 @@ def make_program(
     *,
     class_names: tuple[str, ...],
     class_counts: np.ndarray,
+    teacher: Teacher | None = None,
 ) -> Program:
     """Returns what `config`, with every derived field filled in, trains and evaluates.
 
@@ -87,6 +95,7 @@ def make_program(
       mesh: The devices.
       class_names: The data's.
       class_counts: Training images of each class, int (K,).
+      teacher: Whose logits the loss draws to.
 
     Raises:
       UserError: a pattern matches no parameter, an option means nothing to this network, or the
@@ -113,6 +122,8 @@ def make_program(
         steps.init_state, tx=tx, split=split, use_ema=config.optim.ema_decay > 0
     )
     state_shapes = jax.eval_shape(init_state, variable_shapes)
+    if teacher is not None:
+        state_shapes = state_shapes.replace(teacher=jax.eval_shape(lambda: teacher.variables))
     state_shardings = sharding.state_shardings(state_shapes, mesh)
     num_rows = config.train.global_batch_size // mesh.size
     group_size = 2 if config.augment.mixup or config.augment.cutmix else 1  # pairs are mixed
@@ -137,6 +148,12 @@ def make_program(
             ),
             losses.class_weights(
                 config.loss.class_weights, class_names, class_counts, beta=config.loss.beta
+            ),
+            teacher
+            and steps.make_distil(
+                teacher.logits,
+                weight=config.loss.teacher_weight,
+                temperature=config.loss.temperature,
             ),
         ),
         tx,
@@ -164,6 +181,7 @@ def make_program(
         pass_size=pass_size,
         init=init,
         init_state=init_state,
+        teacher=teacher and teacher.variables,
     )
 
 

@@ -20,6 +20,7 @@ from vitcls.parameters import memory_line, parameter_table
 from vitcls.program import make_program
 from vitcls.progress import Progress
 from vitcls.signals import StopRequest
+from vitcls.teacher import open_teacher
 from vitcls.train_step import TrainState
 
 log = logging.getLogger("vitcls")
@@ -66,6 +67,9 @@ def train_and_evaluate(
     for trap in train_setup.traps(config, model_config, num_select=num_select):
         log.warning("%s", trap)
     class_counts = train_split.class_counts()
+    teacher = None
+    if config.loss.teacher:
+        teacher = open_teacher(config.loss.teacher, processor, dtype=config.model.dtype)
     program = make_program(
         config,
         model_config,
@@ -73,6 +77,7 @@ def train_and_evaluate(
         mesh,
         class_names=train_split.class_names,
         class_counts=class_counts,
+        teacher=teacher,
     )
     variables = None
     if files is not None:
@@ -97,6 +102,7 @@ def train_and_evaluate(
     if start_step:
         meta = checkpoints.meta(start_step)
         train_setup.check_same_data(meta["data"], train_split)
+        train_setup.check_same_teacher(meta.get("teacher"), teacher)
         if start_step < config.train.total_steps:
             train_setup.check_same_passes(meta.get("num_passes", 1), program, config)
     if is_main:
@@ -112,6 +118,7 @@ def train_and_evaluate(
         state = checkpoint.restore_state(
             checkpoints, start_step, program.state_shapes, program.state_shardings
         )
+        state = program.with_teacher(state)
         if is_main:
             records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
@@ -208,6 +215,7 @@ def train_and_evaluate(
                     _log_summary(f"step {step}: {select}", summary)
                 meta_now = {
                     "data": train_split.fingerprint,
+                    "teacher": teacher and teacher.sha256,
                     "num_passes": program.num_passes,
                     "seconds": seconds(),
                     "images_per_second": progress.images_per_second(),

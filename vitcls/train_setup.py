@@ -17,6 +17,7 @@ from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
 from vitcls.program import Program
+from vitcls.teacher import Teacher
 
 log = logging.getLogger("vitcls")
 
@@ -264,6 +265,15 @@ def check_same_data(fingerprint: str, split: sources.Split) -> None:
         raise UserError(
             f"The training data ({split.name}, {len(split)} images) is not what this run began "
             "with: files or labels changed. Use another --workdir, or restore the data."
+        )
+
+
+def check_same_teacher(sha256: str | None, teacher: Teacher | None) -> None:
+    """Raises `UserError` when the teacher's weights are not those with this hash."""
+    if sha256 != (teacher and teacher.sha256):
+        raise UserError(
+            "loss.teacher has other weights than when this run began. Restore them, or name one "
+            "step of its workdir (DIR@STEP), or use another --workdir."
         )
 
 

@@ -16,14 +16,14 @@ from vitcls import adapt, losses, metrics
 from vitcls.augment import Batch, Prepare
 
 PyTree = Any
-# (trained, frozen, batch_stats, images, targets, weights, keys) ->
+# (trained, fixed, batch_stats, images, targets, weights, keys), where fixed is (frozen, teacher) ->
 #   weighted sum of the loss (), (sum of weights (), new batch_stats)
 LossFn = Callable[..., tuple[jax.Array, tuple[jax.Array, PyTree]]]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes while training, and the frozen parameters.
+    """All that changes while training, and what stays: frozen parameters and the teacher.
 
     Attributes:
       step: int32 (), the number of finished steps.
@@ -32,6 +32,7 @@ class TrainState:
       batch_stats: Running statistics of BatchNorm; empty without it.
       opt_state: State of the optimizer.
       ema: Moving averages of `params` and `batch_stats`, or None.
+      teacher: Variables of the network to learn from, or None; not part of a checkpoint.
     """
 
     step: jax.Array
@@ -40,6 +41,7 @@ class TrainState:
     batch_stats: PyTree
     opt_state: optax.OptState
     ema: PyTree | None
+    teacher: PyTree | None = None
 
     def variables(self) -> PyTree:
         """The variables as trained: with LoRA, its factors beside the kernels."""
@@ -99,6 +101,7 @@ def make_loss_fn(
     apply: Callable[..., Any],
     loss: losses.Loss = losses.cross_entropy,
     class_weights: np.ndarray | None = None,
+    distil: Callable[..., jax.Array] | None = None,
 ) -> LossFn:
     """Returns the loss of a network, summed over a batch.
 
@@ -108,9 +111,12 @@ def make_loss_fn(
       loss: Of one image.
       class_weights: (K,) factors of an image's weight; that of a dense target is their mean under
         it. None: all 1.
+      distil: `(teacher, images, logits, loss (B,)) -> loss (B,)`, see `make_distil`; None: nobody
+        teaches.
     """
 
-    def loss_fn(params, frozen, batch_stats, images, targets, weights, keys):
+    def loss_fn(params, fixed, batch_stats, images, targets, weights, keys):
+        frozen, teacher = fixed
         logits, updated = apply(
             _variables(params, frozen, batch_stats),
             images,
@@ -120,10 +126,36 @@ def make_loss_fn(
         )
         if class_weights is not None:
             weights = weights * jnp.sum(targets * class_weights[None], axis=-1)
-        loss_sum = jnp.sum(loss(logits, targets) * weights)
+        image_loss = loss(logits, targets)
+        if distil is not None:
+            image_loss = distil(teacher, images, logits, image_loss)
+        loss_sum = jnp.sum(image_loss * weights)
         return loss_sum, (jnp.sum(weights), updated.get("batch_stats", batch_stats))
 
     return loss_fn
+
+
+def make_distil(
+    teacher_logits: Callable[[PyTree, jax.Array], jax.Array], *, weight: float, temperature: float
+) -> Callable[..., jax.Array]:
+    """Returns what mixes `losses.distillation` into the loss of each image.
+
+    The teacher is shown the very images that the network sees, augmented and mixed (Beyer et al.
+    2021, arXiv:2106.05237).
+
+    Args:
+      teacher_logits: `(teacher's variables, images) -> logits (B, K)`.
+      weight: Share of the teacher, from 0 to 1; the rest is the loss against the labels.
+      temperature: Of the distillation.
+    """
+
+    def distil(teacher, images, logits, image_loss):
+        taught = losses.distillation(
+            logits, teacher_logits(teacher, images), temperature=temperature
+        )
+        return (1 - weight) * image_loss + weight * taught
+
+    return distil
 
 
 def sample_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
@@ -148,7 +180,7 @@ def in_passes(
     passes.
 
     Args:
-      grad_fn: `(params, frozen, batch_stats, *arrays (B, ...)) -> (loss sum, (weight sum,
+      grad_fn: `(params, fixed, batch_stats, *arrays (B, ...)) -> (loss sum, (weight sum,
         batch_stats)), gradient of the loss sum`.
       num_passes: A, a divisor of the groups on one device.
       group_size: Number of neighbours that stay together, because they are mixed.
@@ -160,10 +192,10 @@ def in_passes(
         groups = array.reshape(-1, num_passes, group_size, *array.shape[1:]).swapaxes(0, 1)
         return groups.reshape(num_passes, -1, *array.shape[1:])
 
-    def summed(params, frozen, batch_stats, *arrays):
+    def summed(params, fixed, batch_stats, *arrays):
         def add_pass(carry, part):
             sums, batch_stats = carry
-            (loss, (weight, batch_stats)), grads = grad_fn(params, frozen, batch_stats, *part)
+            (loss, (weight, batch_stats)), grads = grad_fn(params, fixed, batch_stats, *part)
             return (jax.tree.map(jnp.add, sums, (loss, weight, grads)), batch_stats), None
 
         zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
@@ -195,9 +227,9 @@ def make_train_step(
     `in_passes`. In the first `probe_steps` only the head has a gradient, and only that is computed.
     """
 
-    def batch_loss(params, frozen, batch_stats, batch, keys):
+    def batch_loss(params, fixed, batch_stats, batch, keys):
         images, targets, weights = prepare(keys[:, 0], batch)
-        return loss_fn(params, frozen, batch_stats, images, targets, weights, keys[:, 1])
+        return loss_fn(params, fixed, batch_stats, images, targets, weights, keys[:, 1])
 
     def probe_loss(params, *rest):
         return batch_loss(adapt.hold_backbone(params), *rest)
@@ -210,7 +242,7 @@ def make_train_step(
 
     def train_step(state, batch):
         keys = image_keys(key, state.step, batch["image"].shape[0])
-        inputs = (state.params, state.frozen, state.batch_stats, batch, keys)
+        inputs = (state.params, (state.frozen, state.teacher), state.batch_stats, batch, keys)
         if probe_steps:  # one branch is executed
             result = jax.lax.cond(state.step < probe_steps, probe_grad_fn, grad_fn, *inputs)
         else:
