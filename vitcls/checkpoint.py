@@ -6,6 +6,7 @@ its factors lie beside the kernels as they were, and are folded in by who reads 
 """
 
 import contextlib
+import json
 import logging
 import math
 import shutil
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
-from vitcls import adapt
+from vitcls import adapt, distributed, sharding
 from vitcls.errors import StorageError, UserError
 from vitcls.train_step import TrainState, fold_lora
 
@@ -110,18 +111,26 @@ class Checkpoints:
         self.wait()  # for the previous save, as Orbax would: what it takes is then known
         self._check_room(step, items)
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
-        if score is not None and not math.isfinite(score):
-            score = -sys.float_info.max
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args),
-                metrics=None if score is None else {"score": score},
+                metrics=None if score is None else {"score": _finite(score)},
                 force=True,
             )
         except Exception as error:
             raise self._failure("could not be saved", step, error) from error
+
+    def add_score(self, step: int, score: float) -> None:
+        """Gives a checkpoint that is there, and has no score, what `save` would have taken."""
+        if jax.process_index() == 0:
+            # As Orbax has it; renamed, so that it is there as a whole.
+            aside = self._manager.directory / str(step) / "metrics.tmp"
+            aside.mkdir(exist_ok=True)
+            (aside / "metrics").write_text(json.dumps({"score": _finite(score)}))
+            aside.rename(aside.with_suffix(""))
+        distributed.wait_for_all(f"score of {step}")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns once what was saved is on disk; raises `StorageError` if it could not be."""
@@ -205,7 +214,7 @@ def restore_state(
 ) -> TrainState:
     """Returns the state after `step`, bit for bit as it was saved; it has no teacher."""
     target = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
         shapes,
         shardings,
     )
@@ -218,7 +227,7 @@ def restore_state(
         }
 
     return TrainState(
-        step=jax.device_put(np.int32(step), shardings.step),
+        step=sharding.put(np.int32(step), shardings.step),
         frozen=adapt.subtree(items["params"]["params"], target.frozen),
         opt_state=items["opt_state"],
         ema=None if target.ema is None else trained(items["ema"]),
@@ -243,6 +252,11 @@ def has_steps(directory: Path) -> bool:
 
 def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
+
+
+def _finite(score: float) -> float:
+    # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
+    return score if math.isfinite(score) else -sys.float_info.max
 
 
 def _check_dtypes(where: str, saved: PyTree, wanted: PyTree) -> None:

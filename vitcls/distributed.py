@@ -269,4 +269,3 @@ def _first_end() -> dict[str, Any] | None:
         return json.loads(global_state.client.key_value_try_get(_END))
     except jax.errors.JaxRuntimeError:
         return None
-

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -22,20 +23,28 @@ if _torch is None:
 class MetricWriter:
     """Writes scalars to both; after a restart it forgets what came after the restored step."""
 
-    def __init__(self, workdir: Path, *, start_step: int, again: tuple[str, ...] = ()):
+    def __init__(
+        self, workdir: Path, *, start_step: int, again: Sequence[str] = (), is_main: bool = True
+    ):
         """Opens the files of a run.
 
         Args:
           workdir: The run's folder.
           start_step: The last step that counts; later lines are dropped.
           again: Splits whose evaluation at `start_step` will be done again.
+          is_main: Whether this process writes at all.
         """
+        self._is_main = is_main
+        if not is_main:
+            return
         self._path = workdir / "metrics.jsonl"
         _drop_lines(self._path, start_step, again)
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        if not self._is_main:
+            return
         line = {"step": step, "time": round(time.time(), 3), **scalars}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()  # a line is there for whoever follows the file, and after a kill
@@ -46,8 +55,9 @@ class MetricWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._events.close()
+        if self._is_main:
+            self._file.close()
+            self._events.close()
 
 
 class LateMetrics:
@@ -100,7 +110,7 @@ class LateMetrics:
             self._writer.write(step, means | self._progress.report(step, means))
 
 
-def _drop_lines(path: Path, step: int, again: tuple[str, ...]) -> None:
+def _drop_lines(path: Path, step: int, again: Sequence[str]) -> None:
     """Removes the lines that will be written again, and a last line cut by a kill."""
     if not path.exists():
         return
