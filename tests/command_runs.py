@@ -7,6 +7,7 @@ the sample ids of its training batches in WORKDIR.ids-PROCESS.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ def get_config():
     config = default_config()
     config.data.update(source="digits", image_size=(8, 8), num_threads=2)
     config.model.update(arch="vit_mu4", dropout=0.1)
-    config.augment.mixup = 0.2
+    config.augment.mixup = 0.2  # of neighbours in a batch
     config.optim.update(lr=1e-3, ema_decay=0.9)
     config.train.update(total_steps={STEPS}, global_batch_size=24)
     config.eval.update(every_steps={EVAL_STEP}, batch_size=48)
@@ -85,8 +86,11 @@ class Run:
                 )
             )
 
-    def end(self, timeout: float = 300) -> tuple[list[int], list[str]]:
-        """Waits for all; returns their exit codes and outputs. Nothing may be left of them."""
+    def end(self, timeout: float = 900) -> tuple[list[int], list[str]]:
+        """Waits for all; returns their exit codes and outputs. Nothing may be left of them.
+
+        `seconds_after_fault` is then how long it took from the fault to the end of the last one.
+        """
         outputs = [""] * len(self.processes)
 
         def read(index: int) -> None:
@@ -98,6 +102,8 @@ class Run:
         deadline = time.monotonic() + timeout
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))
+        struck = re.search(r"^FAULT (\S+)$", "\n".join(outputs), re.MULTILINE)
+        self.seconds_after_fault = time.time() - float(struck[1]) if struck else None
         hanging = [process for process in self.processes if process.poll() is None]
         for process in hanging:
             os.killpg(process.pid, signal.SIGKILL)
@@ -133,13 +139,40 @@ def metric_lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 def sample_ids(workdir: Path) -> dict[int, list[int]]:
-    """Step -> which images its global batch had, in its order, over all starts of the run."""
-    parts = {}
+    """Step -> which images its global batch had, in its order: the same in all starts of a run."""
+    rows = {}  # (step, number of processes) -> first row -> ids
     for path in workdir.parent.glob(f"{workdir.name}.ids-*"):
         for line in path.read_text().splitlines():
             step, first_row, ids = json.loads(line)
-            parts.setdefault(step, {})[first_row] = ids
-    return {step: sum((rows[row] for row in sorted(rows)), []) for step, rows in parts.items()}
+            rows.setdefault((step, path.name.split("-")[-1]), {})[first_row] = ids
+    batches = {}
+    for (step, _), parts in rows.items():
+        batch = sum((parts[row] for row in sorted(parts)), [])
+        assert batches.setdefault(step, batch) == batch
+    return batches
+
+
+def final_arrays(workdir: Path) -> dict[str, Any]:
+    """All that the checkpoint of the last step holds."""
+    from vitcls.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    return dict(checkpoints._manager.restore(STEPS))
+
+
+def assert_same_run(whole: Path, parts: Path) -> None:
+    """That a run in several starts is, bit for bit, the one that nothing befell."""
+    import jax
+    import numpy as np
+
+    one, other = final_arrays(whole), final_arrays(parts)
+    for name in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, one[name], other[name])
+    assert metric_lines(parts) == metric_lines(whole)
+    assert sample_ids(parts) == sample_ids(whole)
+    results = [json.loads((run / "results.json").read_text()) for run in (whole, parts)]
+    for name in ("selected_step", "splits"):
+        assert results[0][name] == results[1][name]
 
 
 def _record_samples(workdir: str) -> None:
@@ -177,13 +210,16 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
         if is_done or jax.process_index() != process:
             return
         is_done = True
-        print(f"FAULT {phase}", flush=True)
+        print(f"FAULT {time.time()}", flush=True)
         if action == "hang":
             while True:
                 time.sleep(1)
         if action == "raise":
             raise RuntimeError("a bug")
-        os.kill(os.getpid(), signal.Signals[action])
+        if action == "SIGINT_TWICE":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.Signals[action.removesuffix("_TWICE")])
 
     def before(owner: Any, name: str, when: Callable[..., bool] = lambda *a, **k: True) -> None:
         original = getattr(owner, name)

@@ -14,17 +14,8 @@ LEVELS = [
     {"errors"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim"},
-    {
-        "data",
-        "pretrained",
-        "checkpoint",
-        "signals",
-        "distributed",
-        "progress",
-        "metric_writers",
-        "parameters",
-    }
-    | {"contact_sheet"},
+    {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
+    | {"distributed", "watchdog", "contact_sheet"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records"},
     {"teacher", "program", "train_setup", "train"},
     {"model_card", "exporting", "data_checks"},

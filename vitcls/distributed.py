@@ -34,8 +34,9 @@ log = logging.getLogger("vitcls")
 # A process that sends no sign of life for so long is dead: jax then ends all others.
 _HEARTBEAT_SECS = 30
 _SHUTDOWN_SECS = 30
-# After another process ended, what this one has to end by itself: it may be closing its files.
-_GRACE_SECS = 10
+# After another process ended, what this one has to end by itself: it may be closing its files. The
+# coordinator waits longer for the others, which would be aborted without it.
+_GRACE_SECS, _COORDINATOR_GRACE_SECS = 10, 30
 _POLL_SECS = 1
 _FOREVER = 10**9  # milliseconds: whoever waits is ended by what ends the others
 _END = "vitcls/end"
@@ -216,7 +217,8 @@ def leave(code: int, message: str) -> None:
     if client is None or global_state.num_processes == 1:
         return
     # The coordinator may be gone, or stuck: nothing below may keep this process.
-    backstop = threading.Timer(2 * _GRACE_SECS, os._exit, [code])
+    patience = _GRACE_SECS if global_state.process_id else _COORDINATOR_GRACE_SECS
+    backstop = threading.Timer(patience, os._exit, [code])
     backstop.daemon = True
     backstop.start()
     own = {"process": global_state.process_id, "code": code, "message": message}

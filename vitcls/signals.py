@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -35,20 +36,31 @@ def ignore() -> None:
 
 
 class StopRequest:
-    """While entered, signals are only noted, for `poll`; but after a SIGINT, a second one kills.
+    """While entered, signals are only noted, for `poll`; but a second SIGINT ends the process.
 
-    A handler must not do more: raising from it would lose a checkpoint that is being written.
-    Other signals may come repeatedly: clusters send a SIGTERM after the signal asked for.
+    Nothing is raised: that would lose a checkpoint that is being written. Other signals may come
+    repeatedly: clusters send a SIGTERM after the signal that was asked for.
 
     Attributes:
       name: The signal that `poll` knows of; None: none.
+      is_all_saved: Whether a signal may end the process at once; set by whoever knows.
     """
 
-    def __init__(self, vote: Callable[[int], int] = int):
-        """Takes what makes one number of those of all processes: `distributed.late_maximum`."""
+    def __init__(
+        self,
+        vote: Callable[[int], int] = int,
+        leave: Callable[[int, str], None] = lambda code, message: None,
+    ):
+        """Takes `distributed.late_maximum`'s result and `distributed.leave` for several processes.
+
+        Args:
+          vote: Makes one number of those of all processes.
+          leave: Ends all processes, given a code and a message.
+        """
         self.name: str | None = None
+        self.is_all_saved = False
         self._number = 0
-        self._vote = vote
+        self._vote, self._leave = vote, leave
         self._previous = {}
 
     def poll(self) -> str | None:
@@ -60,18 +72,43 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        # Python calls a handler when the main thread is back in Python, after minutes perhaps where
+        # that compiles. The number of the signal is in this pipe at once.
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=[reader], name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self._writer)  # ends the thread
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self._number:
-            self._number = number
+        self._number = self._number or number
+
+    def _listen(self, reader: int) -> None:
+        is_told = is_interrupted = False
+        while byte := os.read(reader, 1):
+            number = byte[0]
+            if number not in _SIGNALS:
+                continue
+            if number == signal.SIGINT and is_interrupted:
+                os._exit(128 + number)
+            is_interrupted |= number == signal.SIGINT
+            if is_told:
+                continue
+            is_told = True
+            self._note(number, None)
+            if self.is_all_saved:
+                message = f"{_name(number)}: nothing to save; run the same command again."
+                _say(message)
+                self._leave(Interrupted.exit_code, message)
+                os._exit(Interrupted.exit_code)
             _say(f"{_name(number)}: saving, then stopping; a second Ctrl-C stops at once.")
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)  # ends even a process that is not in Python
+        os.close(reader)
 
 
 def _name(number: int) -> str:

@@ -197,7 +197,7 @@ def train_and_evaluate(
         directory=workdir / "profile",
     )
     with (
-        StopRequest(distributed.late_maximum(mesh)) as stop,
+        StopRequest(distributed.late_maximum(mesh), distributed.leave) as stop,
         Watchdog(**config.stall) as watchdog,
         checkpoints,
         MetricWriter(
@@ -219,15 +219,18 @@ def train_and_evaluate(
         if meta.get("lacks_score"):  # a signal ended the evaluation that the last save was due for
             checkpoints.add_score(start_step, selection_score(start_step))
         watchdog.expect("compile")
+        stop.is_all_saved = True
         for step in range(start_step + 1, total_steps + 1):
             profile(step - start_step - 1, state)
             with progress.waiting():
                 batch = next(batches)
             with jax.transfer_guard("disallow"):  # nothing crosses to the devices unasked
                 state, step_metrics = program.train_step(state, batch)
+            stop.is_all_saved = False
             metrics.add(step, step_metrics)
             progress.step_done()
-            watchdog.expect("step")
+            if step > start_step + 1:  # the first has been compiled and done everywhere
+                watchdog.expect("step")
             stop.poll()
             is_evaluated = select and _is_due(step, config.eval.every_steps, total_steps)
             is_saved = _is_due(step, config.checkpoint.every_steps, total_steps)
