@@ -62,9 +62,7 @@ class Run:
         config.write_text(CONFIG)
         command = [sys.executable, __file__, fault, f"--config={config}", f"--workdir={workdir}"]
         if num_processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                flags += (f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}",)
+            flags += (f"--coordinator_address={free_address()}",)
             flags += (f"--num_processes={num_processes}",)
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -115,6 +113,13 @@ class Run:
         return [process.returncode for process in self.processes], outputs
 
 
+def free_address() -> str:
+    """One that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 def _group_exists(number: int) -> bool:
     for _ in range(50):  # what was killed needs a moment
         try:
@@ -147,7 +152,7 @@ def sample_ids(workdir: Path) -> dict[int, list[int]]:
             rows.setdefault((step, path.name.split("-")[-1]), {})[first_row] = ids
     batches = {}
     for (step, _), parts in rows.items():
-        batch = sum((parts[row] for row in sorted(parts)), [])
+        batch = [index for row in sorted(parts) for index in parts[row]]
         assert batches.setdefault(step, batch) == batch
     return batches
 
@@ -173,6 +178,19 @@ def assert_same_run(whole: Path, parts: Path) -> None:
     results = [json.loads((run / "results.json").read_text()) for run in (whole, parts)]
     for name in ("selected_step", "splits"):
         assert results[0][name] == results[1][name]
+
+
+def assert_same_samples_and_losses(one: Path, other: Path) -> None:
+    """That two runs saw the same images, and computed the same up to the last bits."""
+    import pytest
+
+    assert sample_ids(one) == sample_ids(other)
+    lines = [metric_lines(run) for run in (one, other)]
+    assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
+    for first, second in zip(*lines, strict=True):
+        for name in first:
+            if name.endswith("/loss") or name == "step":
+                assert first[name] == pytest.approx(second[name], rel=2e-6), name
 
 
 def _record_samples(workdir: str) -> None:
