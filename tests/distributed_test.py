@@ -27,6 +27,8 @@ from vitcls import cli, distributed, sharding
 address, odd, folder, process = sys.argv[1:]
 process = int(process)
 
+distributed._GRACE_SECS = 1
+
 def main():
     distributed.initialize(address, 2, process)
     is_odd = process == 1
