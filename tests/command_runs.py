@@ -269,7 +269,7 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
 
         train.make_program = make_program
     elif phase == "train":
-        before(LateMetrics, "add", lambda self, step, _: step == FAULT_STEP)
+        before(LateMetrics, "add", lambda self, step, _: step >= FAULT_STEP)
     elif phase == "eval":
         before(metrics, "add_sums", lambda total, _: total is not None)
     elif phase == "save":
