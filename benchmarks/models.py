@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -57,7 +58,12 @@ def macs(config: Config) -> int:
     init = functools.partial(model.init, train=False)
     apply = functools.partial(model.apply, train=False)
     variables = jax.eval_shape(init, jax.random.key(0), image)
-    return _macs(jax.make_jaxpr(apply)(variables, image).jaxpr)
+    return macs_of(apply, variables, image)
+
+
+def macs_of(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the multiply-adds of all products and convolutions of `function(*args)`."""
+    return _macs(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _macs(jaxpr: Any) -> int:

@@ -31,12 +31,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
-from vitcls import augment, optim
+from vitcls import adapt, augment, optim
 from vitcls import train_step as steps
 from vitcls.errors import UserError
 
@@ -140,36 +141,14 @@ def make_ours(config: Config, *, dtype: str, batch_size: int) -> tuple[Run, dict
       ArithmeticError: see `check_numerics`.
     """
     model = make_model(config, dtype)
-    key = jax.random.key(0)
-    zeros = jnp.zeros((1, *config.image_size, 3))
-    variables = jax.jit(functools.partial(model.init, train=False))(key, zeros)
-    # Not the zero head of fine-tuning, with which every network's first loss is ln K.
-    head = variables["params"]["classifier"]
-    head["kernel"] = jax.random.normal(key, head["kernel"].shape) * len(head["kernel"]) ** -0.5
-    schedule = optim.make_schedule("constant", lr=LR, warmup_steps=0, total_steps=1)
-    tx = optim.make_optimizer(
-        "adamw", schedule, params=variables["params"], weight_decay=WEIGHT_DECAY,
-        decay=".*/kernel", clip_norm=0.0, args={},
-    )  # fmt: skip
-    normalise = functools.partial(
-        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
-    prepare = augment.make_prepare(normalise, flip=True, label_smoothing=0.0)
-
-    def train_step(model):
-        loss_fn = steps.make_loss_fn(model.apply)
-        return steps.make_train_step(
-            prepare, loss_fn, tx, key=key, schedule=schedule, ema_decay=0.0
-        )
-
-    init_state = functools.partial(steps.init_state, tx=tx, use_ema=False)
-    state = jax.jit(init_state)(variables)
+    variables = random_variables(config)
+    state, train_step = make_training(model, variables)
     batch = jax.device_put(random_batch(config, batch_size))
     with jax.default_matmul_precision("highest"):
-        reference = train_step(make_model(config, "float32"))
+        _, reference = make_training(make_model(config, "float32"), variables)
         expected = jax.jit(lambda *args: reference(*args)[1])(state, batch)
     begin = time.perf_counter()
-    compiled = jax.jit(train_step(model), donate_argnums=0).lower(state, batch).compile()
+    compiled = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
     compile_secs = time.perf_counter() - begin
     num_params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     state, found = compiled(state, batch)
@@ -178,6 +157,55 @@ def make_ours(config: Config, *, dtype: str, batch_size: int) -> tuple[Run, dict
         "compile_secs": compile_secs,
         "numerics": check_numerics(found, expected, dtype),
     }
+
+
+def random_variables(config: Config) -> Any:
+    """Returns a network's variables: random ones, also of the head.
+
+    Not the zero head of fine-tuning, with which every network's first loss is ln K.
+    """
+    key, zeros = jax.random.key(0), jnp.zeros((1, *config.image_size, 3))
+    init = functools.partial(make_model(config, "float32").init, train=False)
+    variables = jax.jit(init)(key, zeros)
+    head = variables["params"]["classifier"]
+    head["kernel"] = jax.random.normal(key, head["kernel"].shape) * len(head["kernel"]) ** -0.5
+    return variables
+
+
+def make_training(
+    model: nn.Module,
+    variables: Any,
+    *,
+    split: Callable[[Any], tuple[Any, Any]] = adapt.split,
+    has_lora: bool = False,
+) -> tuple[steps.TrainState, Callable[..., Any]]:
+    """Returns the first state and the step of a run: flip, normalisation, network, AdamW.
+
+    Args:
+      model: The network.
+      variables: Its variables.
+      split: Parameters -> (trained, frozen).
+      has_lora: Whether LoRA's factors are among them.
+    """
+    schedule = optim.make_schedule("constant", lr=LR, warmup_steps=0, total_steps=1)
+    tx = optim.make_optimizer(
+        "adamw", schedule, params=split(variables["params"])[0], weight_decay=WEIGHT_DECAY,
+        decay=".*/kernel", clip_norm=0.0, args={},
+    )  # fmt: skip
+    normalise = functools.partial(
+        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    apply = adapt.with_lora(model.apply) if has_lora else model.apply
+    train_step = steps.make_train_step(
+        augment.make_prepare(normalise, flip=True, label_smoothing=0.0),
+        steps.make_loss_fn(apply),
+        tx,
+        key=jax.random.key(0),
+        schedule=schedule,
+        ema_decay=0.0,
+    )
+    init_state = functools.partial(steps.init_state, tx=tx, use_ema=False, split=split)
+    return jax.jit(init_state)(variables), train_step
 
 
 def random_batch(config: Config, batch_size: int) -> dict[str, np.ndarray]:
@@ -341,16 +369,16 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", default="vit_b16", help=f"{', '.join(NAMES)} (default: vit_b16)")
-    add("--image_size", type=_positive(int), default=224, help="height and width (default: 224)")
-    add("--batch_size", type=_positive(int), default=8, help="images in a step (default: 8)")
+    add("--image_size", type=positive(int), default=224, help="height and width (default: 224)")
+    add("--batch_size", type=positive(int), default=8, help="images in a step (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add(
         "--peer", choices=("auto", "torch", "timm", "none"), default="auto",
         help="torch: the network of transformers; timm: timm's; auto: timm on a GPU if it is "
         "installed, otherwise torch (default: auto)",
     )  # fmt: skip
-    add("--windows", type=_positive(int), default=5, help="turns of each (default: 5)")
-    add("--window_secs", type=_positive(float), default=3.0, help="seconds a turn (default: 3)")
+    add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
+    add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
     add("--json", type=Path, help="file to write all figures to")
     args = parser.parse_args()
     if args.peer != "none":  # on a GPU it needs what JAX would reserve; read at JAX's first use
@@ -367,7 +395,9 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
+def positive(kind: type) -> Callable[[str], Any]:
+    """Returns a parser of numbers above 0, for argparse."""
+
     def parse(text: str):
         if not 0 < kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not positive")

@@ -13,19 +13,22 @@ of them, for example
 Ctrl-C lets the running trials save. Run the same command again to go on: finished trials never run
 again, stopped ones continue, failed ones are tried again; trials may be added to the sweep file. At
 the end stands a table, grouped by everything but the seed; it is also in sweep.json and sweep.csv.
+
+--on=slurm runs the trials as one array job, of which each task gets --nodes, --gpus_per_node and so
+on. This command then only watches: after Ctrl-C the job goes on.
 """
 
 import logging
 import shlex
-import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from launch import commands, resources, slurm
 from launch import trials as trials_lib
 from vitcls import cli
-from vitcls.errors import Interrupted, UserError
+from vitcls.errors import Interrupted
 from vitcls.signals import StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,11 +40,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _SWEEP = flags.DEFINE_string("sweep", None, "Python file whose get_sweep() returns the trials.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the trials' folders and the table.")
-_ON = flags.DEFINE_enum("on", "local", ["local"], "Where the trials run.")
-_JOBS = flags.DEFINE_integer("jobs", 1, "Trials that run at the same time.", lower_bound=1)
+_ON = flags.DEFINE_enum("on", "local", ["local", "slurm"], "Where the trials run.")
+_JOBS = flags.DEFINE_integer(
+    "jobs", None, "Trials that run at the same time, sharing the GPUs of this machine evenly; by "
+    "default one here, all on SLURM.", lower_bound=1,
+)  # fmt: skip
+_METRICS = flags.DEFINE_list(
+    "metrics", [], "SPLIT/METRIC,... to compare beside the selection metric, such as "
+    "test/balanced_accuracy; empty: the accuracy of each of data.eval_splits.",
+)  # fmt: skip
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check every trial, print the commands of those to run, and end."
 )
+flags.adopt_module_key_flags(resources)
 
 log = logging.getLogger("vitcls")
 
@@ -57,50 +68,52 @@ def main() -> None:
     cli.config_value(_CONFIG)
     workdir = Path(cli.required(_WORKDIR))
     sweep = trials_lib.load_sweep(cli.required(_SWEEP))
-    config_file = flags.FLAGS["config"].config_filename
-    trials = trials_lib.make_trials(sweep, config_file, _overrides(), workdir)
-    from vitcls import optim  # imports jax: only once the flags are known to be right
-
-    for trial in trials:
-        optim.check_args(trial.config.optim.name, dict(trial.config.optim.args))
+    resources.check_places(_ON.value, {"max_restarts": ("slurm",)})
+    asked = resources.from_flags()
+    trials = trials_lib.make_trials(
+        sweep,
+        flags.FLAGS["config"].config_filename,
+        commands.overrides(),
+        workdir,
+        here=_ON.value == "local",
+    )
     unfinished = [trial for trial in trials if trial.results() is None]
     if _DRY_RUN.value:
+        if _ON.value == "slurm":
+            listed = workdir.absolute() / "array-0.txt"
+            num_trials, jobs = len(unfinished), _JOBS.value
+            print(slurm.array_script(listed, num_trials, workdir, asked, jobs=jobs or num_trials))
         for trial in unfinished:
             print(shlex.join(trial.command))
         return
-    _run(trials, unfinished, workdir)
+    _run(trials, unfinished, workdir, asked)
 
 
-def _overrides() -> list[str]:
-    """Returns the `--config.FIELD=VALUE` flags of the command line, as they were written."""
-    found = []
-    for argument in sys.argv[1:]:
-        if not argument.lstrip("-").startswith(("config.", "noconfig.")):
-            continue
-        if not argument.lstrip("-").startswith("config.") or "=" not in argument:
-            raise UserError(f"{argument}: write --config.FIELD=VALUE, which every trial is given.")
-        found.append(argument)
-    return found
-
-
-def _run(trials: list, unfinished: list, workdir: Path) -> None:
-    from launch import tables
-    from launch.pool import Pool
+def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resources) -> None:
+    from launch import array, pool, tables  # these import jax
     from vitcls import records
 
+    def write() -> None:
+        tables.write(workdir, trials, runner.states, _METRICS.value)
+
+    tables.check_metrics(_METRICS.value, trials)
     records.make(workdir)
     log.info("%d trials, %d finished before.", len(trials), len(trials) - len(unfinished))
-    pool = Pool(
-        unfinished, jobs=_JOBS.value, on_end=lambda: tables.write(workdir, trials, pool.ends)
-    )
     with StopRequest() as stop:
-        pool.run(stop)
-    tables.write(workdir, trials, pool.ends)
-    if by_group := tables.groups(trials):
+        if _ON.value == "local":
+            runner = pool.Pool(unfinished, jobs=_JOBS.value or 1, on_change=write)
+        else:
+            runner = array.Array(unfinished, workdir, on_change=write)
+            runner.submit(asked, jobs=_JOBS.value)
+        runner.run(stop)
+    write()
+    if by_group := tables.groups(trials, _METRICS.value):
         print(f"Mean (lowest to highest) over the seeds:\n{tables.text(by_group)}")
+    if stop.name and _ON.value == "slurm":
+        raise Interrupted(f"{stop.name}: the jobs go on; the same command watches them again.")
     if stop.name:
         raise Interrupted(f"{stop.name}: run the same command again to go on.")
-    failed = [name for name, end in pool.ends.items() if end["state"] == "failed"]
+    failed = [name for name, state in runner.states.items() if state["state"] == "failed"]
     if failed:
         raise TrialsFailed(
             f"{len(failed)} of {len(trials)} trials failed; their logs say why, and the same "

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.trials import SEED, Trial
+from vitcls.config import SELECT_METRICS
+from vitcls.errors import unknown
 from vitcls.records import write_json, written_aside
+
+_METRICS = (*SELECT_METRICS, "head_accuracy", "medium_accuracy", "tail_accuracy")
 
 
 def select_metric(trial: Trial) -> str | None:
@@ -16,30 +20,48 @@ def select_metric(trial: Trial) -> str | None:
     return f"{split}/{metric}" if split else None
 
 
-def metrics(trial: Trial) -> dict[str, float]:
-    """Returns what a finished trial is compared by: selection metric, accuracies; else {}."""
+def check_metrics(names: list[str], trials: list[Trial]) -> None:
+    """Raises `UserError` when one of the names is no `SPLIT/METRIC` of all trials."""
+    for name in names:
+        split, _, metric = name.partition("/")
+        for trial in trials:
+            splits = [*trial.config.data.eval_splits, trial.config.eval.select_split]
+            if split not in splits:
+                raise unknown("split of --metrics", split, filter(None, splits))
+        if metric not in _METRICS:
+            raise unknown("metric of --metrics", metric, _METRICS)
+
+
+def metrics(trial: Trial, names: list[str]) -> dict[str, float]:
+    """Returns what a finished trial is compared by, {} of others.
+
+    Args:
+      trial: The trial.
+      names: `SPLIT/METRIC` beside the selection metric; [] is the accuracy of each eval split.
+    """
     results = trial.results()
     if results is None:
         return {}
-    names = [f"{split}/accuracy" for split in trial.config.data.eval_splits]
+    names = names or [f"{split}/accuracy" for split in trial.config.data.eval_splits]
     found = {}
     for name in filter(None, dict.fromkeys([select_metric(trial), *names])):
         split, metric = name.split("/")
-        found[name] = results["splits"][split][metric]
+        if metric in results["splits"][split]:  # no tail_accuracy without rare classes
+            found[name] = results["splits"][split][metric]
     return found
 
 
-def groups(trials: list[Trial]) -> list[dict[str, Any]]:
+def groups(trials: list[Trial], names: list[str]) -> list[dict[str, Any]]:
     """Returns the finished trials by fields other than the seed, best selection metric first.
 
     Each group is `{"fields": {...}, "seeds": [0, 1], "metrics": {"test/accuracy": {"mean": 0.97,
-    "lowest": 0.96, "highest": 0.98}}}`; without a selection metric the sweep's order is kept, since
-    the test split chooses nothing.
+    "lowest": 0.96, "highest": 0.98}}}`. Without a selection metric the sweep's order is kept, since
+    the test split chooses nothing. `names`: see `metrics`.
     """
     members = {}
     for trial in trials:
         fields = {field: value for field, value in trial.fields.items() if field != SEED}
-        if found := metrics(trial):
+        if found := metrics(trial, names):
             members.setdefault(json.dumps(fields, default=str), []).append((trial, fields, found))
     by_group = [_group(rows) for rows in members.values()]
     selects = {select_metric(trial) for trial in trials}
@@ -53,8 +75,8 @@ def groups(trials: list[Trial]) -> list[dict[str, Any]]:
 
 def _group(rows: list[tuple[Trial, dict, dict]]) -> dict[str, Any]:
     summary = {}
-    for name in rows[0][2]:
-        values = [found[name] for _, _, found in rows]
+    for name in dict.fromkeys(name for _, _, found in rows for name in found):
+        values = [found[name] for _, _, found in rows if name in found]
         summary[name] = {
             "mean": statistics.fmean(values), "lowest": min(values), "highest": max(values)
         }  # fmt: skip
@@ -85,24 +107,27 @@ def _columns(by_group: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return list(fields), list(names)
 
 
-def write(workdir: Path, trials: list[Trial], ends: dict[str, dict[str, Any]]) -> None:
+def write(
+    workdir: Path, trials: list[Trial], states: dict[str, dict[str, Any]], names: list[str]
+) -> None:
     """Writes `sweep.json` (trials and groups) and `sweep.csv` (one line per group).
 
     Args:
       workdir: The sweep's folder.
       trials: All of them.
-      ends: By trial, how those ended that did not finish: `{"state": "failed", "exit_code": 87}`.
+      states: By trial, `{"state": "failed", "exit_code": 87}` of those that were started.
+      names: See `metrics`.
     """
     rows = []
     for trial in trials:
         results = trial.results()
-        state = {"state": "finished", "exit_code": 0} if results else ends.get(trial.name)
+        state = states.get(trial.name, {"state": "waiting", "exit_code": None})
         rows.append(
             {"name": trial.name, "fields": trial.fields, "command": trial.command}
-            | (state or {"state": "waiting", "exit_code": None})
-            | {"seconds": results and results["seconds"], "metrics": metrics(trial)}
+            | ({"state": "finished", "exit_code": 0} if results else state)
+            | {"seconds": results and results["seconds"], "metrics": metrics(trial, names)}
         )
-    by_group = groups(trials)
+    by_group = groups(trials, names)
     write_json(workdir / "sweep.json", {"trials": rows, "groups": by_group})
     fields, names = _columns(by_group)
     kinds = ("mean", "lowest", "highest")

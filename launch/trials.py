@@ -13,8 +13,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from launch import commands
 from vitcls import cli
-from vitcls.config import check_config, check_same_run
+from vitcls.config import check_same_run
 from vitcls.errors import UserError
 
 _MAX_NAME = 120  # characters; file systems take 255 bytes, and paths go on behind it
@@ -44,6 +45,13 @@ class Trial:
     @property
     def command(self) -> list[str]:
         return [sys.executable, "-m", "vitcls.main", *self.flags, f"--workdir={self.workdir}"]
+
+    def prepare(self) -> None:
+        """Makes the folder, and notes what is asked for: another sweep must not take it over."""
+        from vitcls.records import write_json  # imports jax: not before the flags are checked
+
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        write_json(self.workdir / "asked.json", self.config.to_dict())
 
     def total_steps(self) -> int | None:
         """Returns the steps it trains for; None before a run of epochs has counted them."""
@@ -113,7 +121,12 @@ def load_sweep(path: str) -> list[dict[str, Any]]:
 
 
 def make_trials(
-    sweep: list[dict[str, Any]], config_file: str, overrides: list[str], workdir: Path
+    sweep: list[dict[str, Any]],
+    config_file: str,
+    overrides: list[str],
+    workdir: Path,
+    *,
+    here: bool = True,
 ) -> list[Trial]:
     """Returns the trials of a sweep, all of them checked.
 
@@ -122,6 +135,7 @@ def make_trials(
       config_file: As `--config` takes it, `FILE.py` or `FILE.py:ARGUMENT`.
       overrides: `--config.FIELD=VALUE` flags that all trials get.
       workdir: The sweep's folder.
+      here: Whether they will run on this machine.
 
     Raises:
       UserError: a trial is there twice, its config has a mistake, or its folder is another run's.
@@ -137,7 +151,7 @@ def make_trials(
                 raise UserError(f"{override}: {field} is what the sweep varies; take one away.")
         arguments = [_config_flag(config_file, fields.get("config", "")), *overrides]
         arguments += [f"--config.{key}={fields[key]}" for key in fields if key != "config"]
-        trial = Trial(fields, workdir / name, _read_config(arguments, name), arguments)
+        trial = Trial(fields, workdir / name, _read_config(arguments, name, here=here), arguments)
         if (trial.workdir / "asked.json").exists():
             check_same_run(trial.config, trial.workdir / "asked.json")
         trials[name] = trial
@@ -150,7 +164,7 @@ def _config_flag(config_file: str, argument: str) -> str:
     return f"--config={path}:{argument}" if argument else f"--config={path}"
 
 
-def _read_config(arguments: list[str], name: str) -> ConfigDict:
+def _read_config(arguments: list[str], name: str, *, here: bool) -> ConfigDict:
     """Reads the flags as `vitcls.main` will, so that what is checked is what will run."""
     parsed, argv = flags.FlagValues(), ["vitcls.main", *arguments]
     config_flags.DEFINE_config_file(
@@ -160,7 +174,7 @@ def _read_config(arguments: list[str], name: str) -> ConfigDict:
     try:
         parsed(argv)
         config = parsed["config"].value
-        check_config(config)
+        commands.check(config, here=here)
     except Exception as error:  # also whatever running a config file raises
         raise UserError(f"Trial {name}: {cli.explain(error)}") from error
     return config

@@ -137,3 +137,25 @@ def test_imports_are_light():
     assert not HEAVY & set(modules)
     own = {name.split(".")[1] for name in modules if name.startswith("vitcls.")}
     assert {"train_step", "models"} <= own <= LIGHT | {"errors"}
+
+
+@pytest.mark.slow
+def test_ways_to_train_a_part_are_measured_beside_their_bounds(tmp_path):
+    path = tmp_path / "figures.json"
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "benchmarks.partial_training", "--model=vit_mu16", *QUICK,
+            f"--json={path}",
+        ],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_COMPILE}, check=False,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    ways = json.loads(path.read_text())["ways"]
+    assert ways["full"]["bound"] == 1
+    assert ways["head"]["num_trained"] == 33_000  # 32 x 1 000 and the biases
+    assert ways["half"]["num_trained"] < ways["full"]["num_trained"]
+    for way in ("half", "head", "lora", "patch_dropout"):
+        assert ways[way]["bound"] > 1
+        assert ways[way]["peak_mb"] < ways["full"]["peak_mb"]
+        assert f"| {way} |" in result.stdout

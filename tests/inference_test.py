@@ -66,7 +66,7 @@ def test_devices_that_tell_nothing_of_their_memory_are_tried(monkeypatch):
             return None  # as jax has it where the allocator keeps no count
 
     mesh = SimpleNamespace(devices=np.array([Device(), Device()]), size=2)
-    assert inference._available_bytes(mesh) == np.inf
+    assert inference.available_bytes(mesh) == np.inf
 
 
 def test_a_compiler_that_refuses_is_asked_for_less():

@@ -97,6 +97,7 @@ class Run:
         self.state = jax.device_put(state, shardings)
         self.num_traces = 0
         prepare = augment.make_prepare(NORMALISE, flip=True, label_smoothing=0.1, **augmentation)
+        prepare = sharding.on_each_device(prepare, self.mesh)
         step = steps.make_train_step(
             prepare,
             steps.make_loss_fn(adapt.with_lora(model.apply)),

@@ -104,7 +104,7 @@ def _report(error: Exception) -> int:
 def _help(main_module) -> str:
     lines = [(main_module.__doc__ or "").strip(), "", "Flags:"]
     for flag in sorted(
-        FLAGS.get_flags_for_module(main_module.__name__), key=lambda flag: flag.name
+        FLAGS.get_key_flags_for_module(main_module.__name__), key=lambda flag: flag.name
     ):
         lines.append(f"  --{flag.name}: {flag.help}")
         if flag.default not in (None, ""):

@@ -291,6 +291,22 @@ _CHOICES = {
     "eval.select_metric": SELECT_METRICS,
     "eval.tta": ("none", "flip"),
 }
+# (field, the one that gives it a meaning, and the value that does; None: all but 0 and "")
+_DEPENDENT = (
+    ("augment.num_ops", "augment.policy", "randaugment"),
+    ("augment.magnitude", "augment.policy", "randaugment"),
+    ("optim.decay", "optim.weight_decay", None),
+    ("loss.gamma", "loss.name", "focal"),
+    ("loss.beta", "loss.class_weights", "effective"),
+    ("loss.teacher_weight", "loss.teacher", None),
+    ("loss.temperature", "loss.teacher", None),
+    ("adapt.probe_lr", "adapt.probe_steps", None),
+    ("adapt.lora_alpha", "adapt.lora_rank", None),
+    ("adapt.lora_targets", "adapt.lora_rank", None),
+    ("adapt.l2_sp_head", "adapt.l2_sp", None),
+    ("adapt.l2_sp_head", "model.head", "new"),
+    ("eval.select_metric", "eval.select_split", None),
+)
 # field -> (lowest, highest, whether the highest itself is allowed)
 _RANGES = {
     "data.holdout": (0, 1, False),
@@ -403,6 +419,7 @@ def check_config(config: ConfigDict) -> None:
     _check_pairs(config)
     for field in ("optim.decay", "adapt.train", "adapt.freeze", "adapt.lora_targets"):
         _check_pattern(field, flat[field])
+    _check_dependent(flat)
     _check_adapt(config)
     _check_combinations(config)
 
@@ -427,6 +444,19 @@ def _check_pattern(field: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{field}={pattern!r} is no regular expression: {error}.") from error
+
+
+def _check_dependent(flat: dict[str, Any]) -> None:
+    defaults = flatten(default_config())
+    for field, other, value in _DEPENDENT:
+        counts = flat[other] == value if value else flat[other]
+        if flat[field] != defaults[field] and not counts:
+            needed = f"{other}={value!r}" if value else other
+            default = "unset" if defaults[field] is None else f"at {defaults[field]!r}"
+            raise UserError(
+                f"{field}={flat[field]!r} has no effect: it needs {needed}, and that is "
+                f"{flat[other]!r}. Set it, or leave {field} {default}."
+            )
 
 
 def _check_adapt(config: ConfigDict) -> None:
@@ -480,13 +510,6 @@ def _check_combinations(config: ConfigDict) -> None:
     data, augment, model, train = config.data, config.augment, config.model, config.train
     if not data.source:
         raise UserError('data.source is empty; set it, for example to "digits" or "tfds:cifar10".')
-    for field, default in default_config().augment.items():
-        is_randaugments = field in ("num_ops", "magnitude")
-        if is_randaugments and augment.policy != "randaugment" and augment[field] != default:
-            raise UserError(
-                f"augment.{field}={augment[field]} is of RandAugment only, and augment.policy="
-                f"{augment.policy!r}; leave it at {default}, or set the policy to 'randaugment'."
-            )
     if config.eval.tta == "flip" and not augment.flip:
         raise UserError(
             "eval.tta='flip' shows mirror images, which augment.flip=False keeps from training; "
@@ -542,12 +565,6 @@ def _check_combinations(config: ConfigDict) -> None:
             f"loss.logit_adjustment={config.loss.logit_adjustment} corrects a softmax, and "
             "loss.name='sigmoid' has none; use 'cross_entropy', or loss.class_weights."
         )
-    for field in ("teacher_weight", "temperature"):
-        if not config.loss.teacher and config.loss[field] != default_config().loss[field]:
-            raise UserError(
-                f"loss.{field}={config.loss[field]} is of distillation only, and loss.teacher is "
-                f"empty; leave it at {default_config().loss[field]}, or name a teacher."
-            )
     read_class_weights(config.loss.class_weights)
     if config.eval.select_split == "holdout" and not (data.holdout or data.fold):
         raise UserError(
@@ -587,11 +604,10 @@ def read_class_weights(how: str) -> str:
     if how in ("none", "balanced", "effective"):
         return how
     path = Path(how).expanduser()
-    text = path.read_text() if not how.startswith("{") and path.is_file() else how
     try:
-        table = json.loads(text)
+        table = json.loads(how if how.lstrip().startswith("{") else path.read_text())
         is_table = all(0 <= weight < math.inf for weight in table.values()) and any(table.values())
-    except (ValueError, TypeError, AttributeError):  # no JSON, no numbers, no object
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, JSON, number, object
         is_table = False
     if not is_table:
         raise UserError(

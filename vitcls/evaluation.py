@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vitcls import inference, metrics, progress, sharding
+from vitcls import inference, metrics, pretrained, progress, sharding
 from vitcls import train_step as steps
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
@@ -77,23 +78,14 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-    checkpoint: str | Path,
-    split: Split,
-    *,
-    labels: str = "name",
-    batch_size: int = 0,
-    tta: str = "none",
-    skipped: Skipped | None = None,
+    checkpoint: str | Path, split: Split, **options: Any
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluates any checkpoint on any split, over the K classes of the checkpoint.
 
     Args:
       checkpoint: As `pretrained.load` takes it.
       split: The examples.
-      labels: How the split's classes are found among the checkpoint's, see `match_classes`.
-      batch_size: Images at a time over all devices; 0: chosen by their memory.
-      tta: "flip": see `train_step.over_mirror_images`; or "none".
-      skipped: As for `loader.eval_batches`.
+      **options: See `make_evaluator`.
 
     Returns:
       What `evaluate` returns of everything, with the checkpoint's labels.
@@ -102,6 +94,41 @@ def evaluate_checkpoint(
       UserError: no such checkpoint, one without classes, or classes that do not match.
     """
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
+    return make_evaluator(model, variables, processor, split, mesh=mesh, **options)(variables)
+
+
+def make_evaluator(
+    model: nn.Module,
+    variables: Any,
+    processor: pretrained.Processor,
+    split: Split,
+    *,
+    mesh: Mesh,
+    labels: str = "name",
+    batch_size: int = 0,
+    tta: str = "none",
+    skipped: Skipped | None = None,
+) -> Callable[[Any], tuple[dict[str, float], dict[str, np.ndarray]]]:
+    """Compiles once what evaluates any number of weights of one network on a split.
+
+    Args:
+      model: The network.
+      variables: Its weights, or others of the same shapes, on the devices of `mesh`.
+      processor: How its images are prepared; it names the K classes.
+      split: The examples.
+      mesh: The devices.
+      labels: How the split's classes are found among the checkpoint's, see `match_classes`.
+      batch_size: Images at a time over all devices; 0: chosen by their memory.
+      tta: "flip": see `train_step.over_mirror_images`; or "none".
+      skipped: As for `loader.eval_batches`.
+
+    Returns:
+      `variables -> ` what `evaluate` returns of everything, with the network's labels. It takes
+      them from the host, too.
+
+    Raises:
+      UserError: the classes do not match.
+    """
     names = tuple(processor.id2label.values())
     positions = match_classes(split.class_names, names, by=labels)
     apply = steps.over_mirror_images(model.apply) if tta == "flip" else model.apply
@@ -133,10 +160,14 @@ def evaluate_checkpoint(
         num_threads=inference.NUM_THREADS,
         skipped=skipped,
     )
-    return evaluate(
-        compiled, variables, batches,
-        mesh=mesh, name=split.name, num_examples=len(split), keep_predictions=True,
-    )  # fmt: skip
+
+    def evaluate_variables(variables):
+        return evaluate(
+            compiled, jax.device_put(variables, sharding.replicated(mesh)), batches,
+            mesh=mesh, name=split.name, num_examples=len(split), keep_predictions=True,
+        )  # fmt: skip
+
+    return evaluate_variables
 
 
 def match_classes(

@@ -100,7 +100,7 @@ def compile_step(
         num_batches = math.ceil(per_device / (_MOST_ON_CPU if _on_cpu(mesh) else _MOST))
         # Equal batches: the last one is computed whole, however few images it has.
         most = math.ceil(per_device / num_batches)
-        size = fitting_size(most, bytes_needed, available=_available_bytes(mesh))
+        size = fitting_size(most, bytes_needed, available=available_bytes(mesh))
         log.info("Batches of %d images.", size * mesh.size)
     return compiled(size), size * mesh.size
 
@@ -117,7 +117,7 @@ def _on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _available_bytes(mesh: Mesh) -> float:
+def available_bytes(mesh: Mesh) -> float:
     """Free memory of each device."""
     if _on_cpu(mesh):  # simulated devices share the machine's
         return available_memory() / mesh.size

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -131,7 +132,9 @@ def make_program(
     prepare = augment.make_prepare(
         processor.normalise, label_smoothing=config.loss.label_smoothing, **config.augment
     )
+    prepare = sharding.on_each_device(prepare, mesh)
 
+    @jax.jit
     def prepare_step(step: int, batch: steps.Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys = steps.image_keys(step_key, step, batch["image"].shape[0])
         return prepare(keys[:, 0], batch)
@@ -233,6 +236,11 @@ def _make_optimizer(
     )
     if not probe_steps:
         return make(schedule), schedule
+    if not any(re.fullmatch(adapt.HEAD, name) for name in adapt.names(trained)):
+        raise UserError(
+            f"adapt.probe_steps={probe_steps} train the head alone, which adapt.freeze="
+            f"{config.adapt.freeze!r} keeps as it is; change one of the two."
+        )
     probe_schedule = optax.constant_schedule(
         fields.lr if config.adapt.probe_lr is None else config.adapt.probe_lr
     )

@@ -17,6 +17,7 @@ from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
 from vitcls.evaluation import evaluate
 from vitcls.metric_writers import LateMetrics, MetricWriter
+from vitcls.metrics import select_score
 from vitcls.parameters import memory_line, parameter_table
 from vitcls.program import make_program
 from vitcls.progress import Progress
@@ -184,7 +185,7 @@ def train_and_evaluate(
         summary, _ = evaluate_split(select, state.eval_variables())
         writer.write(step, {f"{select}/{name}": x for name, x in summary.items()})
         _log_summary(f"step {step}: {select}", summary)
-        return _score(summary, config.eval.select_metric)
+        return select_score(summary, config.eval.select_metric)
 
     def seconds() -> float:
         return meta["seconds"] + time.time() - start_time
@@ -298,11 +299,6 @@ def train_and_evaluate(
 
 def _is_due(step: int, every_steps: int, total_steps: int) -> bool:
     return step == total_steps or bool(every_steps and step % every_steps == 0)
-
-
-def _score(summary: dict[str, float], metric: str) -> float:
-    """Higher is better."""
-    return -summary[metric] if metric == "loss" else summary[metric]
 
 
 def _log_summary(what: str, summary: dict[str, float]) -> None:

@@ -54,7 +54,7 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
         if name and name not in evaluated:
             evaluated[name] = keep(open_split(name))
     for split in evaluated.values():
-        _check_same_classes(train, split)
+        check_same_classes(train, split)
     if config.eval.select_split:
         _check_apart(evaluated, config.eval.select_split, data.eval_splits)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
@@ -65,7 +65,8 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     return train, evaluated
 
 
-def _check_same_classes(train: sources.Split, other: sources.Split) -> None:
+def check_same_classes(train: sources.Split, other: sources.Split) -> None:
+    """Raises `UserError` unless labels mean the same in both."""
     if train.class_names == other.class_names:
         return
     missing = sorted(set(train.class_names) - set(other.class_names))
@@ -253,10 +254,16 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
             f"of 90 % has a standard error of {error:.1f} points there, so the checkpoint is "
             "chosen largely by chance. Hold out more (data.holdout), or set eval.select_split=''."
         )
-    if config.loss.class_weights != "none" and config.loss.logit_adjustment:
+    corrections = {
+        "loss.class_weights": config.loss.class_weights != "none",
+        "loss.logit_adjustment": config.loss.logit_adjustment,
+        "data.sampling": config.data.sampling != "uniform",
+    }
+    corrections = [field for field, is_set in corrections.items() if is_set]
+    if len(corrections) > 1:
         found.append(
-            "loss.class_weights and loss.logit_adjustment both correct for rare classes: together "
-            "they correct twice. Set one of them."
+            f"{' and '.join(corrections)} each correct for rare classes: together they correct "
+            "more than once. Set one of them."
         )
     if adapt.l2_sp and optim.weight_decay:
         found.append(

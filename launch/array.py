@@ -1,0 +1,102 @@
+"""Trials as one SLURM array job, watched from here; the job goes on without the watcher."""
+
+import json
+import logging
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch import slurm, watch
+from launch.resources import Resources
+from launch.trials import Trial
+from vitcls import records
+from vitcls.signals import StopRequest
+
+_POLL_SECS = 5
+_MOST_LINES = 10  # of running trials
+
+log = logging.getLogger("vitcls")
+
+
+class Array:
+    """The trials of a sweep that are not finished, as tasks of array jobs.
+
+    `slurm.json` in the sweep's folder names the jobs and their trials, so that a trial which is
+    still in the queue is not submitted again.
+
+    Attributes:
+      states: By name of the trial, `{"state": ..., "exit_code": None}`.
+    """
+
+    def __init__(self, trials: list[Trial], workdir: Path, *, on_change: Callable[[], None]):
+        """Takes the trials; `on_change` is called whenever one has ended."""
+        self.states: dict[str, dict[str, Any]] = {}
+        self._trials = {trial.name: trial for trial in trials}
+        self._path, self._on_change = workdir / "slurm.json", on_change
+        self._jobs = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def submit(self, resources: Resources, *, jobs: int | None) -> None:
+        """Submits what is not in the queue yet, as one array; at most `jobs` tasks run at a time.
+
+        Raises:
+          UserError: sbatch refuses.
+        """
+        active = self._active()
+        new = [trial for name, trial in self._trials.items() if name not in active]
+        if active:
+            log.info("%d trials are in the queue already.", len(active))
+        if not new:
+            return
+        stem = self._path.with_name(f"array-{len(self._jobs)}")
+        for trial in new:
+            trial.prepare()
+        lines = [f"{trial.workdir}\t{shlex.join(trial.command)}\n" for trial in new]
+        commands = stem.with_suffix(".txt")
+        commands.write_text("".join(lines))
+        text = slurm.array_script(
+            commands, len(new), self._path.parent, resources, jobs=jobs or len(new)
+        )
+        job = slurm.submit(text, stem.with_suffix(".sh"))
+        self._jobs[job] = [trial.name for trial in new]
+        records.write_json(self._path, self._jobs)
+        log.info("Job %s with %d trials; `scancel %s` ends it.", job, len(new), job)
+
+    def run(self, stop: StopRequest) -> None:
+        """Watches until no trial is in the queue; returns early when `stop` is asked."""
+        left = dict(self._trials)
+        screen = watch.Screen(1 + _MOST_LINES)
+        try:
+            while left and not stop.name:
+                active = self._active()  # before the results: what ends in between has written them
+                for name, trial in list(left.items()):
+                    state = active.get(name, "finished" if trial.results() else "failed")
+                    self.states[name] = {"state": state.lower(), "exit_code": None}
+                    if name not in active:
+                        del left[name]
+                        watch.log_end(trial, state)
+                        self._on_change()
+                running = [left[name] for name, state in active.items() if state == "RUNNING"]
+                head = f"{len(left)} of {len(self._trials)} in the queue, {len(running)} running"
+                screen.show([head, *(watch.line(trial) for trial in running[:_MOST_LINES])])
+                if left:
+                    _sleep(stop)
+        finally:
+            screen.close()
+
+    def _active(self) -> dict[str, str]:
+        """Returns SLURM's state, such as RUNNING, of the trials that are in its queue."""
+        tasks = slurm.active_tasks()
+        return {
+            name: tasks[job, index]
+            for job, names in self._jobs.items()
+            for index, name in enumerate(names)
+            if (job, index) in tasks and name in self._trials
+        }
+
+
+def _sleep(stop: StopRequest) -> None:
+    end = time.monotonic() + _POLL_SECS
+    while time.monotonic() < end and not stop.name:
+        time.sleep(0.2)

@@ -1,0 +1,23 @@
+"""The programs of the clusters: sbatch, squeue, kubectl, gcloud."""
+
+import shutil
+import subprocess
+
+from vitcls.errors import UserError
+
+
+def call(command: list[str], *, text: str | None = None) -> str:
+    """Runs a cluster's program and returns what it prints; `text` is what it reads.
+
+    Raises:
+      UserError: it is not installed here, or it refuses.
+    """
+    if shutil.which(command[0]) is None:
+        raise UserError(
+            f"There is no {command[0]} here: submit from a machine that has it, or look at what "
+            "would be submitted with --dry_run."
+        )
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{command[0]} says: {(done.stderr or done.stdout).strip()}")
+    return done.stdout

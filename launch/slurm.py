@@ -1,0 +1,109 @@
+"""SLURM: one batch script per run, one array job per sweep.
+
+A process per GPU; jax finds the others by SLURM's variables. SLURM sends SIGTERM to the processes
+before the time limit, at preemption and at `scontrol requeue`; a run then saves and ends with 75,
+and the script puts its own job back into the queue, under the same id.
+"""
+
+import shlex
+from pathlib import Path
+
+from launch.calling import call
+from launch.resources import Resources, job_name
+
+# What follows a run. SLURM itself puts a job back that it or a broken machine took away.
+_AFTER = """\
+code=$?
+failures={failures}-$SLURM_JOB_ID.txt
+case $code in
+  0 | 2 | 87) exit $code ;;  # finished, a mistake, diverged: another start would end the same
+  75) ;;  # stopped after saving
+  *)
+    echo "$code" >> "$failures"
+    if [ "$(wc -l < "$failures")" -gt {max_restarts} ]; then exit $code; fi
+    ;;
+esac
+echo "Ended with $code: back into the queue."
+scontrol requeue "$SLURM_JOB_ID"
+exit $code
+"""
+
+
+def script(command: list[str], workdir: Path, resources: Resources) -> str:
+    """Returns the batch script of one run; its log is `slurm-JOB.log` in the workdir."""
+    head = _head(workdir, resources, output=str(workdir).replace("%", "%%") + "/slurm-%j.log")
+    after = _after(shlex.quote(str(workdir / "failures")), resources)
+    return "\n".join([*head, _srun(shlex.join(command)), after])
+
+
+def array_script(
+    commands: Path, num_trials: int, workdir: Path, resources: Resources, *, jobs: int
+) -> str:
+    """Returns the batch script of a sweep: task i runs line i of `commands`, `jobs` at a time.
+
+    A line is the trial's folder, a tab, and its command as a shell reads it.
+    """
+    head = _head(workdir, resources, output=str(workdir).replace("%", "%%") + "/array-%A.log")
+    head.insert(1, f"#SBATCH --array=0-{num_trials - 1}%{jobs}")
+    read = [
+        f'line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(commands))})',
+        "folder=${line%%$'\\t'*}",
+        "command=${line#*$'\\t'}",
+        'exec >> "$folder/log.txt" 2>&1',
+        'echo "$ $command"',
+    ]
+    after = _after('"$folder"/failures', resources)
+    return "\n".join([*head, *read, "eval " + shlex.quote(_srun("")) + '"$command"', after])
+
+
+def _head(workdir: Path, resources: Resources, *, output: str) -> list[str]:
+    options = [
+        f"--job-name={job_name(workdir)}",
+        f"--output={shlex.quote(output)}",
+        "--open-mode=append",
+        f"--nodes={resources.nodes}",
+        f"--ntasks-per-node={resources.gpus_per_node or 1}",
+        resources.gpus_per_node and f"--gpus-per-node={resources.gpus_per_node}",
+        resources.cpus and f"--cpus-per-task={resources.cpus}",
+        resources.memory and f"--mem={resources.memory}",
+        resources.time and f"--time={resources.time}",
+        "--requeue",
+        f"--signal=TERM@{resources.grace_secs}",
+        *resources.sbatch,
+    ]
+    return [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in options if option),
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+        "export PYTHONUNBUFFERED=1",
+        *filter(None, [resources.setup]),
+        "trap : TERM  # the run has been sent it too: wait until it has saved",
+    ]
+
+
+def _srun(command: str) -> str:
+    # A task that ends first must not take those along that still save; and every process sees all
+    # GPUs of its machine, of which jax takes the one with its local number.
+    return f"srun --kill-on-bad-exit=0 --gpu-bind=none {command}"
+
+
+def _after(failures: str, resources: Resources) -> str:
+    return _AFTER.format(failures=failures, max_restarts=resources.max_restarts)
+
+
+def submit(text: str, path: Path) -> str:
+    """Writes the script, hands it to sbatch and returns the job's id.
+
+    Raises:
+      UserError: there is no sbatch here, or it refuses the script.
+    """
+    path.write_text(text)
+    job = call(["sbatch", "--parsable", str(path)])
+    return job.strip().partition(";")[0]
+
+
+def active_tasks() -> dict[tuple[str, int], str]:
+    """Returns the state, such as RUNNING, of my array tasks in the queue, by (job, index)."""
+    listed = call(["squeue", "--me", "--noheader", "--array", "--format=%F %K %T"])
+    rows = [line.split() for line in listed.splitlines()]
+    return {(job, int(index)): state for job, index, state in rows if index.isdecimal()}

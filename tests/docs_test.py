@@ -1,0 +1,40 @@
+"""What the pages in docs/ name exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_names_in_the_page_on_extending_are_in_the_files_that_it_names():
+    text = (ROOT / "docs/extending.md").read_text()
+    paths = set(re.findall(r"`((?:vitcls|tests|benchmarks)/[\w/]+\.py)`", text))
+    assert len(paths) > 10
+    sources = {path: (ROOT / path).read_text() for path in paths}
+    for name in ("default_config", "_RANGES", "_CHOICES", "RUN_FIELDS"):
+        assert name in sources["vitcls/config.py"]
+    for path, names in {
+        "vitcls/losses.py": ("make_loss", "cross_entropy"),
+        "vitcls/augment.py": ("make_prepare", "keys_of"),
+        "vitcls/data/split.py": ("class Split", "fingerprint"),
+        "vitcls/data/files_split.py": ("class FilesSplit",),
+        "vitcls/data/sources.py": ("def open_split", "def split_names"),
+        "vitcls/optim.py": ("OPTIMIZERS", "def make_schedule"),
+        "vitcls/adapt.py": ("TRAINED", "def add_lora", "def with_lora", "def fold_lora"),
+        "vitcls/pretrained/family.py": ("class Family", "read_config", "write_config", "key_table"),
+        "vitcls/pretrained/keys.py": ("def dense", "def norm", "def patches"),
+        "vitcls/pretrained/reading.py": ("FAMILIES", "def make_model"),
+        "vitcls/models/vit.py": ("class ViTConfig", "pre_norm"),
+    }.items():
+        for name in names:
+            assert name in sources[path], (path, name)
+            assert name.split()[-1] in text, name
