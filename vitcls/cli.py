@@ -24,8 +24,8 @@ def run(main: Callable[[], None]) -> None:
     """Parses the flags, calls `main()` and exits with the code that DESIGN's table gives.
 
     0 finished or `--help`; 2 the user's mistake, one message without a traceback; 74 storage;
-    75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`); 87 non-finite loss; 1 anything else. In a run of several
-    processes the first that ends with an error ends all, with its code.
+    75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`); 87 non-finite loss; 1
+    anything else. Of several processes the first that ends with an error ends all, with its code.
     """
     main_module = sys.modules["__main__"]
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
