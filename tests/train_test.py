@@ -280,15 +280,22 @@ def test_a_diverging_run_stops_and_saves_nothing_of_it(config, tmp_path):
     config.optim.name = "sgd"
     config.optim.clip_norm = 0.0
     config.optim.warmup_steps = 1  # of rate 0: the first step is sound
+    config.train.max_nonfinite = 3
     config.checkpoint.every_steps = 1
-    with pytest.raises(NonFiniteLoss, match="diverged"):
+    with pytest.raises(NonFiniteLoss, match="diverged, as did all of the last 3"):
         train.train_and_evaluate(config, tmp_path)
-    latest = Checkpoints(tmp_path / "checkpoints").latest_step()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        latest = checkpoints.latest_step()
+        assert checkpoints.meta(latest)["skips"]["in_row"] == 2
     assert not (tmp_path / "results.json").exists()
     items = final_items(tmp_path, latest)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(items["params"]))
     with pytest.raises(NonFiniteLoss, match=f"Step {latest + 1} diverged"):
         train.train_and_evaluate(config, tmp_path)
+    # Every step once, with the images that it was to learn.
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [latest - 1, latest, latest + 1]
+    assert all(len(set(line["ids"])) == 16 for line in lines)
 
 
 def test_batch_that_the_devices_do_not_divide_is_refused(config, tmp_path):

@@ -15,7 +15,7 @@ import optax
 TEMPERATURE = 0.07
 MOMENTUM = 0.9  # of the probe's SGD
 _EPSILON = 1e-6  # standard deviation of a feature that does not vary
-_ROWS = 1 << 16  # examples that ridge regression has in float64 at a time
+_ROWS = 1 << 14  # examples that ridge regression has in float64 at a time
 _QUERIES = 128  # whose similarities to all examples are in memory at a time
 
 

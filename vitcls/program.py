@@ -169,15 +169,22 @@ def make_program(
     )
     eval_apply = steps.over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
     everywhere = sharding.replicated(mesh)
+    # What the flag --xla_gpu_deterministic_ops does, for these programs; elsewhere it does nothing.
+    options = {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None
     return Program(
         mesh=mesh,
         state_shapes=state_shapes,
         state_shardings=state_shardings,
         train_step=jax.jit(
-            train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)
+            train_step,
+            donate_argnums=0,
+            out_shardings=(state_shardings, everywhere),
+            compiler_options=options,
         ),
         eval_step=jax.jit(
-            steps.make_eval_step(processor.normalise, eval_apply), out_shardings=everywhere
+            steps.make_eval_step(processor.normalise, eval_apply),
+            out_shardings=everywhere,
+            compiler_options=options,
         ),
         prepare=prepare_step,
         num_passes=num_rows // pass_size,

@@ -10,7 +10,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vitcls import checkpoint, distributed, optim, pretrained, records, sharding, train_setup
+from vitcls import (
+    checkpoint,
+    distributed,
+    optim,
+    pretrained,
+    records,
+    sharding,
+    step_folders,
+    train_setup,
+)
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
@@ -58,7 +67,7 @@ def train_and_evaluate(
     check_config(config)
     optim.check_args(config.optim.name, dict(config.optim.args))
     train_split, eval_splits = train_setup.open_splits(config)
-    begun = workdir if checkpoint.has_steps(workdir / "checkpoints") else None
+    begun = workdir if step_folders.has_steps(workdir / "checkpoints") else None
     files, model_config, processor = train_setup.open_model(
         config, train_split.class_names, begun=begun
     )
@@ -215,7 +224,18 @@ def train_and_evaluate(
         ) as progress,
     ):
         metrics = LateMetrics(
-            writer, progress, every_steps=config.log.every_steps, window=meta["window"]
+            writer,
+            progress,
+            every_steps=config.log.every_steps,
+            window=meta["window"],
+            max_nonfinite=config.train.max_nonfinite,
+            ids=functools.partial(
+                loader.train_ids,
+                train_split,
+                global_batch_size=config.train.global_batch_size,
+                seed=config.train.seed,
+                sampling=config.data.sampling,
+            ),
         )
         if meta.get("lacks_score"):  # a signal ended the evaluation that the last save was due for
             checkpoints.add_score(start_step, selection_score(start_step))
@@ -252,6 +272,7 @@ def train_and_evaluate(
                     "seconds": seconds(),
                     "images_per_second": progress.images_per_second(),
                     "window": metrics.window,
+                    "skips": jax.tree.map(int, state.skips),
                 }
                 checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
             if stop.name and (step < total_steps or meta_now["lacks_score"]):
