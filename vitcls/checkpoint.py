@@ -354,7 +354,7 @@ def restore_state(
         frozen=adapt.subtree(items["params"]["params"], target.frozen),
         opt_state=items["opt_state"],
         ema=None if target.ema is None else trained(items["ema"]),
-        skips=jax.device_put(
+        skips=sharding.put(
             jax.tree.map(np.int32, checkpoints.meta(step)["skips"]), shardings.skips
         ),
         **trained(items["params"]),
