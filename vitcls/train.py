@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vitcls import (
     checkpoint,
     distributed,
+    footprint,
     optim,
     pretrained,
     records,
@@ -73,8 +74,9 @@ def train_and_evaluate(
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
     config = train_setup.resolve(
-        config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
-    )
+        config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size,
+        begun=begun,
+    )  # fmt: skip
     distributed.check_same(train_setup.facts(config, train_split, eval_splits, begun=begun))
     num_select = len(eval_splits[config.eval.select_split]) if config.eval.select_split else 0
     for trap in train_setup.traps(config, model_config, num_select=num_select):
@@ -92,6 +94,8 @@ def train_and_evaluate(
         class_counts=class_counts,
         teacher=teacher,
     )
+    if config.train.micro_batch == 0:
+        config.train.micro_batch = program.pass_size  # what was chosen; a continued run keeps it
     variables = None
     if files is not None:
         variables = pretrained.read_variables(
@@ -311,6 +315,10 @@ def train_and_evaluate(
         "train": {"num_skipped": skipped.count(train_split.name) if skipped else 0},
         "splits": summaries,
     }
+    if speed := progress.images_per_second():
+        results["plan"] = footprint.planned_and_measured(
+            program, dtype=config.model.dtype, images_per_second=speed
+        )
     if is_main:
         records.write_json(workdir / "results.json", results)
         print(records.last_line(results, workdir, splits=config.data.eval_splits))
