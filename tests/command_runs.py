@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-STEPS, EVAL_STEP, FAULT_STEP = 6, 4, 3
+STEPS, EVAL_STEP, FAULT_STEP = 8, 4, 3
 CONFIG = f"""
 from vitcls.config import default_config
 
@@ -273,7 +273,13 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
     elif phase == "eval":
         before(metrics, "add_sums", lambda total, _: total is not None)
     elif phase == "save":
-        before(checkpoint.Checkpoints, "wait", lambda self: self.latest_step() is not None)
+        save = checkpoint.Checkpoints.save
+
+        def save_and_act(*args, **kwargs):
+            save(*args, **kwargs)
+            act()  # while the files are being written, behind
+
+        checkpoint.Checkpoints.save = save_and_act
     elif phase == "final":
         before(train, "evaluate", lambda *args, name, **kwargs: name == "test")
 
