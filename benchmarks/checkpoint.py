@@ -15,6 +15,7 @@ whose checkpoint says step 1 000 000; both take turns. Needs the digits data set
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -85,24 +86,26 @@ def measure_resuming(data_dir: str, directory: Path, num_turns: int) -> dict[str
             shutil.copytree(begun, workdir)
             folder = workdir / "checkpoints"
             (folder / str(EARLY)).rename(folder / str(step))  # the seal holds: it has no step
-            secs.setdefault(str(step), []).append(_train(workdir, data_dir, step + 1))
+            wall, processor = _train(workdir, data_dir, step + 1)
+            secs.setdefault(str(step), []).append(wall)
+            secs.setdefault(f"{step}_cpu", []).append(processor)
             shutil.rmtree(workdir)
     return secs
 
 
-def _train(workdir: Path, data_dir: str, total_steps: int) -> float:
-    """Runs the command; returns its seconds."""
+def _train(workdir: Path, data_dir: str, total_steps: int) -> tuple[float, float]:
+    """Runs the command; returns its seconds, and those on the processors."""
     command = [
         sys.executable, "-m", "vitcls.main", "--config=configs/quickstart.py:init=scratch",
         f"--workdir={workdir}", f"--config.data.data_dir={data_dir}",
         "--config.train.total_epochs=0", f"--config.train.total_steps={total_steps}",
         "--config.optim.warmup_steps=0", "--config.eval.every_steps=0",
     ]  # fmt: skip
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
-    secs = time.perf_counter() - begin
+    after, secs = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - begin
     assert step_folders.has_steps(workdir / "checkpoints")
-    return secs
+    return secs, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def report(result: dict[str, Any]) -> str:

@@ -324,10 +324,7 @@ class Checkpoints:
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint: whole networks, so that each can be read without this run.
-
-    The step and its `skips` are few numbers: the one names the checkpoint, `meta` has the others.
-    """
+    """The items of a checkpoint, whole networks to be read without this run; `meta` has `skips`."""
     items = {"params": state.variables(), "opt_state": state.opt_state}
     return items | ({} if state.ema is None else {"ema": state.averages()})
 

@@ -63,7 +63,7 @@ def test_sigkill_at_random_moments(num_kills, start, undisturbed, tmp_path):
             for _ in range(num_saves):
                 run.wait_for(lambda run=run: not run.is_saving())
                 run.wait_for(run.is_saving)
-            time.sleep(rng.uniform(0, 0.05 if num_saves else seconds))
+            time.sleep(rng.uniform(0, 0.05 if num_saves else seconds / 3))
             was_saving = run.is_saving()
             run.signal(signal.SIGKILL)
             if run.wait() == -signal.SIGKILL:
