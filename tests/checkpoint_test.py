@@ -65,6 +65,18 @@ def test_newest_and_best_stay_and_survive_reopening(tmp_path):
     assert reopened.steps() == [6, 7]
 
 
+def test_a_score_that_comes_later_counts_like_any_other(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    save(checkpoints, 1, 0.1)
+    save(checkpoints, 2)
+    assert checkpoints.best_step() == 1
+    checkpoints.add_score(2, 0.9)
+    assert checkpoints.best_step() == 2
+    save(checkpoints, 3, 0.5)
+    assert Checkpoints(tmp_path / "c").steps() == [2, 3]  # the best stays
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_latest_of_equal_scores_is_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     for step in (1, 2, 3):

@@ -1,5 +1,6 @@
 """Whole runs: what they leave, how they stop, continue and end."""
 
+import functools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vitcls import footprint, images, pretrained, train, train_setup
+from vitcls import footprint, images, metrics, pretrained, train, train_setup
 from vitcls.checkpoint import Checkpoints
 from vitcls.config import default_config, flatten
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
@@ -108,6 +109,12 @@ def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, m
             interrupt_at(step, patch)
             with pytest.raises(Interrupted, match=f"SIGTERM: saved after step {step} of 8"):
                 train.train_and_evaluate(config, tmp_path / "parts")
+    with monkeypatch.context() as patch:  # in the evaluation of step 4, which had no time before
+        add_sums = metrics.add_sums
+        kill = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
+        patch.setattr(metrics, "add_sums", lambda *sums: kill() or add_sums(*sums))
+        with pytest.raises(Interrupted, match="SIGUSR1: an evaluation stopped"):
+            train.train_and_evaluate(config, tmp_path / "parts")
     parts = train.train_and_evaluate(config, tmp_path / "parts")
     jax.tree.map(
         np.testing.assert_array_equal,

@@ -6,6 +6,7 @@ its factors lie beside the kernels as they were, and are folded in by who reads 
 """
 
 import contextlib
+import json
 import logging
 import math
 import shutil
@@ -23,7 +24,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from vitcls import adapt, lock, seal, step_folders
+from vitcls import adapt, distributed, lock, seal, sharding, step_folders
 from vitcls.errors import NonFiniteLoss, StorageError, UserError
 from vitcls.train_step import TrainState, fold_lora
 
@@ -156,16 +157,13 @@ class Checkpoints:
                 "another --workdir with a lower optim.lr or a longer optim.warmup_steps."
             )
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
-        if score is not None and not math.isfinite(score):
-            score = -sys.float_info.max
 
         def start() -> None:
             self._check_room(items)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args),
-                metrics=None if score is None else {"score": score},
+                metrics=None if score is None else {"score": _finite(score)},
                 force=True,
             )
 
@@ -174,6 +172,18 @@ class Checkpoints:
         if self._attempt(start):
             self._deletion = threading.Thread(target=self._delete_old)
             self._deletion.start()
+
+    def add_score(self, step: int, score: float) -> None:
+        """Gives a checkpoint that is there, and has no score, what `save` would have taken."""
+        if jax.process_index() == 0:
+            path = self._directory / str(step) / "metrics" / "metrics"  # as Orbax has it
+            path.parent.mkdir(exist_ok=True)
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps({"score": _finite(score)}))
+            aside.replace(path)
+            seal.write(self._directory / str(step))
+        distributed.wait_for_all(f"score of {step}")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns once what was saved is on disk; raises `StorageError` if it could not be."""
@@ -324,7 +334,7 @@ def restore_state(
 ) -> TrainState:
     """Returns the state after `step`, bit for bit as it was saved; it has no teacher."""
     target = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
         shapes,
         shardings,
     )
@@ -337,11 +347,11 @@ def restore_state(
         }
 
     return TrainState(
-        step=jax.device_put(np.int32(step), shardings.step),
+        step=sharding.put(np.int32(step), shardings.step),
         frozen=adapt.subtree(items["params"]["params"], target.frozen),
         opt_state=items["opt_state"],
         ema=None if target.ema is None else trained(items["ema"]),
-        skips=jax.device_put(
+        skips=sharding.put(
             jax.tree.map(np.int32, checkpoints.meta(step)["skips"]), shardings.skips
         ),
         **trained(items["params"]),
@@ -381,6 +391,11 @@ def _wait_for_all(what: str) -> None:
 
 def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
+
+
+def _finite(score: float) -> float:
+    # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
+    return score if math.isfinite(score) else -sys.float_info.max
 
 
 def _check_dtypes(where: str, saved: PyTree, wanted: PyTree) -> None:

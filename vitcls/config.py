@@ -253,6 +253,18 @@ def default_config() -> ConfigDict:
     # Devices over which each large parameter is split (fully sharded data parallel).
     c.mesh.fsdp = 1
 
+    # Seconds after which a process that makes no progress is taken to be stuck and ended, with the
+    # place where each of its threads is; 0: never.
+    c.stall = ConfigDict()
+    # For the first step of training or of an evaluation, with its compilation.
+    c.stall.compile_secs = 3600.0
+    # For a step of training, with the wait for its batch.
+    c.stall.step_secs = 900.0
+    # For a step of an evaluation, and for what is made of all of them.
+    c.stall.eval_secs = 900.0
+    # For writing a checkpoint.
+    c.stall.save_secs = 3600.0
+
     c.log = ConfigDict()
     # Steps between lines of metrics.
     c.log.every_steps = 10
@@ -265,6 +277,7 @@ RUN_FIELDS = (
     "data.data_dir", "data.cache", "data.num_threads", "data.num_workers", "model.allow_pickle",
     "model.remat", "train.micro_batch", "train.max_nonfinite", "train.deterministic",
     "eval.batch_size", "checkpoint.every_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp",
+    "stall.compile_secs", "stall.step_secs", "stall.eval_secs", "stall.save_secs",
     "log.every_steps",
 )  # fmt: skip
 SELECT_METRICS = (
@@ -355,6 +368,10 @@ _RANGES = {
     "checkpoint.every_steps": (0, math.inf, True),
     "checkpoint.keep": (1, math.inf, True),
     "mesh.fsdp": (1, math.inf, True),
+    "stall.compile_secs": (0, math.inf, True),
+    "stall.step_secs": (0, math.inf, True),
+    "stall.eval_secs": (0, math.inf, True),
+    "stall.save_secs": (0, math.inf, True),
     "log.every_steps": (1, math.inf, True),
 }
 

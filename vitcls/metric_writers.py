@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,20 @@ log = logging.getLogger("vitcls")
 class MetricWriter:
     """Writes scalars to both; after a restart it forgets what came after the restored step."""
 
-    def __init__(self, workdir: Path, *, start_step: int, again: tuple[str, ...] = ()):
+    def __init__(
+        self, workdir: Path, *, start_step: int, again: Sequence[str] = (), is_main: bool = True
+    ):
         """Opens the files of a run.
 
         Args:
           workdir: The run's folder.
           start_step: The last step that counts; later lines are dropped.
           again: Splits whose evaluation at `start_step` will be done again.
+          is_main: Whether this process writes at all.
         """
+        self._is_main = is_main
+        if not is_main:
+            return
         self._skipped_path = workdir / "nonfinite.jsonl"
         _drop_lines(self._skipped_path, start_step)
         _drop_lines(workdir / "metrics.jsonl", start_step, again)
@@ -45,6 +51,8 @@ class MetricWriter:
         self._add_event(start_step + 1, session_log=restart)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        if not self._is_main:
+            return
         line = {"step": step, "time": round(time.time(), 3), **scalars}
         self._file.write(json.dumps(line) + "\n")
         for name, value in scalars.items():
@@ -59,6 +67,8 @@ class MetricWriter:
 
     def write_skipped(self, step: int, metrics: dict[str, Any], ids: list[str]) -> None:
         """Notes in `nonfinite.jsonl` a step that was skipped, and the images it was to learn."""
+        if not self._is_main:
+            return
         line = {"step": step, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"])}
         with self._skipped_path.open("a") as file:
             file.write(json.dumps(line | {"ids": ids}) + "\n")
@@ -70,8 +80,9 @@ class MetricWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._events.close()
+        if self._is_main:
+            self._file.close()
+            self._events.close()
 
 
 class LateMetrics:
@@ -152,7 +163,7 @@ class LateMetrics:
             )
 
 
-def _drop_lines(path: Path, step: int, again: tuple[str, ...] = ()) -> None:
+def _drop_lines(path: Path, step: int, again: Sequence[str] = ()) -> None:
     """Removes the lines that will be written again, and a last line cut by a kill."""
     if not path.exists():
         return

@@ -89,14 +89,14 @@ class Program:
         if variables is None:
             variables = jax.jit(self.init, out_shardings=shardings)()
         else:
-            variables = jax.device_put(variables, shardings)
+            variables = sharding.put(variables, shardings)
         shardings = self.state_shardings.replace(teacher=None)
         state = jax.jit(self.init_state, donate_argnums=0, out_shardings=shardings)(variables)
         return self.with_teacher(state)
 
     def with_teacher(self, state: steps.TrainState) -> steps.TrainState:
         """Returns the state with the teacher's variables, if there are any, on the devices."""
-        return state.replace(teacher=jax.device_put(self.teacher, self.state_shardings.teacher))
+        return state.replace(teacher=sharding.put(self.teacher, self.state_shardings.teacher))
 
 
 def make_program(
