@@ -7,7 +7,7 @@ import sys
 import time
 from typing import IO
 
-from vitcls.signals import StopRequest
+from launch.stopping import StopRequest
 
 _POLL_SECS = 0.2
 _PAUSE_SECS = 1

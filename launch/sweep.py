@@ -27,9 +27,9 @@ from ml_collections import config_flags
 
 from launch import commands, resources, slurm
 from launch import trials as trials_lib
+from launch.stopping import StopRequest
 from vitcls import cli
 from vitcls.errors import Interrupted
-from vitcls.signals import StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -116,8 +116,9 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
     failed = [name for name, state in runner.states.items() if state["state"] == "failed"]
     if failed:
         raise TrialsFailed(
-            f"{len(failed)} of {len(trials)} trials failed; their logs say why, and the same "
-            "command tries them again:\n"
+            f"{len(failed)} of {len(trials)} trials failed; their logs say why"
+            + (f", or {workdir}/array-JOB.log" if _ON.value == "slurm" else "")
+            + ", and the same command tries them again:\n"
             + "\n".join(f"  {workdir / name}/log.txt" for name in failed)
         )
     print(f"{len(trials)} trials -> {workdir}/sweep.json, sweep.csv")

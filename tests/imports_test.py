@@ -16,11 +16,12 @@ LEVELS = [
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
-    | {"contact_sheet"},
+    | {"contact_sheet", "chips", "collectives", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},
     {"teacher", "program", "train_setup", "train"},
-    {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing"},
-    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe"},
+    {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing", "choices"}
+    | {"planning", "plan_table"},
+    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe", "plan"},
 ]
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[1]
@@ -71,6 +72,13 @@ def test_imports_go_down_only(path):
 )
 def test_the_core_needs_jax_flax_optax_numpy_only(path):
     assert {name.split(".")[0] for name in imports(path)} <= LIGHT_PACKAGES
+
+
+def test_launch_is_above_all_and_needs_little():
+    assert not [path for path in SOURCES if any(x.startswith("launch") for x in imports(path))]
+    packages = {"absl", "launch", "ml_collections", "tqdm", "vitcls", "yaml"}
+    for path in (ROOT / "launch").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= packages | sys.stdlib_module_names
 
 
 def test_only_commands_touch_flags():

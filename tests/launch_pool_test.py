@@ -12,8 +12,8 @@ import pytest
 
 from launch import local, pool
 from launch import trials as trials_lib
+from launch.stopping import StopRequest
 from vitcls.errors import UserError
-from vitcls.signals import StopRequest
 
 ROOT = Path(__file__).parent.parent
 # What it does is the trial's warm-up: 1 finishes, 2 fails, 3 is stopped once by somebody else,

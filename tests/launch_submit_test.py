@@ -96,6 +96,7 @@ def test_slurm_asks_for_what_is_wanted(tmp_path):
         f"--output='{tmp_path}/a b/slurm-%j.log'",
     }  # fmt: skip
     assert text.index("module load x") < text.index("srun")
+    assert re.search(r"^srun .*--cpus-per-task=4 python -m", text, re.MULTILINE)
 
 
 def test_slurm_array_runs_each_line_in_its_folder(programs, tmp_path):

@@ -144,7 +144,7 @@ def test_few_examples_have_fewer_neighbours(parts):
 def test_trials_that_do_not_fit_are_trained_in_equal_chunks(monkeypatch):
     bytes_of_pair = probing.NUM_SEEDS * heads.probe_bytes(6, num_classes=3, batch_size=256)
     for available, expected in ((1e15, 40), (15 * bytes_of_pair / probing._SHARE, 14), (0, 1)):
-        monkeypatch.setattr(probing.inference, "available_bytes", lambda mesh, a=available: a)
+        monkeypatch.setattr(probing.footprint, "available_bytes", lambda mesh, a=available: a)
         assert probing._at_once(40, 6, 3) == expected
 
 

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vitcls import images, pretrained, train, train_setup
+from vitcls import footprint, images, pretrained, train, train_setup
 from vitcls.checkpoint import Checkpoints
 from vitcls.config import default_config, flatten
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
@@ -232,6 +232,24 @@ def test_passes_and_remat_may_change_on_continuing(config, tmp_path, monkeypatch
     assert parts["splits"]["test"]["loss"] == pytest.approx(
         whole["splits"]["test"]["loss"], abs=1e-5
     )
+
+
+def test_passes_chosen_by_memory_are_recorded_and_kept(config, tmp_path, monkeypatch):
+    config.train.micro_batch = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(footprint, "bytes_needed", lambda program: program.pass_size)
+        patch.setattr(footprint, "usable_bytes", lambda mesh: 1)
+        interrupt_at(3, patch)
+        with pytest.raises(Interrupted):
+            train.train_and_evaluate(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["micro_batch"] == 1
+    results = train.train_and_evaluate(config, tmp_path)  # with memory for all images at once
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["micro_batch"] == 1
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).meta(8)["num_passes"] == 2
+    plan = results["plan"]
+    assert plan["step_secs"]["measured"] == pytest.approx(16 / results["images_per_second"])
+    assert plan["step_secs"]["planned"] is None  # nobody knows what a CPU can do
+    assert plan["bytes_per_device"]["planned"] > 3e5 and plan["flops_per_step_and_device"] > 0
 
 
 def test_a_refused_continuation_leaves_the_workdir_as_it_was(config, tmp_path, monkeypatch):

@@ -212,7 +212,9 @@ def default_config() -> ConfigDict:
     c.train.global_batch_size = 128
     # Images per device and pass, at most: a step takes its batch in equal passes, in the memory of
     # one, and sums their gradients. Up to rounding the result is the same, but for a trained
-    # BatchNorm, which normalises each pass by itself. Unset: one pass.
+    # BatchNorm, which normalises each pass by itself. Unset: one pass. 0: the largest passes that
+    # fit into the devices' memory, except with a trained BatchNorm; a run that is continued keeps
+    # what was chosen.
     c.train.micro_batch = placeholder(int)
     # Seed of everything random: hold-out, order, crops, augmentation, dropout, new weights.
     c.train.seed = 0
@@ -274,6 +276,7 @@ SELECT_METRICS = (
     "macro_recall",
     "macro_f1",
 )
+REMATS = ("none", "dots", "full")  # of model.remat, the cheapest first
 _CHOICES = {
     "data.crop": ("inception", "resmall", "none"),
     "data.on_error": ("raise", "skip"),
@@ -282,7 +285,7 @@ _CHOICES = {
     "model.head": ("new", "keep"),
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": REMATS,
     "optim.schedule": ("cosine", "linear", "constant", "step"),
     "loss.name": ("cross_entropy", "focal", "sigmoid"),
     "eval.select_metric": SELECT_METRICS,
@@ -344,7 +347,7 @@ _RANGES = {
     "train.total_steps": (0, math.inf, True),
     "train.total_epochs": (0, math.inf, False),
     "train.global_batch_size": (1, math.inf, True),
-    "train.micro_batch": (1, math.inf, True),
+    "train.micro_batch": (0, math.inf, True),
     "train.seed": (0, 2**32, False),
     "train.max_nonfinite": (1, math.inf, True),
     "eval.every_steps": (0, math.inf, True),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcls import features as features_lib
-from vitcls import heads, inference, pretrained, records, sharding
+from vitcls import footprint, heads, pretrained, records, sharding
 from vitcls.data.split import Split
 from vitcls.features import Backbone, Features
 from vitcls.pretrained.saving import config_to_json
@@ -196,7 +196,7 @@ def _at_once(num_pairs: int, dim: int, num_classes: int) -> int:
     """Pairs of hyper-parameters whose trials fit into the first device's memory together."""
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     needed = NUM_SEEDS * heads.probe_bytes(dim, num_classes=num_classes, batch_size=BATCH_SIZE)
-    fitting = max(_SHARE * inference.available_bytes(mesh) // needed, 1)
+    fitting = max(_SHARE * footprint.available_bytes(mesh) // needed, 1)
     num_chunks = -(-num_pairs // min(fitting, num_pairs))
     return int(-(-num_pairs // num_chunks))  # equal chunks
 

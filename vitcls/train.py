@@ -9,7 +9,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vitcls import checkpoint, optim, pretrained, records, sharding, step_folders, train_setup
+from vitcls import (
+    checkpoint,
+    footprint,
+    optim,
+    pretrained,
+    records,
+    sharding,
+    step_folders,
+    train_setup,
+)
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
@@ -62,8 +71,9 @@ def train_and_evaluate(
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
     config = train_setup.resolve(
-        config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
-    )
+        config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size,
+        begun=begun,
+    )  # fmt: skip
     num_select = len(eval_splits[config.eval.select_split]) if config.eval.select_split else 0
     for trap in train_setup.traps(config, model_config, num_select=num_select):
         log.warning("%s", trap)
@@ -80,6 +90,8 @@ def train_and_evaluate(
         class_counts=class_counts,
         teacher=teacher,
     )
+    if config.train.micro_batch == 0:
+        config.train.micro_batch = program.pass_size  # what was chosen; a continued run keeps it
     variables = None
     if files is not None:
         variables = pretrained.read_variables(
@@ -269,6 +281,10 @@ def train_and_evaluate(
         "train": {"num_skipped": skipped.count(train_split.name) if skipped else 0},
         "splits": summaries,
     }
+    if speed := progress.images_per_second():
+        results["plan"] = footprint.planned_and_measured(
+            program, dtype=config.model.dtype, images_per_second=speed
+        )
     if skipped is not None:
         skipped.log_counts([train_split, *eval_splits.values()])
     if is_main:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
-from vitcls.program import Program
+from vitcls.program import Program, trains_statistics
 from vitcls.teacher import Teacher
 
 log = logging.getLogger("vitcls")
@@ -175,10 +176,21 @@ def _check_kept_head(
 
 
 def resolve(
-    config: ConfigDict, *, num_train: int, image_size: tuple[int, int], num_devices: int
+    config: ConfigDict,
+    *,
+    num_train: int,
+    image_size: tuple[int, int],
+    num_devices: int,
+    begun: Path | None = None,
 ) -> ConfigDict:
-    """Returns a copy with what follows from data, checkpoint and devices filled in."""
+    """Returns a copy with what follows from data, checkpoint and devices filled in.
+
+    Of a workdir that goes on, `begun`, with `train.micro_batch=0` also what was chosen there.
+    """
     config = ConfigDict(config.to_dict())
+    if begun is not None and config.train.micro_batch == 0:
+        saved = json.loads((begun / "config.json").read_text())
+        config.train.micro_batch = saved["train"]["micro_batch"] or 0
     batch_size = config.train.global_batch_size
     if batch_size % num_devices:
         below = batch_size // num_devices * num_devices
@@ -286,8 +298,7 @@ def check_same_teacher(sha256: str | None, teacher: Teacher | None) -> None:
 
 def check_same_passes(num_passes: int, program: Program, config: ConfigDict) -> None:
     """Raises `UserError` when a step has another number of passes and that changes the result."""
-    moves_statistics = config.model.batch_norm == "train" and program.state_shapes.batch_stats
-    if moves_statistics and num_passes != program.num_passes:
+    if trains_statistics(config, program) and num_passes != program.num_passes:
         raise UserError(
             f"This run began with {num_passes} passes per step and would go on with "
             f"{program.num_passes}: BatchNorm normalises each pass by itself. Choose "

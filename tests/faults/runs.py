@@ -96,8 +96,10 @@ def metric_lines(workdir: Path) -> list[dict]:
 
 
 def results(workdir: Path) -> dict:
+    """All but what a clock measured."""
     content = json.loads((workdir / "results.json").read_text())
-    return {k: v for k, v in content.items() if k not in ("seconds", "images_per_second")}
+    measured = ("seconds", "images_per_second", "plan")
+    return {name: value for name, value in content.items() if name not in measured}
 
 
 def arrays(workdir: Path, step: int = TOTAL_STEPS) -> dict:
