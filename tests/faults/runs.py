@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vitcls import cli
+import vitcls
+from vitcls import cli, main
 from vitcls.checkpoint import Checkpoints
 
 TOTAL_STEPS = 60  # of tiny.py
@@ -84,8 +85,7 @@ def _main(flags: Sequence[str], log: str, file_size: int | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    from vitcls import main
-
+    vitcls.START_TIME = time.time()
     sys.argv = ["vitcls.main", *flags]
     cli.run(main.main)
 
