@@ -279,7 +279,9 @@ def train_and_evaluate(
                     "skips": jax.tree.map(int, state.skips),
                 }
                 checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
+                watchdog.expect("step")
             if stop.name and (step < total_steps or meta_now["lacks_score"]):
+                watchdog.expect("save")
                 checkpoints.wait()
                 distributed.wait_for_all("stopped")  # the first that ends would end the others
                 raise Interrupted(

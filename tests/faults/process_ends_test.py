@@ -8,7 +8,7 @@ from command_runs import FAULT_STEP, Run, assert_same_run, finished
 FAULTS = {
     "train:hang:1": (86, {86}, "Stuck: no end of step in 60 s"),
     "train:hang:0": (86, {86}, "Stuck: no end of step in 60 s"),
-    "train:SIGKILL:1": (-9, {1}, "Connection"),
+    "train:SIGKILL:1": (-9, {1, -6}, ""),
     "train:SIGKILL:0": (-9, {1, -6}, ""),
     "train:raise:1": (1, {1}, "a bug"),
     "train:raise:0": (1, {1}, "a bug"),
