@@ -99,7 +99,8 @@ def test_batch_norm_keeps_its_passes_and_says_so_when_nothing_fits(monkeypatch):
     tried = []
     monkeypatch.setattr(planning.Plans, "needed", lambda self, c: tried.append(c) or 2e12)
     with pytest.raises(UserError) as error:
-        planning.make_plan(plans(model__arch="resnet_mu", data__image_size=(32, 32), usable=1000))
+        planning.make_plan(plans(model__arch="resnet_mu", data__image_size=(32, 32)))
+    assert {choice.pass_size for choice in tried} == {16}
     message = str(error.value)
     assert message.startswith("Nothing fits into the 1000.00 GB of each device of local")
     assert message.endswith("or model.batch_norm='frozen', with which passes can be smaller.")
