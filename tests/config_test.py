@@ -272,6 +272,16 @@ def test_continuing_with_the_same_or_run_fields_is_allowed(tmp_path):
     check_same_run(config, path)
 
 
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_config_that_a_run_lost_is_a_message(tmp_path, content):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    message = "config.json, the config of a run that has checkpoints, cannot be read .*put it back"
+    with pytest.raises(UserError, match=message):
+        check_same_run(valid_config(), path)
+
+
 def test_continuing_with_other_identity_fields_lists_them(tmp_path):
     path = saved(valid_config(), tmp_path)
     config = valid_config()

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
+    {"lock", "seal", "step_folders"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
-    | {"contact_sheet", "chips", "collectives", "footprint"},
+    | {"distributed", "watchdog", "contact_sheet", "chips", "collectives", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},
     {"teacher", "program", "train_setup", "train"},
     {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing", "choices"}

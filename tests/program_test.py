@@ -1,11 +1,11 @@
-"""How a device's rows are divided into passes, and what the optimizer is made of."""
+"""How rows are divided into passes, what the optimizer is made of, how steps are compiled."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcls import adapt, program
+from vitcls import adapt, program, sharding, train_setup
 from vitcls.config import default_config
 from vitcls.errors import UserError
 
@@ -31,6 +31,38 @@ def test_passes_hold_pairs_together_where_they_are_mixed():
 def test_passes_far_below_what_is_asked_for_are_refused(num_rows, micro_batch):
     with pytest.raises(UserError, match=f"the {num_rows} images that each device"):
         program._pass_size(num_rows, micro_batch)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_reaches_the_compiler_of_both_steps(monkeypatch, deterministic):
+    config = default_config()
+    config.data.update(source="digits", image_size=(8, 8))
+    config.model.arch = "vit_mu4"
+    config.train.update(total_steps=1, global_batch_size=8, deterministic=deterministic)
+    names = ("a", "b")
+    _, model_config, processor = train_setup.open_model(config, names, begun=None)
+    jit, options = jax.jit, {}
+
+    def recorded(function, **kwargs):
+        options[getattr(function, "__name__", "")] = kwargs.get("compiler_options")
+        return jit(function, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program.jax, "jit", recorded)
+        made = program.make_program(
+            config, model_config, processor, sharding.make_mesh(1, 1, devices=jax.devices()[:1]),
+            class_names=names, class_counts=np.array([1, 1]),
+        )  # fmt: skip
+    asked = {"xla_gpu_deterministic_ops": True} if deterministic else None
+    assert options["train_step"] == options["eval_step"] == asked
+    # A CPU accepts the option; a name that the compiler does not know would be an error.
+    batch = {
+        "image": np.zeros((8, 8, 8, 3), np.uint8),
+        "targets": np.zeros((8, 2), np.float32),
+        "mask": np.zeros(8, np.float32),
+        "index": np.zeros(8, np.int32),
+    }
+    made.eval_step.lower(jax.eval_shape(made.init), batch).compile()
 
 
 def probe_config():

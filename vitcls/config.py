@@ -218,6 +218,14 @@ def default_config() -> ConfigDict:
     c.train.micro_batch = placeholder(int)
     # Seed of everything random: hold-out, order, crops, augmentation, dropout, new weights.
     c.train.seed = 0
+    # Steps in a row whose loss or gradient is not finite, at which the run stops with exit code 87.
+    # Such steps change nothing, are counted, and are listed with their images in nonfinite.jsonl.
+    c.train.max_nonfinite = 5
+    # On a GPU, only operations that give the same bits every time, as XLA's flag
+    # --xla_gpu_deterministic_ops: without it a run that was stopped and continued differs in the
+    # last digits. It costs speed, how much depends on network and GPU: compare
+    # train/images_per_second. Elsewhere bits are the same anyway, and it changes nothing.
+    c.train.deterministic = False
 
     c.eval = ConfigDict()
     # Steps between evaluations of select_split, each with a checkpoint; 0: only at the end.
@@ -235,14 +243,27 @@ def default_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     # Steps between checkpoints, beside those at evaluations and at the end; 0: only those.
     c.checkpoint.every_steps = 0
-    # Number of newest checkpoints to keep; the best one is kept besides.
-    c.checkpoint.keep = 1
+    # Number of newest checkpoints to keep, of which one is left when another is found damaged; the
+    # best one is kept besides.
+    c.checkpoint.keep = 2
 
     c.mesh = ConfigDict()
     # Devices along the data axis; -1: all that mesh.fsdp leaves.
     c.mesh.data = -1
     # Devices over which each large parameter is split (fully sharded data parallel).
     c.mesh.fsdp = 1
+
+    # Seconds after which a process that makes no progress is taken to be stuck and ended, with the
+    # place where each of its threads is; 0: never.
+    c.stall = ConfigDict()
+    # For the first step of training or of an evaluation, with its compilation.
+    c.stall.compile_secs = 3600.0
+    # For a step of training, with the wait for its batch.
+    c.stall.step_secs = 900.0
+    # For a step of an evaluation, and for what is made of all of them.
+    c.stall.eval_secs = 900.0
+    # For writing a checkpoint.
+    c.stall.save_secs = 3600.0
 
     c.log = ConfigDict()
     # Steps between lines of metrics.
@@ -254,8 +275,10 @@ def default_config() -> ConfigDict:
 # (train.total_steps may only grow, which train.py checks).
 RUN_FIELDS = (
     "data.data_dir", "data.cache", "data.num_threads", "data.num_workers", "model.allow_pickle",
-    "model.remat", "train.micro_batch", "eval.batch_size", "checkpoint.every_steps",
-    "checkpoint.keep", "mesh.data", "mesh.fsdp", "log.every_steps",
+    "model.remat", "train.micro_batch", "train.max_nonfinite", "train.deterministic",
+    "eval.batch_size", "checkpoint.every_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp",
+    "stall.compile_secs", "stall.step_secs", "stall.eval_secs", "stall.save_secs",
+    "log.every_steps",
 )  # fmt: skip
 SELECT_METRICS = (
     "accuracy",
@@ -339,11 +362,16 @@ _RANGES = {
     "train.global_batch_size": (1, math.inf, True),
     "train.micro_batch": (0, math.inf, True),
     "train.seed": (0, 2**32, False),
+    "train.max_nonfinite": (1, math.inf, True),
     "eval.every_steps": (0, math.inf, True),
     "eval.batch_size": (0, math.inf, True),
     "checkpoint.every_steps": (0, math.inf, True),
     "checkpoint.keep": (1, math.inf, True),
     "mesh.fsdp": (1, math.inf, True),
+    "stall.compile_secs": (0, math.inf, True),
+    "stall.step_secs": (0, math.inf, True),
+    "stall.eval_secs": (0, math.inf, True),
+    "stall.save_secs": (0, math.inf, True),
     "log.every_steps": (1, math.inf, True),
 }
 
@@ -605,7 +633,13 @@ def read_class_weights(how: str) -> str:
 
 def check_same_run(config: ConfigDict, path: Path) -> None:
     """Raises `UserError` when the run saved at `path` was started with other identity fields."""
-    saved = flatten(ConfigDict(json.loads(path.read_text())))
+    try:
+        saved = flatten(ConfigDict(json.loads(path.read_text())))
+    except (OSError, ValueError, AttributeError) as error:  # not read, no JSON, no object
+        raise UserError(
+            f"{path}, the config of a run that has checkpoints, cannot be read ({error}): put it "
+            "back, or use another --workdir."
+        ) from error
     asked = flatten(ConfigDict(json.loads(json.dumps(config.to_dict()))))
     differences = [
         f"  {field}: {saved.get(field)!r} there, {asked.get(field)!r} asked for"

@@ -19,8 +19,7 @@ from vitcls import train_step as steps
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
 from vitcls.data.split import Split
-from vitcls.errors import Interrupted, UserError
-from vitcls.signals import StopRequest
+from vitcls.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -37,7 +36,7 @@ def evaluate(
     num_examples: int,
     train_counts: np.ndarray | None = None,
     keep_predictions: bool = False,
-    stop: StopRequest | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluates `variables` on all of `batches`.
 
@@ -50,7 +49,7 @@ def evaluate(
       num_examples: Size of the split.
       train_counts: See `metrics.summarise`.
       keep_predictions: Whether to return what the network said of each example.
-      stop: Ends the pass with `Interrupted` when a signal came.
+      after_batch: Called after each batch; may end the pass by raising.
 
     Returns:
       The metrics of `metrics.summarise`, of the N images that could be used, and `num_skipped`, of
@@ -59,12 +58,11 @@ def evaluate(
     """
     total, kept = None, []
     for batch in progress.track(batches, name):
-        if stop is not None and stop.name:
-            raise Interrupted(f"{stop.name}: evaluation of {name} stopped; run the command again.")
         sums, predictions = eval_step(variables, sharding.to_global(batch, mesh))
         total = metrics.add_sums(total, jax.device_get(sums))
         if keep_predictions:
             kept.append(jax.device_get(predictions))
+        after_batch()
     # Loader and devices disagree only through a bug, which would make the numbers wrong in silence.
     assert total["num_seen"] == num_examples, (name, total["num_seen"], num_examples)
     num_used = int(total["num_examples"])

@@ -89,14 +89,14 @@ class Program:
         if variables is None:
             variables = jax.jit(self.init, out_shardings=shardings)()
         else:
-            variables = jax.device_put(variables, shardings)
+            variables = sharding.put(variables, shardings)
         shardings = self.state_shardings.replace(teacher=None)
         state = jax.jit(self.init_state, donate_argnums=0, out_shardings=shardings)(variables)
         return self.with_teacher(state)
 
     def with_teacher(self, state: steps.TrainState) -> steps.TrainState:
         """Returns the state with the teacher's variables, if there are any, on the devices."""
-        return state.replace(teacher=jax.device_put(self.teacher, self.state_shardings.teacher))
+        return state.replace(teacher=sharding.put(self.teacher, self.state_shardings.teacher))
 
 
 def make_program(
@@ -261,15 +261,22 @@ def _make_program(
     )
     eval_apply = steps.over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
     everywhere = sharding.replicated(mesh)
+    # What the flag --xla_gpu_deterministic_ops does, for these programs; elsewhere it does nothing.
+    options = {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None
     return Program(
         mesh=mesh,
         state_shapes=state_shapes,
         state_shardings=state_shardings,
         train_step=jax.jit(
-            train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)
+            train_step,
+            donate_argnums=0,
+            out_shardings=(state_shardings, everywhere),
+            compiler_options=options,
         ),
         eval_step=jax.jit(
-            steps.make_eval_step(processor.normalise, eval_apply), out_shardings=everywhere
+            steps.make_eval_step(processor.normalise, eval_apply),
+            out_shardings=everywhere,
+            compiler_options=options,
         ),
         prepare=prepare_step,
         num_passes=num_rows // pass_size,

@@ -7,12 +7,13 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
-from vitcls.config import check_num_steps, parse_fold, read_class_weights
+from vitcls.config import check_num_steps, flatten, parse_fold, read_class_weights
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
@@ -213,6 +214,29 @@ def resolve(
     config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)
     return config
+
+
+def facts(
+    config: ConfigDict,
+    train_split: sources.Split,
+    eval_splits: dict[str, sources.Split],
+    *,
+    begun: Path | None,
+) -> dict[str, Any]:
+    """Returns what every process of a run must agree on, by name.
+
+    Args:
+      config: The run's, as `resolve` returns it.
+      train_split: The split to train on.
+      eval_splits: By name, those that are evaluated.
+      begun: The workdir of a run that goes on.
+    """
+    fingerprints = {split.name: split.fingerprint for split in [train_split, *eval_splits.values()]}
+    return {
+        **{f"config.{field}": value for field, value in flatten(config).items()},
+        **{f"data of split {name!r}": value for name, value in fingerprints.items()},
+        "workdir with checkpoints": begun is not None,
+    }
 
 
 def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: int) -> list[str]:

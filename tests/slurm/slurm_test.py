@@ -34,24 +34,25 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def _cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
-    os.environ["SLURM_CONF"] = f"{folder}/slurm.conf"
-    subprocess.run([SCRIPT, "start", folder], check=True)
-    yield
-    subprocess.run([SCRIPT, "stop", folder], check=True)
-    del os.environ["SLURM_CONF"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
+        patch.delenv("XLA_FLAGS")  # one device per process, as in a job
+        subprocess.run([SCRIPT, "start", folder], check=True)
+        yield
+        subprocess.run([SCRIPT, "stop", folder], check=True)
 
 
 @pytest.fixture
 def flags(digits_dir) -> list[str]:
-    """A network that trains some hundred steps within seconds."""
+    """A network that trains two thousand steps within half a minute."""
     return [
         "--config=configs/quickstart.py:init=scratch",
         f"--config.data.data_dir={digits_dir}",
         "--config.model.arch=vit_mu4",
         "--config.data.image_size=(8, 8)",
         "--config.train.total_epochs=0",
-        "--config.train.total_steps=600",
-        "--config.eval.every_steps=200",
+        "--config.train.total_steps=2000",
+        "--config.eval.every_steps=1000",
         "--config.log.every_steps=1",
     ]
 
@@ -125,7 +126,7 @@ def test_a_job_stopped_in_the_middle_ends_as_an_undisturbed_run(stop, flags, und
     end = finish(number)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
     continued = json.loads((workdir / "manifest.json").read_text())["continued"]
-    assert len(continued) == 1 and 100 <= continued[0]["step"] < 600
+    assert len(continued) == 1 and 100 <= continued[0]["step"] < 2000
     assert_same_end(workdir, undisturbed)
 
 

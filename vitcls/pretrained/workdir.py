@@ -64,6 +64,8 @@ class Run:
 
     def _step(self, checkpoints: Checkpoints) -> int:
         steps = checkpoints.steps()
+        if self.which in map(str, steps):  # whatever has become of the others
+            return int(self.which)
         best = checkpoints.best_step()
         chosen = {
             None: checkpoints.latest_step() if best is None else best,
