@@ -67,6 +67,22 @@ def test_what_fits_is_proposed_in_place_of_what_does_not(monkeypatch):
     assert "This fits: --config.train.micro_batch=8\n" in table
 
 
+def test_an_evaluation_that_does_not_fit_gets_smaller_batches(monkeypatch):
+    eval_analysis = planning.Plans.eval_analysis
+
+    def refuse_large(self, choice, batch_size):
+        if batch_size > 64:
+            return {"refused": None}
+        return eval_analysis(self, choice, batch_size)
+
+    monkeypatch.setattr(planning.Plans, "eval_analysis", refuse_large)
+    plan = planning.make_plan(plans())
+    assert not plan["fits"] and plan["proposal"] == {"eval.batch_size": 64}
+    assert "DOES NOT FIT as asked: evaluation.\nThis fits: --config.eval.batch_size=64\n" in (
+        format_plan(plan)
+    )
+
+
 def test_parameters_that_do_not_fit_are_shared_without_compiling(monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2**8)
     asked = plans()
@@ -83,7 +99,8 @@ def test_batch_norm_keeps_its_passes_and_says_so_when_nothing_fits(monkeypatch):
     tried = []
     monkeypatch.setattr(planning.Plans, "needed", lambda self, c: tried.append(c) or 2e12)
     with pytest.raises(UserError) as error:
-        planning.make_plan(plans(model__arch="resnet_mu", data__image_size=(32, 32), usable=1000))
+        planning.make_plan(plans(model__arch="resnet_mu", data__image_size=(32, 32)))
+    assert {choice.pass_size for choice in tried} == {16}
     message = str(error.value)
     assert message.startswith("Nothing fits into the 1000.00 GB of each device of local")
     assert message.endswith("or model.batch_norm='frozen', with which passes can be smaller.")
@@ -105,6 +122,7 @@ def test_batch_norm_keeps_its_passes_and_says_so_when_nothing_fits(monkeypatch):
         ),
         (dict(arch="vit_h14", data__image_size=None, model__pretrained="a/b", model__arch=""),
          "--arch needs data.image_size"),
+        (dict(mesh__data=3), "mesh.data=3 x mesh.fsdp=1 does not make 8 devices"),
         (dict(arch="vgg"), "Unknown architecture model.arch 'vgg'"),
         (dict(train__global_batch_size=100), "not divisible by 8 devices; use 96 or 104"),
         (dict(model__pretrained="/no/such", model__arch=""),

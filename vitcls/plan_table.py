@@ -23,7 +23,9 @@ def format_plan(plan: dict[str, Any]) -> str:
         "",
     ]
     if plan["proposal"]:
-        if not plan["fits"]:
+        if plan["choice"] == plan["asked"]:
+            lines += ["DOES NOT FIT as asked: evaluation."]
+        else:
             needed = plan["bytes_asked"]
             lines += [
                 f"DOES NOT FIT as asked ({Choice(**plan['asked']).line()}): "

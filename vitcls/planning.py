@@ -132,6 +132,9 @@ class Plans:
         """
         check_config(config)
         self.where = where
+        sharding.make_mesh(
+            config.mesh.data, config.mesh.fsdp, devices=where.devices
+        )  # or complains
         class_names, class_counts, num_train = _open_data(config, num_classes, num_images)
         config, network, processor = _open_network(config, class_names, arch)
         self.config = train_setup.resolve(
@@ -333,7 +336,7 @@ def make_plan(plans: Plans) -> dict[str, Any]:
         "global_batch_size": config.train.global_batch_size,
         "total_steps": config.train.total_steps,
         "asked": dataclasses.asdict(asked),
-        "fits": choice == asked,
+        "fits": not proposal,
         "bytes_asked": None if math.isinf(needed) else needed,
         "bytes_usable": where.usable,
         "proposal": proposal,
@@ -370,7 +373,7 @@ def _fit_evaluation(
     def by_kind(size: int) -> dict[str, int]:
         analysis = plans.eval_analysis(choice, size * num_devices)
         if "refused" in analysis:
-            return {"refused": analysis["refused"] or math.inf}
+            return {"refused": math.inf}
         batch = footprint.bytes_of(program.batch_shapes(size * num_devices))
         return kept | {
             "selected weights": analysis["arguments"] - batch if selects else 0,
