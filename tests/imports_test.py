@@ -21,14 +21,17 @@ LEVELS = [
     {"teacher", "program", "train_setup", "train"},
     {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing", "choices"}
     | {"planning", "plan_table"},
-    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe", "plan"},
+    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe", "plan"}
+    | {"analysis"},
 ]
+# Modules of vitcls/analysis that are commands.
+ANALYSES = {"report"}
 # What a machine without the data stack can import.
-LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[1]
+LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[2]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
     "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",
-    "datasets",
+    "datasets", "matplotlib", "jinja2",
 }  # fmt: skip
 
 
@@ -83,12 +86,25 @@ def test_launch_is_above_all_and_needs_little():
 
 def test_only_commands_touch_flags():
     with_flags = {
-        module_of(path)
+        path.stem if path.parent.name == "analysis" else module_of(path)
         for path in SOURCES
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
-    }
+    } - ANALYSES
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
     assert with_flags <= LEVELS[-1] | {"data"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_commands_know_of_commands(path):
+    commands = LEVELS[-1] - {"analysis"} | {f"analysis.{name}" for name in ANALYSES}
+    is_command = module_of(path) in LEVELS[-1] - {"analysis"} or path.stem in ANALYSES
+    known = {
+        command
+        for name in imports(path)
+        for command in commands
+        if (name + ".").startswith(f"vitcls.{command}.")
+    }
+    assert is_command or not known
 
 
 def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):

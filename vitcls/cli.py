@@ -20,8 +20,11 @@ FLAGS = flags.FLAGS
 log = logging.getLogger("vitcls")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags, calls `main()` and exits with the code that DESIGN's table gives.
+def run(main: Callable[..., None], *, arguments: str = "") -> None:
+    """Parses the flags, calls `main` and exits with the code that DESIGN's table gives.
+
+    `main` is given what the command line has beside flags, as a list of one or more, where
+    `arguments` says what that is, such as "DIR"; otherwise nothing, and there may be nothing.
 
     0 finished or `--help`; 2 the user's mistake, one message without a traceback; 74 storage;
     75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`); 87 non-finite loss; 1
@@ -35,8 +38,8 @@ def run(main: Callable[[], None]) -> None:
     # Ends as errors do, so that half-written files are removed; training's loop has its own way.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        _parse_flags(sys.argv)
-        main()
+        rest = _parse_flags(sys.argv, arguments)
+        main(*([rest] if arguments else []))
         return
     except SystemExit as error:
         code, message = error.code, "stopped by a signal."
@@ -138,15 +141,20 @@ def config_value(flag: flags.FlagHolder) -> Any:
     return flag.value
 
 
-def _parse_flags(argv: list[str]) -> None:
+def _parse_flags(argv: list[str], arguments: str) -> list[str]:
+    """Returns what is no flag."""
     try:
-        rest = FLAGS(argv)
+        FLAGS.set_gnu_getopt()  # flags may follow what is no flag
+        _, *rest = FLAGS(argv)
     except Exception as error:  # flags.Error, or whatever running a config file raises
         raise UserError(explain(error)) from error
-    if len(rest) > 1:
+    if rest and not arguments:
         raise UserError(
-            f"Unexpected argument {rest[1]!r}: every option starts with --. Try --help."
+            f"Unexpected argument {rest[0]!r}: every option starts with --. Try --help."
         )
+    if arguments and not rest:
+        raise UserError(f"{arguments} is missing. Try --help.")
+    return rest
 
 
 def explain(error: Exception) -> str:

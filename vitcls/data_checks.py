@@ -285,7 +285,19 @@ def draw_duplicates(splits: Mapping[str, sources.Split], report: Report) -> Imag
 
 
 def draw_training(config: ConfigDict) -> Image.Image:
-    """A sheet of the first batch, or batches, as the network sees them, under their targets.
+    """A sheet of `training_images`. Raises what they do."""
+    return contact_sheet(training_images(config, num=_NUM_TILES), num_columns=_NUM_COLUMNS)
+
+
+def training_images(
+    config: ConfigDict, *, num: int, begun: Path | None = None
+) -> list[tuple[Image.Image, str]]:
+    """The first images, at most `num`, as the network sees them, each with its target.
+
+    Args:
+      config: The run's.
+      num: How many; whole batches are made for them.
+      begun: The workdir of a run with this config, whose network it is, if there is one.
 
     Images that training would skip are left out.
 
@@ -295,7 +307,7 @@ def draw_training(config: ConfigDict) -> Image.Image:
     config = config.copy_and_resolve_references()
     config.data.cache = ""  # which would have to be filled first
     train, _ = train_setup.open_splits(config)
-    _, model_config, processor = train_setup.open_model(config, train.class_names)
+    _, model_config, processor = train_setup.open_model(config, train.class_names, begun=begun)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     config = train_setup.resolve(
         config, num_train=len(train), image_size=processor.size, num_devices=mesh.size
@@ -308,7 +320,7 @@ def draw_training(config: ConfigDict) -> Image.Image:
         class_names=train.class_names,
         class_counts=train.class_counts(),
     )
-    num_steps = min(-(-_NUM_TILES // config.train.global_batch_size), config.train.total_steps)
+    num_steps = min(-(-num // config.train.global_batch_size), config.train.total_steps)
     floor = config.loss.label_smoothing / len(train.class_names)
     tiles = []
     with tempfile.TemporaryDirectory() as folder:
@@ -332,7 +344,7 @@ def draw_training(config: ConfigDict) -> Image.Image:
                 for image, target, weight in zip(pixels, targets, weights, strict=True)
                 if weight
             ]
-    return contact_sheet(tiles[:_NUM_TILES], num_columns=_NUM_COLUMNS)
+    return tiles[:num]
 
 
 def _describe_target(target: np.ndarray, class_names: tuple[str, ...], floor: float) -> str:

@@ -1,0 +1,1 @@
+"""What runs left, read and weighed: reports, comparisons. Reads workdirs and checkpoints only."""

@@ -1,0 +1,212 @@
+"""All metrics of one split from its predictions, with bootstrap intervals.
+
+N images, K classes, R resamples.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy import optimize, stats
+from scipy.special import log_softmax
+
+from vitcls.analysis import weighted
+from vitcls.analysis.predictions import Predictions
+
+NUM_RESAMPLES = 1000
+_LEVEL = 0.95
+# Metrics that look at all N * K probabilities: their resamples are limited to this many in all,
+# some 20 seconds, and below so many resamples an interval would say little.
+_MOST_PROBABILITIES = 1_000_000_000
+_FEWEST_RESAMPLES = 200
+_CHUNK = 4_000_000  # weights held at a time
+_TEMPERATURES = (0.05, 20.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A metric and the ends of its 95 % interval, NaN where there is none."""
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+
+def summarise(
+    found: Predictions, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> dict[str, Estimate]:
+    """Returns every metric of `weighted` by its name.
+
+    Intervals are from the 2.5th to the 97.5th percentile over resamples of the images. Metrics
+    of all N * K probabilities (`roc_auc`, `average_precision`, `classwise_ece`) get fewer
+    resamples where these are very many, and no interval beyond.
+    """
+    labels, logits, probabilities = found.labels, found.logits, found.probabilities
+    cheap = [
+        weighted.means(labels, logits),
+        weighted.by_class(labels, logits),
+        weighted.calibration(labels, probabilities),
+        weighted.selective(labels, probabilities),
+    ]
+    dear = [
+        weighted.classwise_calibration(labels, probabilities),
+        weighted.ranking(labels, probabilities),
+    ]
+    affordable = min(num_resamples, _MOST_PROBABILITIES // probabilities.size)
+    if affordable < min(_FEWEST_RESAMPLES, num_resamples):
+        affordable = 0
+    size = len(labels)
+    return estimate(cheap, size, num_resamples=num_resamples, seed=seed) | estimate(
+        dear, size, num_resamples=affordable, seed=seed
+    )
+
+
+def estimate(
+    families: Sequence[weighted.Family], num_images: int, *, num_resamples: int, seed: int
+) -> dict[str, Estimate]:
+    """The metrics of `families`, each with its percentile interval over the same resamples."""
+    once = np.ones((1, num_images))
+    values = {name: x[0] for compute in families for name, x in compute(once).items()}
+    drawn = {name: [] for name in values}
+    for weights in resamples(num_images, num_resamples, seed=seed):
+        for compute in families:
+            for name, x in compute(weights).items():
+                drawn[name].append(x)
+    return {
+        name: Estimate(float(values[name]), *_interval(np.concatenate(x) if x else np.empty(0)))
+        for name, x in drawn.items()
+    }
+
+
+def _interval(drawn: np.ndarray) -> tuple[float, float]:
+    drawn = drawn[~np.isnan(drawn)]  # resamples that a metric is not defined for
+    if not drawn.size:
+        return float("nan"), float("nan")
+    low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(low), float(high)
+
+
+def resamples(num_images: int, num: int, *, seed: int) -> Iterator[np.ndarray]:
+    """How often each image occurs in each of `num` resamples, float64 (R, N), some at a time."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // num_images)
+    for start in range(0, num, chunk):
+        rows = min(chunk, num - start)
+        drawn = rng.integers(0, num_images, (rows, num_images))
+        drawn += np.arange(rows)[:, None] * num_images
+        counts = np.bincount(drawn.ravel(), minlength=rows * num_images)
+        yield counts.reshape(rows, num_images).astype(np.float64)
+
+
+def surely_above(num_right: int, num: int) -> float:
+    """The accuracy that is exceeded with 95 % confidence, where `num_right` of `num` are right.
+
+    The exact binomial bound (Clopper and Pearson 1934), one-sided: resamples of data without a
+    mistake have none either, so that a bootstrap interval says nothing there.
+    """
+    test = stats.binomtest(num_right, num, alternative="greater")
+    return float(test.proportion_ci(_LEVEL, method="exact").low)
+
+
+def confusion(found: Predictions) -> np.ndarray:
+    """Number of images by (label, prediction), int64 (K, K)."""
+    num_classes = found.logits.shape[1]
+    pairs = found.labels.astype(np.int64) * num_classes + found.logits.argmax(1)
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def confused_pairs(found: Predictions) -> list[tuple[int, int, int]]:
+    """(label, prediction, images) of every pair that is mistaken, the most frequent first."""
+    predicted = found.logits.argmax(1)
+    is_wrong = predicted != found.labels
+    pairs, counts = np.unique(
+        np.stack([found.labels, predicted], axis=1)[is_wrong], axis=0, return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")
+    return [(*pairs[i].tolist(), int(counts[i])) for i in order.tolist()]
+
+
+def per_class(found: Predictions) -> dict[str, np.ndarray]:
+    """`images`, `precision`, `recall`, `f1`, `roc_auc` and `average_precision` of each class, (K,).
+
+    0 / 0 counts as 0, as in scikit-learn; the areas are NaN where they are not defined, and recall
+    and F1 of a class without images are NaN, too: nothing was measured.
+    """
+    probabilities, predicted = found.probabilities, found.logits.argmax(1)
+    hits, true, said = (
+        np.bincount(chosen, minlength=found.logits.shape[1])
+        for chosen in (found.labels[predicted == found.labels], found.labels, predicted)
+    )
+    once = np.ones((1, len(found.labels)))
+    areas = {"roc_auc": weighted.roc_auc, "average_precision": weighted.average_precision}
+    columns = {
+        "images": true,
+        "precision": hits / np.maximum(said, 1),
+        "recall": np.where(true > 0, hits / np.maximum(true, 1), np.nan),
+        "f1": np.where(true > 0, 2 * hits / np.maximum(said + true, 1), np.nan),
+    }
+    for name, area in areas.items():
+        columns[name] = np.array(
+            [
+                area(found.labels == k, probabilities[:, k], once)[0] if count else np.nan
+                for k, count in enumerate(true)
+            ]
+        )
+    return columns
+
+
+def reliability(found: Predictions) -> dict[str, np.ndarray]:
+    """`images`, mean `confidence` and `accuracy` of every bin of equal width that has images."""
+    probabilities = found.probabilities
+    confidence = probabilities.max(1)
+    is_right = probabilities.argmax(1) == found.labels
+    bins = weighted.bin_of(confidence)
+    images = np.bincount(bins, minlength=weighted.NUM_BINS)
+    kept = images > 0
+    return {
+        "images": images[kept],
+        "confidence": np.bincount(bins, confidence, weighted.NUM_BINS)[kept] / images[kept],
+        "accuracy": np.bincount(bins, is_right, weighted.NUM_BINS)[kept] / images[kept],
+    }
+
+
+def fit_temperature(found: Predictions) -> float:
+    """What to divide logits by, between 0.05 and 20, for the least log-loss on these predictions.
+
+    Guo et al. 2017 (arXiv:1706.04599), section 4.2. Fit it on the split that selected the
+    checkpoint, never on the one that is reported. The loss is convex in 1 / temperature.
+    """
+    logits, rows = found.logits.astype(np.float64), np.arange(len(found.labels))
+
+    def loss(inverse: float) -> float:
+        return -log_softmax(logits * inverse, axis=1)[rows, found.labels].mean()
+
+    low, high = _TEMPERATURES
+    fitted = optimize.minimize_scalar(loss, bounds=(1 / high, 1 / low), method="bounded",
+                                      options={"xatol": 1e-6})  # fmt: skip
+    return float(1 / fitted.x)
+
+
+def at_temperature(found: Predictions, temperature: float) -> Predictions:
+    """The same predictions with their logits divided."""
+    return dataclasses.replace(found, logits=found.logits / np.float32(temperature))
+
+
+def unknown_auroc(known: np.ndarray, unknown: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Area under the ROC curve of the confidence as a test of which images are of known classes.
+
+    Hendrycks and Gimpel 2017 (arXiv:1610.02136). 0.5 is chance, 1 tells all apart.
+
+    Args:
+      known: The largest probability for each image of the data set trained on, (N,).
+      unknown: The same for images of none of its classes, (M,).
+      seed: Of the resamples.
+    """
+    is_known = np.arange(len(known) + len(unknown)) < len(known)
+    scores = np.concatenate([known, unknown])
+
+    def compute(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return {"auroc": weighted.roc_auc(is_known, scores, weights)}
+
+    found = estimate([compute], len(scores), num_resamples=NUM_RESAMPLES, seed=seed)
+    return found["auroc"]

@@ -1,0 +1,139 @@
+"""Figures as text of an HTML page: SVG that takes the page's colours, and PNG where that is less.
+
+Text in a figure is escaped by matplotlib and never read as mathematics, whatever its names.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from PIL import Image
+
+# Drawn in this colour, and then given the page's colour of text.
+_INK = "#010203"
+# Okabe and Ito's colours that stand out from white and from black.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a07800", "#56b4e9")
+_STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "vitcls", "text.parse_math": False,
+    "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2, "legend.frameon": False,
+    "axes.prop_cycle": matplotlib.cycler(color=_COLORS), "path.simplify_threshold": 0.5,
+} | dict.fromkeys(
+    ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
+     "ytick.color", "grid.color"), _INK,
+)  # fmt: skip
+_MOST_POINTS = 400  # of a curve
+
+
+def _figure(width: float = 4.4, height: float = 3.0, rows: Sequence[int] = (1,)):
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(
+        len(rows), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": rows}
+    )
+    return figure, axes[:, 0]
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an element of an HTML page, without ids that other figures have, too."""
+    file = io.StringIO()
+    unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    # The caption of the figure says what there is to see.
+    return re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>',
+                  r'<svg \1 aria-hidden="true" xmlns="http://www.w3.org/2000/svg" '
+                  r'xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)  # fmt: skip
+
+
+class _PlainNumbers(ticker.LogFormatter):
+    """Numbers at the ticks that matplotlib chooses; its own are mathematics, which is off."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _scale_log(axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PlainNumbers())
+    axes.yaxis.set_minor_formatter(_PlainNumbers(minor_thresholds=(2, 0.6)))
+
+
+def curves(
+    name: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, log: bool
+) -> str:
+    """SVG of values over steps, a line each; single points, as of a last evaluation, as dots."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure()
+        for label, (steps, values) in series.items():
+            kept = np.unique(np.linspace(0, len(steps) - 1, _MOST_POINTS).astype(int))
+            marker = "o" if len(steps) < 12 else None
+            axes.plot(steps[kept], values[kept], marker=marker, markersize=3, label=label)
+        if log:
+            _scale_log(axes)
+        axes.set(xlabel="step", ylabel=ylabel)
+        if len(series) > 1:
+            axes.legend()
+        return _svg(figure, name)
+
+
+def reliability(name: str, bins: Mapping[str, np.ndarray]) -> str:
+    """SVG of accuracy over confidence, see `classification.reliability`, and of how many images."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (above, below) = _figure(4.4, 4.0, rows=(3, 1))
+        above.plot([0, 1], [0, 1], color=_INK, linestyle=":", linewidth=1, label="calibrated")
+        above.vlines(bins["confidence"], bins["confidence"], bins["accuracy"], color=_COLORS[1])
+        above.plot(bins["confidence"], bins["accuracy"], "o-", markersize=4, label="measured")
+        above.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+        above.legend(loc="upper left")
+        below.bar(bins["confidence"], bins["images"], width=0.04, color=_COLORS[0])
+        below.set(xlabel="confidence", ylabel="images")
+        _scale_log(below)
+        return _svg(figure, name)
+
+
+def risk_coverage(name: str, coverage: np.ndarray, risk: np.ndarray) -> str:
+    """SVG of the share of mistakes among the images that are answered."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure()
+        kept = np.unique(np.linspace(0, len(risk) - 1, _MOST_POINTS).astype(int))
+        axes.plot(100 * coverage[kept], 100 * risk[kept])
+        axes.set(xlabel="answered, % of images", ylabel="mistakes among them, %")
+        axes.set(xlim=(0, 100), ylim=(0, max(1.0, 110 * risk.max())))
+        return _svg(figure, name)
+
+
+def heat_map(matrix: np.ndarray) -> str:
+    """Data URI of a confusion matrix, rows as shares of their sum; white is none, black is all."""
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = len(matrix)
+    # Seldom mistakes are what one looks for: the root makes one in a hundred a tenth of black.
+    grey = (255 * (1 - np.sqrt(shares))).round().astype(np.uint8)
+    scale = max(1, round(600 / side))
+    return data_uri(Image.fromarray(grey).resize((side * scale,) * 2, Image.Resampling.NEAREST))
+
+
+def data_uri(image: Image.Image, *, size: int | None = None) -> str:
+    """An image encoded anew, so that nothing but its pixels is passed on.
+
+    Args:
+      image: Of any mode that PNG and JPEG have.
+      size: The longer side at most, in pixels; smaller images stay as they are.
+    """
+    if size and max(image.size) > size:
+        scale = size / max(image.size)
+        image = image.resize(
+            [max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS
+        )
+    # JPEG blurs the few pixels of tiny images, and is no smaller there; nor of two colours.
+    is_photo = image.mode == "RGB" and max(image.size) > 64
+    file = io.BytesIO()
+    image.save(file, **(dict(format="JPEG", quality=82) if is_photo else dict(format="PNG")))
+    kind = "jpeg" if is_photo else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,247 @@
+"""The report of one run as an HTML page: everything in it, nothing loaded from elsewhere.
+
+Whatever comes out of a workdir is text to the page: Jinja escapes it, characters that cannot be
+seen are taken out, and the page's policy lets no script run but its own, known by its hash.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from vitcls.analysis import classification, costs, figures, gallery, weighted
+from vitcls.analysis.predictions import Predictions
+from vitcls.analysis.run import Run, changed_fields
+from vitcls.errors import UserError
+
+_HERE = Path(__file__).parent
+_MOST_CELLS = 20  # classes of a confusion matrix that is a table
+_MOST_PIXELS = 2000  # classes of one that is a picture
+_MOST_ROWS = 2000  # of the table of classes
+_MOST_PAIRS = 15
+_LONGEST_NAME, _LONGEST_VALUE, _LONGEST_JSON = 80, 300, 100_000  # characters
+
+# name -> (title, what it is)
+_METRICS = {
+    "accuracy": ("Accuracy", "share of images whose likeliest class is the label"),
+    "top5_accuracy": ("Top-5 accuracy", "label among the five likeliest classes"),
+    "balanced_accuracy": ("Balanced accuracy", "mean recall of the classes"),
+    "macro_precision": ("Precision, macro", "mean over classes"),
+    "macro_recall": ("Recall, macro", "mean over classes"),
+    "macro_f1": ("F1, macro", "mean over classes"),
+    "weighted_precision": ("Precision, weighted", "classes by their number of images"),
+    "weighted_recall": ("Recall, weighted", "classes by their number of images"),
+    "weighted_f1": ("F1, weighted", "classes by their number of images"),
+    "micro_f1": ("F1, precision and recall, micro", "of one label per image, the accuracy"),
+    "roc_auc": ("ROC-AUC", "each class against the rest, mean over classes"),
+    "average_precision": ("Average precision", "each class against the rest, mean over classes"),
+    "log_loss": ("Log-loss", "natural logarithm; lower is better"),
+    "brier": ("Brier score", "summed over classes, 0 to 2; lower is better"),
+    "ece": ("Calibration error", "confidence, bins of equal width; lower is better"),
+    "ece_equal_mass": ("Calibration error, equal mass", "bins of as many images; lower is better"),
+    "classwise_ece": ("Calibration error, class-wise", "mean over classes; lower is better"),
+    "aurc": ("Risk-coverage area", "mistakes when the unsure are left out; lower is better"),
+}
+
+
+def render(
+    run: Run,
+    *,
+    split: str = "",
+    unknown: np.ndarray | None = None,
+    explain: gallery.Explain | None = None,
+) -> str:
+    """Returns the page.
+
+    Args:
+      run: What there is to report.
+      split: The split that the details are of; empty: the first there is.
+      unknown: Confidence for images of none of the classes, float64 (M,).
+      explain: Makes a picture for each image of the galleries, to show beside it.
+
+    Raises:
+      UserError: There are predictions, but none for `split`.
+    """
+    if split and split not in run.splits:
+        known = ", ".join(run.splits) or "none"
+        raise UserError(f"--split={split} has no predictions that can be read; there are: {known}.")
+    split = split or next(iter(run.splits), "")
+    context: dict[str, Any] = {
+        "run": run,
+        "name": run.workdir.absolute().name,
+        "split": split,
+        "metrics": _METRICS,
+        "summaries": {name: classification.summarise(found) for name, found in run.splits.items()},
+        "recipe": changed_fields(run.config),
+        "command": _command(run.manifest),
+        "commit": str(run.manifest.get("git_commit") or ""),
+        "curves": _curves(run.history),
+        "costs": costs.costs(run),
+        "resamples": classification.NUM_RESAMPLES,
+        "bins": weighted.NUM_BINS,
+        "script": Markup((_HERE / "report.js").read_text()),
+        "style": Markup((_HERE / "report.css").read_text()),
+    }
+    context["script_hash"] = base64.b64encode(
+        hashlib.sha256(context["script"].encode()).digest()
+    ).decode()
+    if split:
+        context |= _details(run, run.splits[split], split, explain=explain)
+        context |= _confidence(run, split, unknown)
+    context["augmented"], context["augmented_note"] = gallery.augmented(run)
+    return _environment().get_template("report.html.jinja").render(context)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=_visible,
+        loader=jinja2.FileSystemLoader(_HERE),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "value": _value, "json": _json, "interval": _range}
+    return environment
+
+
+def _visible(value: Any) -> Any:
+    """Text without control characters, such as those that turn the direction of writing."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in value)
+
+
+def _shorten(text: str, longest: int = _LONGEST_NAME) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _range(one: classification.Estimate) -> str:
+    return "" if math.isnan(one.low) else f"{one.low:.4f} to {one.high:.4f}"
+
+
+def _value(value: Any) -> str:
+    """A field of a config or a manifest, on one line."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return _shorten(text or '""', _LONGEST_VALUE)
+
+
+def _json(content: Any) -> str:
+    return _shorten(json.dumps(content, indent=2, default=str), _LONGEST_JSON)
+
+
+def _command(manifest: dict[str, Any]) -> str:
+    """What was typed, without where Python is on that machine."""
+    parts = manifest.get("command")
+    if not (isinstance(parts, list) and parts):
+        return ""
+    return shlex.join(["python", *map(str, parts[1:])])
+
+
+def _curves(history: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """(title, SVG) of what is measured over the steps."""
+    drawn = []
+    for key, title, unit in (
+        ("loss", "Loss", "loss"),
+        ("accuracy", "Accuracy", "accuracy"),
+        ("lr", "Learning rate", "learning rate"),
+        ("images_per_second", "Speed", "images/s"),
+    ):
+        series = {}
+        for full in dict.fromkeys(name for line in history for name in line):
+            where, _, name = full.rpartition("/")
+            points = [(line["step"], line[full]) for line in history if _is_finite(line.get(full))]
+            if where and name == key and points:
+                series[_shorten(_visible(where), 30)] = tuple(np.array(points, np.float64).T)
+        if series:
+            is_log = key == "loss" and all(values.min() > 0 for _, values in series.values())
+            svg = figures.curves(f"curve-{key}", series, ylabel=unit, log=is_log)
+            drawn.append((f"{title}: {', '.join(series)}", Markup(svg)))
+    return drawn
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _details(
+    run: Run, found: Predictions, split: str, *, explain: gallery.Explain | None
+) -> dict[str, Any]:
+    """What is shown of the classes and of the images of one split."""
+    num_classes = found.logits.shape[1]
+    names = [_shorten(name) for name in run.class_names] or [f"{k}" for k in range(num_classes)]
+    pairs = classification.confused_pairs(found)
+    most_confused: dict[int, str] = {}
+    for label, predicted, _ in pairs:
+        most_confused.setdefault(label, names[predicted])
+    table = classification.per_class(found)
+    order = np.lexsort((-table["images"], np.nan_to_num(table["f1"], nan=2)))[:_MOST_ROWS]
+    mistakes, unsure = gallery.worst_mistakes(found), gallery.least_certain(found)
+    positions = np.concatenate([mistakes, unsure])
+    images, note = gallery.open_images(run, split, found.ids[positions].tolist())
+    tiles = gallery.tiles(found, positions, images, names, explain=explain)
+    is_drawn = _MOST_CELLS < num_classes <= _MOST_PIXELS
+    return {
+        "num_images": len(found.labels),
+        "num_right": int((found.logits.argmax(1) == found.labels).sum()),
+        "surely_above": classification.surely_above(len(found.labels), len(found.labels)),
+        "names": names,
+        "confusion": classification.confusion(found) if num_classes <= _MOST_CELLS else None,
+        "heat_map": figures.heat_map(classification.confusion(found)) if is_drawn else "",
+        "pairs": [
+            (names[label], names[predicted], num) for label, predicted, num in pairs[:_MOST_PAIRS]
+        ],
+        "num_pairs": len(pairs),
+        "classes": [
+            {"name": names[k], "confused": most_confused.get(k, "")}
+            | {column: values[k].item() for column, values in table.items()}
+            for k in order.tolist()
+        ],
+        "images_note": note,
+        "mistakes": tiles[: len(mistakes)],
+        "unsure": tiles[len(mistakes) :],
+    }
+
+
+def _confidence(run: Run, split: str, unknown: np.ndarray | None) -> dict[str, Any]:
+    """What is shown of how far the probabilities can be trusted."""
+    found = run.splits[split]
+    probabilities = found.probabilities
+    is_wrong = probabilities.argmax(1) != found.labels
+    once = np.ones((1, len(is_wrong)))
+    coverage, risk = weighted.risk_coverage(is_wrong, probabilities.max(1), once)
+    bins = classification.reliability(found)
+    shown: dict[str, Any] = {
+        "reliability": Markup(figures.reliability("reliability", bins)),
+        "reliability_bins": list(
+            zip(bins["confidence"], bins["accuracy"], bins["images"], strict=True)
+        ),
+        "risk_coverage": Markup(figures.risk_coverage("risk", coverage[0], risk[0])),
+        "answered": [
+            (share, risk[0][np.searchsorted(coverage[0], share - 1e-9)])
+            for share in (0.5, 0.8, 0.9, 0.95, 1.0)
+        ],
+        "temperature": None,
+        "unknown": None,
+    }
+    select = run.select_split
+    if select in run.splits and select != split:
+        temperature = classification.fit_temperature(run.splits[select])
+        scaled = classification.at_temperature(found, temperature)
+        shown["temperature"] = temperature
+        shown["scaled"] = classification.summarise(scaled, num_resamples=0)
+    if unknown is not None:
+        shown["unknown"] = classification.unknown_auroc(probabilities.max(1), unknown)
+        shown["num_unknown"] = len(unknown)
+    return shown

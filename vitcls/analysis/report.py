@@ -1,0 +1,66 @@
+"""Writes a report of each run: one HTML page that needs no other file and no network.
+
+  python -m vitcls.analysis.report runs/quickstart
+
+writes runs/quickstart/report.html: metrics with 95 % intervals, recipe and how to reproduce it,
+learning curves, confusion matrix, classes, calibration, mistakes and doubts with their images,
+augmented training images, speed, manifest. Of a run that was killed it shows what there is.
+
+DIR is the workdir of a run, or a folder that vitcls.evaluate --output made. Needs
+pip install -r requirements-analysis.txt.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError
+
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "The page, of one DIR; empty: report.html in every DIR."
+)
+_SPLIT = flags.DEFINE_string(
+    "split", "", "Split that the details are of; empty: the first of data.eval_splits."
+)
+_UNKNOWN = flags.DEFINE_string(
+    "unknown", "",
+    "Predictions for images of none of the classes, CSV of vitcls.predict or npz with logits: how "
+    "well confidence tells them apart; empty: it is not measured.",
+)  # fmt: skip
+
+
+def main(directories: list[str]) -> None:
+    """Checks the flags, then writes the pages."""
+    if _OUTPUT.value and len(directories) > 1:
+        raise UserError(
+            f"--output={_OUTPUT.value} is one page, and there are {len(directories)} folders; "
+            "leave it out, or name one of them."
+        )
+    workdirs = [Path(directory) for directory in directories]
+    for workdir in workdirs:
+        if not workdir.is_dir():
+            raise UserError(f"{workdir} is no folder; name the workdir of a run.")
+    output = Path(_OUTPUT.value or workdirs[0] / "report.html")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise UserError(f"--output={output} is a folder, or in none that exists; name a file.")
+    # These import much: only once the flags are known to be right.
+    try:
+        from vitcls.analysis import page, predictions, run
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Reports need {error.name}: pip install -r requirements-analysis.txt"
+        ) from error
+    from vitcls import records
+
+    unknown = predictions.read_confidence(Path(_UNKNOWN.value)) if _UNKNOWN.value else None
+    for workdir in workdirs:
+        output = Path(_OUTPUT.value or workdir / "report.html")
+        text = page.render(run.read_run(workdir), split=_SPLIT.value, unknown=unknown)
+        with records.written_aside(output) as aside:
+            aside.write_text(text, encoding="utf-8")
+        print(f"{workdir}: {len(text.encode()) / 1e6:.1f} MB -> {output}")
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments="DIR")
