@@ -109,6 +109,33 @@ def risk_coverage(name: str, coverage: np.ndarray, risk: np.ndarray) -> str:
         return _svg(figure, name)
 
 
+def intervals(
+    name: str, rows: Sequence[tuple[str, Sequence[float], float, float, float]], *, xlabel: str,
+    zero: bool = False,
+) -> str:  # fmt: skip
+    """SVG of a line for each row, downwards: single values as rings, a dot within its interval.
+
+    Args:
+      name: Of the figure in the page.
+      rows: (label, single values, mean, low, high); low and high are NaN where there is no
+        interval.
+      xlabel: What the values are.
+      zero: Whether to mark 0.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure(6.0, 0.9 + 0.28 * len(rows))
+        for i, (_, values, mean, low, high) in enumerate(rows):
+            axes.plot(values, [i] * len(values), "o", markersize=4, fillstyle="none", alpha=0.7,
+                      color=_COLORS[0])  # fmt: skip
+            axes.plot([low, high], [i, i], color=_COLORS[1], linewidth=1.5)
+            axes.plot([mean], [i], "o", markersize=5, color=_COLORS[1])
+        if zero:
+            axes.axvline(0, color=_INK, linestyle=":", linewidth=1)
+        axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        return _svg(figure, name)
+
+
 def heat_map(matrix: np.ndarray) -> str:
     """Data URI of a confusion matrix, rows as shares of their sum; white is none, black is all."""
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

@@ -96,13 +96,14 @@ def render(
         context |= _details(run, run.splits[split], split, explain=explain)
         context |= _confidence(run, split, unknown)
     context["augmented"], context["augmented_note"] = gallery.augmented(run)
-    return _environment().get_template("report.html.jinja").render(context)
+    return environment().get_template("report.html.jinja").render(context)
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates of this folder, whose values are escaped, of this module's filters."""
     environment = jinja2.Environment(
         autoescape=True,
-        finalize=_visible,
+        finalize=visible,
         loader=jinja2.FileSystemLoader(_HERE),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -112,14 +113,15 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _visible(value: Any) -> Any:
+def visible(value: Any) -> Any:
     """Text without control characters, such as those that turn the direction of writing."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return "".join(c if c.isprintable() or c == "\n" else " " for c in value)
 
 
-def _shorten(text: str, longest: int = _LONGEST_NAME) -> str:
+def shorten(text: str, longest: int = _LONGEST_NAME) -> str:
+    """The text, cut where it is longer."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
@@ -134,11 +136,11 @@ def _range(one: classification.Estimate) -> str:
 def _value(value: Any) -> str:
     """A field of a config or a manifest, on one line."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return _shorten(text or '""', _LONGEST_VALUE)
+    return shorten(text or '""', _LONGEST_VALUE)
 
 
 def _json(content: Any) -> str:
-    return _shorten(json.dumps(content, indent=2, default=str), _LONGEST_JSON)
+    return shorten(json.dumps(content, indent=2, default=str), _LONGEST_JSON)
 
 
 def _command(manifest: dict[str, Any]) -> str:
@@ -163,7 +165,7 @@ def _curves(history: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
             where, _, name = full.rpartition("/")
             points = [(line["step"], line[full]) for line in history if _is_finite(line.get(full))]
             if where and name == key and points:
-                series[_shorten(_visible(where), 30)] = tuple(np.array(points, np.float64).T)
+                series[shorten(visible(where), 30)] = tuple(np.array(points, np.float64).T)
         if series:
             is_log = key == "loss" and all(values.min() > 0 for _, values in series.values())
             svg = figures.curves(f"curve-{key}", series, ylabel=unit, log=is_log)
@@ -180,7 +182,7 @@ def _details(
 ) -> dict[str, Any]:
     """What is shown of the classes and of the images of one split."""
     num_classes = found.logits.shape[1]
-    names = [_shorten(name) for name in run.class_names] or [f"{k}" for k in range(num_classes)]
+    names = [shorten(name) for name in run.class_names] or [f"{k}" for k in range(num_classes)]
     pairs = classification.confused_pairs(found)
     most_confused: dict[int, str] = {}
     for label, predicted, _ in pairs:

@@ -1,0 +1,62 @@
+"""Compares runs: which group of them is better, by how much, and how sure that is.
+
+  python -m vitcls.analysis.compare runs/sweep --output=runs/comparison
+
+Each DIR is the workdir of a run, or a folder of workdirs such as launch.sweep leaves. Runs are
+grouped by what differs in their configs beside the seed. For each group: mean, spread and 95 %
+interval over seeds; for each pair of groups a sentence, from tests that are paired by image and
+corrected for their number. Runs that have not finished are listed, and left out.
+
+The comparison is printed as Markdown. With --output the folder gets comparison.md, comparison.html
+with pictures, and groups.csv, pairs.csv, runs.csv. Needs
+pip install -r requirements-analysis.txt.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError, unknown
+
+_SPLIT = flags.DEFINE_string("split", "test", "Split whose images are compared.")
+_METRIC = flags.DEFINE_string(
+    "metric", "accuracy", "accuracy, top5_accuracy, balanced_accuracy, macro_precision, "
+    "macro_recall, macro_f1, log_loss or brier, from predictions/SPLIT.npz.",
+)  # fmt: skip
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Folder for the files, where those of an earlier comparison are replaced; "
+    "empty: none is written.",
+)  # fmt: skip
+
+
+def main(directories: list[str]) -> None:
+    """Checks the flags, compares, prints and writes."""
+    try:
+        from vitcls.analysis import comparison, comparison_page
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Comparisons need {error.name}: pip install -r requirements-analysis.txt"
+        ) from error
+    from vitcls import records
+
+    split = cli.required(_SPLIT)
+    if _METRIC.value not in comparison.METRICS:
+        raise unknown("--metric", _METRIC.value, comparison.METRICS)
+    output = Path(_OUTPUT.value)
+    if _OUTPUT.value:
+        records.make(output, flag="--output")
+    found = comparison.read(directories, split=split, metric=_METRIC.value)
+    markdown = comparison_page.to_markdown(found)
+    print(markdown)
+    if not _OUTPUT.value:
+        return
+    files = {"comparison.md": markdown, "comparison.html": comparison_page.to_html(found)}
+    for name, text in (files | comparison_page.to_csv(found)).items():
+        with records.written_aside(output / name) as aside:
+            aside.write_text(text, encoding="utf-8", errors="replace")
+    print(f"-> {output}/comparison.html, comparison.md, groups.csv, pairs.csv, runs.csv")
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments="DIR")

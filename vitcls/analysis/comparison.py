@@ -1,0 +1,307 @@
+"""Groups of runs against each other on the images of one split.
+
+N images, S runs of a group, R resamples.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vitcls.analysis import classification, paired, predictions, weighted
+from vitcls.analysis import groups as grouping
+from vitcls.analysis.groups import Group
+from vitcls.analysis.predictions import Predictions
+from vitcls.analysis.run import read_run
+from vitcls.errors import UserError
+
+METRICS = (
+    "accuracy", "top5_accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1",
+    "log_loss", "brier",
+)  # fmt: skip
+LOWER_IS_BETTER = ("log_loss", "brier")
+_RANKS = {"accuracy": 1, "top5_accuracy": 5}  # an image is right or wrong: McNemar's test
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One run's predictions, reduced to what comparing needs.
+
+    Attributes:
+      metric: Its metric on the images, each weighted, see `weighted`.
+      is_right: bool (N,) for metrics that count right images, else None.
+      images: Stands for the ids and labels of the images.
+      num_images: N.
+    """
+
+    metric: weighted.Metric
+    is_right: np.ndarray | None
+    images: str
+    num_images: int
+
+    @property
+    def value(self) -> float:
+        """The metric."""
+        return float(self.metric(np.ones((1, self.num_images)))[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two groups against each other; differences are positive where `a` is better.
+
+    Attributes:
+      a: One group.
+      b: The other.
+      weighed: The difference; None: the two cannot be compared.
+      modelled: Which differences are weighed, or why there is no comparison.
+      mcnemar: p of the runs of one seed, by seed; of groups of a single run, of these.
+      corrected: p, corrected for all comparisons.
+      sentence: What it comes to.
+    """
+
+    a: Group
+    b: Group
+    weighed: paired.Difference | None
+    modelled: str
+    mcnemar: dict[int, float]
+    corrected: float = math.nan
+    sentence: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What runs come to; lists are of the runs that are compared.
+
+    Attributes:
+      split: The split.
+      metric: One of `METRICS`.
+      workdirs: Their folders.
+      groups: Their groups, one or more.
+      values: The metric of each.
+      histories: The lines of `metrics.jsonl` of each.
+      pairs: Each group against each other, the clearest difference first.
+      left_out: What is not compared, and why.
+      notes: What a reader should know besides, a sentence each.
+    """
+
+    split: str
+    metric: str
+    workdirs: list[Path]
+    groups: list[Group]
+    values: list[float]
+    histories: list[list[dict[str, Any]]]
+    pairs: list[Pair]
+    left_out: dict[Path, str]
+    notes: list[str]
+
+
+def read(directories: Iterable[str], *, split: str, metric: str) -> Comparison:
+    """Reads and compares all finished runs.
+
+    Args:
+      directories: Workdirs, and folders of workdirs such as launch.sweep leaves.
+      split: The split whose images are compared.
+      metric: One of `METRICS`.
+
+    Raises:
+      UserError: A folder has no runs, or none of them can be compared.
+    """
+    runs, measured, left_out = [], [], {}
+    found = grouping.find(directories)
+    for workdir, state in tqdm(found.items(), "Reading runs", disable=None, leave=False):
+        try:
+            if not (workdir / "config.json").is_file():
+                raise UserError("there is no config.json, as of a run that has not begun")
+            run = read_run(workdir)
+            if why := grouping.why_unfinished(run):
+                raise UserError(why)
+            of_split = (
+                run.splits[split] if split in run.splits else predictions.read(workdir, split)
+            )
+            measured.append(measure(of_split, metric))
+            runs.append(dataclasses.replace(run, splits={}))  # they are large
+        except UserError as error:
+            left_out[workdir] = f"{error} ({state})" if state else str(error)
+    if not runs:
+        listed = "\n".join(f"  {workdir}: {why}" for workdir, why in left_out.items())
+        raise UserError(f"None of the runs can be compared:\n{listed}")
+    groups = grouping.group([run.config for run in runs])
+    kept = sorted(i for one in groups for i in one.runs)
+    for i in set(range(len(runs))) - set(kept):
+        left_out[runs[i].workdir] = "it has the config and the seed of another run"
+    notes = []
+    if split in {run.select_split for run in runs}:
+        notes.append(f"{split} chose the checkpoints of some of these runs: they look too good.")
+    commits = {str(run.manifest.get("git_commit")) for run in runs}
+    if len(commits) > 1:
+        notes.append(f"The runs are of several versions of the code: {', '.join(sorted(commits))}.")
+    return Comparison(
+        split=split,
+        metric=metric,
+        workdirs=[run.workdir for run in runs],
+        groups=groups,
+        values=[one.value for one in measured],
+        histories=[run.history for run in runs],
+        pairs=compare(groups, measured, metric),
+        left_out=left_out,
+        notes=notes,
+    )
+
+
+def measure(found: Predictions, metric: str) -> Measured:
+    """Reduces predictions.
+
+    Raises:
+      UserError: The metric does not exist for so few classes, or an image occurs twice.
+    """
+    order = np.argsort(found.ids, kind="stable")
+    ids, labels, logits = found.ids[order], found.labels[order], found.logits[order]
+    if (ids[1:] == ids[:-1]).any():
+        raise UserError("several images have the same id, so that images cannot be paired")
+    is_mean = metric in ("accuracy", "top5_accuracy", "log_loss", "brier")
+    family = (weighted.means if is_mean else weighted.by_class)(labels, logits)
+    if metric not in family(np.ones((1, len(labels)))):
+        raise UserError(f"{metric} needs more than 5 classes; there are {logits.shape[1]}")
+    is_right = None
+    if metric in _RANKS:
+        is_right = weighted.ranks(labels, logits) < _RANKS[metric]
+    names = "\n".join(ids.astype(str).tolist()).encode(errors="surrogatepass")
+    digest = hashlib.sha256(names + labels.astype("<i8").tobytes()).hexdigest()
+    return Measured(lambda weights: family(weights)[metric], is_right, digest, len(labels))
+
+
+def compare(groups: Sequence[Group], runs: Sequence[Measured], metric: str) -> list[Pair]:
+    """Compares each group with each other one; the clearest difference is first.
+
+    The p values are corrected for the number of pairs (Holm).
+
+    Args:
+      groups: Their `runs` are positions in `runs`.
+      runs: All runs.
+      metric: One of `METRICS`, that of `runs`.
+    """
+    samples = _samples(groups, runs, sign=-1 if metric in LOWER_IS_BETTER else 1)
+    pairs = [_weigh(a, b, samples, runs) for a, b in itertools.combinations(groups, 2)]
+    tested = [i for i, pair in enumerate(pairs) if pair.weighed]
+    p_values = paired.holm([pairs[i].weighed.p for i in tested])
+    for i, corrected in zip(tested, p_values, strict=True):
+        pairs[i] = dataclasses.replace(pairs[i], corrected=corrected)
+    pairs.sort(key=lambda pair: (not pair.weighed, pair.corrected))
+    return [
+        dataclasses.replace(pair, sentence=_sentence(pair, runs, metric, len(tested)))
+        for pair in pairs
+    ]
+
+
+def _samples(
+    groups: Sequence[Group], runs: Sequence[Measured], *, sign: int
+) -> dict[str, paired.Sample]:
+    """By name of the group, of those whose runs saw the same images."""
+    samples = {}
+    for images in dict.fromkeys(run.images for run in runs):
+        same = [g for g in groups if {runs[i].images for i in g.runs} == {images}]
+        columns = [i for group in same for i in group.runs]
+        if not columns:
+            continue
+        num_images = runs[columns[0]].num_images
+        drawn = {i: [] for i in columns}
+        for weights in classification.resamples(num_images, classification.NUM_RESAMPLES, seed=0):
+            for i in columns:
+                drawn[i].append(runs[i].metric(weights))
+        for group in same:
+            resampled = np.stack([np.concatenate(drawn[i]) for i in group.runs], axis=1)
+            values = np.array([runs[i].value for i in group.runs])
+            samples[group.name] = paired.Sample(sign * values, sign * resampled)
+    return samples
+
+
+def _weigh(a: Group, b: Group, samples: dict[str, paired.Sample], runs: Sequence[Measured]) -> Pair:
+    if len({runs[i].images for i in (*a.runs, *b.runs)}) > 1:
+        return Pair(a, b, None, "not all of their runs were evaluated on the same images", {})
+    same_seeds = a.seeds == b.seeds
+    weighed = paired.difference(samples[a.name], samples[b.name], same_seeds=same_seeds)
+    is_single = len(a.runs) == len(b.runs) == 1
+    matched = [
+        (seed, i, j)
+        for seed, i in zip(a.seeds, a.runs, strict=True)
+        for other, j in zip(b.seeds, b.runs, strict=True)
+        if seed == other or is_single
+    ]
+    mcnemar = {
+        seed: paired.mcnemar(runs[i].is_right, runs[j].is_right)
+        for seed, i, j in matched
+        if runs[i].is_right is not None
+    }
+    if is_single and mcnemar:  # exact, where the bootstrap's normal distribution is not
+        weighed = dataclasses.replace(weighed, p=mcnemar[a.seeds[0]])
+    if not weighed.seeds:
+        modelled = "images, paired; not seeds, of which a group has only one"
+    elif same_seeds:
+        modelled = f"images and seeds, both paired ({len(a.seeds)} seeds in common)"
+    else:
+        modelled = f"images, paired, and seeds, unpaired ({len(a.seeds)} and {len(b.seeds)})"
+    return Pair(a, b, weighed, modelled, mcnemar)
+
+
+def amount(value: float, metric: str, *, digits: int) -> str:
+    """A difference for people, in points of a share."""
+    if metric not in LOWER_IS_BETTER:
+        value = 100 * value
+    return f"{round(value, digits) + 0:.{digits}f}"  # adding 0 turns -0.0 into 0.0
+
+
+def _sentence(pair: Pair, runs: Sequence[Measured], metric: str, num_tests: int) -> str:
+    a, b, found = pair.a, pair.b, pair.weighed
+    if found is None:
+        return f"{a.label} and {b.label} cannot be compared: {pair.modelled}."
+    if found.value < 0:
+        a, b = b, a
+    num_images = runs[a.runs[0]].num_images
+    if not found.variance():
+        return (
+            f"{a.label} and {b.label} cannot be told apart: they are the same on each of "
+            f"{num_images} images."
+        )
+    low, high = sorted(math.copysign(1, found.value) * end for end in found.interval())
+    digits = 4 if metric in LOWER_IS_BETTER else 1 if high - low >= 0.01 else 2
+    by = amount(abs(found.value), metric, digits=digits)
+    by += "" if metric in LOWER_IS_BETTER else " points"
+    ends = f"{amount(low, metric, digits=digits)} to {amount(high, metric, digits=digits)}"
+    if pair.corrected <= 1 - paired.LEVEL:
+        what = f"{a.label} is better than {b.label} by {by} (95 % interval {ends})"
+        return f"{what}{_caveat(pair)}."
+    seeming = ""
+    if found.p <= 1 - paired.LEVEL:
+        seeming = f", but one of {num_tests} comparisons, corrected p {pair.corrected:.2f}"
+    return (
+        f"{a.label} and {b.label} cannot be told apart ({by} in favour of {a.name}, 95 % interval "
+        f"{ends}{seeming}): {_needed(found, num_images, num_tests)}."
+    )
+
+
+def _caveat(pair: Pair) -> str:
+    ones = " and ".join(group.name for group in (pair.a, pair.b) if len(group.seeds) == 1)
+    return f", as far as one seed of {ones} can say: others may differ" if ones else ""
+
+
+def _needed(found: paired.Difference, num_images: int, num_tests: int) -> str:
+    images = paired.images_needed(found, num_images, num_tests=num_tests)
+    if not found.seeds:
+        second = "a second seed would be needed, to know how much seeds differ"
+        return second + (f", and about {images} images, not {num_images}" if images else "")
+    if images is None:
+        return "there is no difference that more seeds could show"
+    seeds = paired.seeds_needed(found, num_tests=num_tests)
+    if seeds is None:
+        return (
+            f"more seeds would not do: {images} images or more, not {num_images}, would be needed"
+        )
+    if seeds == paired.MOST_SEEDS:
+        return f"{seeds} or more seeds of each would be needed"
+    return f"about {seeds} more seed{'s' * (seeds > 1)} of each would be needed"

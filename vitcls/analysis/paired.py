@@ -1,0 +1,157 @@
+"""Whether two groups of runs differ by more than chance: of the test images, and of the seeds.
+
+The metric of run s on image i is modelled as mean + seed_s + image_i + rest_si, the crossed design
+of readers and cases (Gallas 2006, doi:10.1016/j.acra.2005.11.030). N images, S seeds, R resamples.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+POWER = 0.8  # chance to find the difference that was observed, of `seeds_needed`
+MOST_SEEDS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A metric of the runs of a group, all measured on the same images.
+
+    Attributes:
+      values: float64 (S,).
+      resampled: float64 (R, S), the same on resamples of the images, which all groups share.
+    """
+
+    values: np.ndarray
+    resampled: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean of one group minus that of another, and how far it can be trusted.
+
+    Attributes:
+      value: The difference.
+      images: Variance that more seeds would not lessen: that of the choice of images.
+      seeds: (variance from one seed to the next, their number), of what seeds are weighed;
+        empty: they are not, for want of a second one.
+      p: Of the two-sided test that there is no difference.
+    """
+
+    value: float
+    images: float
+    seeds: tuple[tuple[float, int], ...]
+    p: float
+
+    def variance(self, num_more: float = 0) -> float:
+        """Of `value`, after so many more seeds in each group."""
+        return self.images + sum(by_seed / (num + num_more) for by_seed, num in self.seeds)
+
+    def degrees(self, num_more: float = 0) -> float:
+        """Satterthwaite's degrees of freedom (1946, doi:10.2307/3002019); images have plenty."""
+        parts = [
+            (by_seed / (num + num_more)) ** 2 / (num + num_more - 1) for by_seed, num in self.seeds
+        ]
+        return self.variance(num_more) ** 2 / sum(parts) if sum(parts) else math.inf
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `value`."""
+        half = stats.t.ppf((1 + LEVEL) / 2, self.degrees()) * math.sqrt(self.variance())
+        return self.value - half, self.value + half
+
+
+def difference(a: Sample, b: Sample, *, same_seeds: bool) -> Difference:
+    """Weighs a difference over images, which are paired, and over seeds.
+
+    Seeds are weighed where both groups have two or more: by the differences of runs of one seed
+    where `same_seeds`, else by the spread within each group (Welch). The variance over seeds comes
+    from their spread, with Student's t, because resamples of three seeds would be too alike; that
+    over images from the resamples. What a seed does to single images is in both and counted once.
+
+    Args:
+      a: One group.
+      b: The other, on the same images and resamples.
+      same_seeds: Whether the runs of both have the same seeds in the same order.
+    """
+    value = float(a.values.mean() - b.values.mean())
+    images = float((a.resampled.mean(1) - b.resampled.mean(1)).var())
+    samples = [Sample(a.values - b.values, a.resampled - b.resampled)] if same_seeds else [a, b]
+    if min(len(a.values), len(b.values)) < 2:
+        samples = []
+    seeds = []
+    for sample in samples:
+        num = len(sample.values)
+        rest = sample.resampled - sample.resampled.mean(1, keepdims=True)
+        noise = rest.var(axis=0).sum() / (num - 1)  # what a seed does to single images
+        seeds.append((float(max(sample.values.var(ddof=1), noise)), num))
+        images -= noise / num
+    found = Difference(value, float(max(images, 0)), tuple(seeds), 1.0)
+    # Rounding leaves some 1e-17 where nothing varies.
+    if found.variance() < 1e-24:
+        return dataclasses.replace(found, images=0.0, seeds=tuple((0.0, num) for _, num in seeds))
+    t = abs(value) / math.sqrt(found.variance())
+    return dataclasses.replace(found, p=float(2 * stats.t.sf(t, found.degrees())))
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """P of the exact McNemar test (1947): whether two runs are right equally often.
+
+    Args:
+      a: Whether one run is right, bool (N,).
+      b: Whether the other is, on the same images.
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P values corrected for their number, in the same order (Holm 1979)."""
+    corrected, largest = [1.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def over_seeds(values: np.ndarray) -> tuple[float, float, float, float]:
+    """Mean, standard deviation and 95 % t interval of (S,); all but the mean NaN for one seed."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, math.nan, math.nan
+    spread = float(values.std(ddof=1))
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * spread / math.sqrt(len(values))
+    return mean, spread, mean - half, mean + half
+
+
+def seeds_needed(found: Difference, *, num_tests: int) -> int | None:
+    """How many more seeds in each group would show the difference, if it is as large as it looks.
+
+    With 80 % power, at 5 % divided by `num_tests`.
+
+    Returns:
+      At most `MOST_SEEDS`; None: no number would do, as the images are too few, or there is none.
+    """
+
+    def is_enough(num_more: float) -> bool:
+        degrees = found.degrees(num_more)
+        needed = stats.t.ppf(1 - (1 - LEVEL) / 2 / num_tests, degrees) + stats.t.ppf(POWER, degrees)
+        return abs(found.value) >= needed * math.sqrt(found.variance(num_more))
+
+    if not found.seeds or not found.value or not is_enough(1e12):
+        return None
+    low, high = 0, MOST_SEEDS  # not enough, perhaps enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def images_needed(found: Difference, num_images: int, *, num_tests: int) -> int | None:
+    """How many images would show it, however many seeds there are; otherwise as `seeds_needed`."""
+    if not found.value:
+        return None
+    needed = stats.norm.ppf(1 - (1 - LEVEL) / 2 / num_tests) + stats.norm.ppf(POWER)
+    return math.ceil(num_images * found.images * (needed / found.value) ** 2)
