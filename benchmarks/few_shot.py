@@ -1,7 +1,8 @@
 r"""Draws what pretraining gives against the number of training images, from a finished sweep.
 
     python -m launch.sweep --config=configs/quickstart.py --sweep=configs/sweeps/few_shot.py \
-      --workdir=runs/few_shot --config.eval.select_split= --config.train.total_epochs=0
+      --workdir=runs/few_shot --config.eval.select_split= --config.train.total_epochs=0 \
+      --config.train.global_batch_size=32
     python -m benchmarks.few_shot --sweep=runs/few_shot --output=docs/few_shot.png
 
 Prints a Markdown table: mean, lowest and highest test accuracy over the seeds, and the difference

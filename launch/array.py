@@ -10,11 +10,13 @@ from typing import Any
 
 from launch import slurm, watch
 from launch.resources import Resources
+from launch.stopping import StopRequest
 from launch.trials import Trial
 from vitcls import records
-from vitcls.signals import StopRequest
+from vitcls.errors import UserError
 
 _POLL_SECS = 5
+_SETTLE_SECS = 30  # after a task left the queue; on NFS its last files may show up later
 _MOST_LINES = 10  # of running trials
 
 log = logging.getLogger("vitcls")
@@ -65,19 +67,28 @@ class Array:
 
     def run(self, stop: StopRequest) -> None:
         """Watches until no trial is in the queue; returns early when `stop` is asked."""
-        left = dict(self._trials)
+        left, gone_since = dict(self._trials), {}
         screen = watch.Screen(1 + _MOST_LINES)
         try:
             while left and not stop.name:
-                active = self._active()  # before the results: what ends in between has written them
+                try:
+                    active = self._active()  # before the results, which are there when a task ends
+                except UserError as error:  # SLURM's controller is away for a moment, or busy
+                    log.warning("%s", error)
+                    _sleep(stop)
+                    continue
                 for name, trial in list(left.items()):
-                    state = active.get(name, "finished" if trial.results() else "failed")
-                    self.states[name] = {"state": state.lower(), "exit_code": None}
+                    state = active.get(name, "finished" if trial.results() else "failed").lower()
+                    if state == "failed":
+                        since = gone_since.setdefault(name, time.monotonic())
+                        if time.monotonic() - since < _SETTLE_SECS:
+                            continue
+                    self.states[name] = {"state": state, "exit_code": None}
                     if name not in active:
                         del left[name]
                         watch.log_end(trial, state)
                         self._on_change()
-                running = [left[name] for name, state in active.items() if state == "RUNNING"]
+                running = [trial for name, trial in left.items() if active.get(name) == "RUNNING"]
                 head = f"{len(left)} of {len(self._trials)} in the queue, {len(running)} running"
                 screen.show([head, *(watch.line(trial) for trial in running[:_MOST_LINES])])
                 if left:

@@ -7,9 +7,10 @@ import sys
 import time
 from typing import IO
 
-from vitcls.signals import StopRequest
+from launch.stopping import StopRequest
 
 _POLL_SECS = 0.2
+_PAUSE_SECS = 1
 ENDS = (0, 2, 87)  # finished, a mistake, diverged: another start would end the same
 
 log = logging.getLogger("vitcls")
@@ -42,7 +43,7 @@ def run(command: list[str], *, max_restarts: int) -> int:
             if stop.name or code in ENDS or failures > max_restarts:
                 return code if code >= 0 else 128 - code
             log.info("Ended with %d: starting again.", code)
-            time.sleep(1)
+            time.sleep(_PAUSE_SECS)
 
 
 def _run_once(command: list[str], stop: StopRequest) -> int:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from launch import local, watch
+from launch.stopping import StopRequest
 from launch.trials import Trial
 from vitcls.errors import UserError
 from vitcls.progress import duration
-from vitcls.signals import StopRequest
 
 _POLL_SECS = 0.5
 
@@ -80,8 +80,8 @@ class Pool:
                 screen.show(self._lines())
         finally:
             screen.close()
-            for _, process, _ in self._running.values():  # an error, or a second Ctrl-C
-                process.kill()
+            for _, process, _ in self._running.values():  # an error here, or a second Ctrl-C
+                (process.kill if told else process.terminate)()
                 process.wait()
 
     def _start(self, trial: Trial) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from launch.calling import call
 from launch.resources import Resources, job_name
 
-# What follows a run. SLURM itself puts a job back that it or a broken machine took away.
+# What follows a run that ended by itself, or that SLURM told to save before the time limit. A job
+# that SLURM itself or a broken machine ended, SLURM itself puts back, and a cancelled one nobody.
 _AFTER = """\
 code=$?
 failures={failures}-$SLURM_JOB_ID.txt
@@ -23,6 +24,7 @@ case $code in
     if [ "$(wc -l < "$failures")" -gt {max_restarts} ]; then exit $code; fi
     ;;
 esac
+if [ -n "$told" ]; then exit $code; fi
 echo "Ended with $code: back into the queue."
 scontrol requeue "$SLURM_JOB_ID"
 exit $code
@@ -33,7 +35,7 @@ def script(command: list[str], workdir: Path, resources: Resources) -> str:
     """Returns the batch script of one run; its log is `slurm-JOB.log` in the workdir."""
     head = _head(workdir, resources, output=str(workdir).replace("%", "%%") + "/slurm-%j.log")
     after = _after(shlex.quote(str(workdir / "failures")), resources)
-    return "\n".join([*head, _srun(shlex.join(command)), after])
+    return "\n".join([*head, _srun(resources) + shlex.join(command), after])
 
 
 def array_script(
@@ -53,7 +55,7 @@ def array_script(
         'echo "$ $command"',
     ]
     after = _after('"$folder"/failures', resources)
-    return "\n".join([*head, *read, "eval " + shlex.quote(_srun("")) + '"$command"', after])
+    return "\n".join([*head, *read, "eval " + shlex.quote(_srun(resources)) + '"$command"', after])
 
 
 def _head(workdir: Path, resources: Resources, *, output: str) -> list[str]:
@@ -77,14 +79,19 @@ def _head(workdir: Path, resources: Resources, *, output: str) -> list[str]:
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
         "export PYTHONUNBUFFERED=1",
         *filter(None, [resources.setup]),
-        "trap : TERM  # the run has been sent it too: wait until it has saved",
+        # Sent to this shell too by scancel, scontrol requeue and preemption: the run saves, and
+        # SLURM decides what becomes of the job.
+        "trap told=1 TERM",
     ]
 
 
-def _srun(command: str) -> str:
+def _srun(resources: Resources) -> str:
     # A task that ends first must not take those along that still save; and every process sees all
     # GPUs of its machine, of which jax takes the one with its local number.
-    return f"srun --kill-on-bad-exit=0 --gpu-bind=none {command}"
+    options = ["--kill-on-bad-exit=0", "--gpu-bind=none"]
+    if resources.cpus:  # which srun takes from the job no more, since 22.05
+        options.append(f"--cpus-per-task={resources.cpus}")
+    return " ".join(["srun", *options, ""])
 
 
 def _after(failures: str, resources: Resources) -> str:

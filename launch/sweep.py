@@ -27,9 +27,9 @@ from ml_collections import config_flags
 
 from launch import commands, resources, slurm
 from launch import trials as trials_lib
+from launch.stopping import StopRequest
 from vitcls import cli
 from vitcls.errors import Interrupted
-from vitcls.signals import StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -46,8 +46,8 @@ _JOBS = flags.DEFINE_integer(
     "default one here, all on SLURM.", lower_bound=1,
 )  # fmt: skip
 _METRICS = flags.DEFINE_list(
-    "metrics", [], "What the table shows besides the selection metric and the accuracies, such as "
-    "test/macro_f1,test/tail_accuracy; sweep.json and sweep.csv have all metrics.",
+    "metrics", [], "SPLIT/METRIC,... to compare beside the selection metric, such as "
+    "test/balanced_accuracy; empty: the accuracy of each of data.eval_splits.",
 )  # fmt: skip
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check every trial, print the commands of those to run, and end."
@@ -93,11 +93,10 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
     from launch import array, pool, tables  # these import jax
     from vitcls import records
 
-    shown = tables.shown_metrics(trials, _METRICS.value)
-
     def write() -> None:
-        tables.write(workdir, trials, runner.states)
+        tables.write(workdir, trials, runner.states, _METRICS.value)
 
+    tables.check_metrics(_METRICS.value, trials)
     records.make(workdir)
     log.info("%d trials, %d finished before.", len(trials), len(trials) - len(unfinished))
     with StopRequest() as stop:
@@ -108,8 +107,8 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
             runner.submit(asked, jobs=_JOBS.value)
         runner.run(stop)
     write()
-    if by_group := tables.groups(trials):
-        print(f"Mean (lowest to highest) over the seeds:\n{tables.text(by_group, shown)}")
+    if by_group := tables.groups(trials, _METRICS.value):
+        print(f"Mean (lowest to highest) over the seeds:\n{tables.text(by_group)}")
     if stop.name and _ON.value == "slurm":
         raise Interrupted(f"{stop.name}: the jobs go on; the same command watches them again.")
     if stop.name:
@@ -117,8 +116,9 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
     failed = [name for name, state in runner.states.items() if state["state"] == "failed"]
     if failed:
         raise TrialsFailed(
-            f"{len(failed)} of {len(trials)} trials failed; their logs say why, and the same "
-            "command tries them again:\n"
+            f"{len(failed)} of {len(trials)} trials failed; their logs say why"
+            + (f", or {workdir}/array-JOB.log" if _ON.value == "slurm" else "")
+            + ", and the same command tries them again:\n"
             + "\n".join(f"  {workdir / name}/log.txt" for name in failed)
         )
     print(f"{len(trials)} trials -> {workdir}/sweep.json, sweep.csv")

@@ -3,7 +3,6 @@
 import csv
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +20,48 @@ def select_metric(trial: Trial) -> str | None:
     return f"{split}/{metric}" if split else None
 
 
-def metrics(trial: Trial) -> dict[str, float]:
-    """Returns all metrics of a finished trial, `{"test/accuracy": 0.97, ...}`; else {}."""
-    results = trial.results() or {"splits": {}}
-    return {
-        f"{split}/{name}": value
-        for split, summary in results["splits"].items()
-        for name, value in summary.items()
-    }
-
-
-def shown_metrics(trials: list[Trial], added: Sequence[str] = ()) -> list[str]:
-    """Returns what the table shows: selection metric, accuracies, and what is added.
-
-    Raises:
-      UserError: no trial has what is added, which reads `SPLIT/METRIC`.
-    """
-    splits = dict.fromkeys(split for trial in trials for split in trial.config.data.eval_splits)
-    names = [*map(select_metric, trials), *(f"{split}/accuracy" for split in splits)]
-    splits |= dict.fromkeys(trial.config.eval.select_split for trial in trials)
-    for name in added:
+def check_metrics(names: list[str], trials: list[Trial]) -> None:
+    """Raises `UserError` when one of the names is no `SPLIT/METRIC` of all trials."""
+    for name in names:
         split, _, metric = name.partition("/")
-        if split not in splits:
-            raise unknown("split in --metrics", split, filter(None, splits))
+        for trial in trials:
+            splits = [*trial.config.data.eval_splits, trial.config.eval.select_split]
+            if split not in splits:
+                raise unknown("split of --metrics", split, filter(None, splits))
         if metric not in _METRICS:
-            raise unknown("metric in --metrics", metric, _METRICS)
-    return list(dict.fromkeys(filter(None, [*names, *added])))
+            raise unknown("metric of --metrics", metric, _METRICS)
 
 
-def groups(trials: list[Trial]) -> list[dict[str, Any]]:
+def metrics(trial: Trial, names: list[str]) -> dict[str, float]:
+    """Returns what a finished trial is compared by, {} of others.
+
+    Args:
+      trial: The trial.
+      names: `SPLIT/METRIC` beside the selection metric; [] is the accuracy of each eval split.
+    """
+    results = trial.results()
+    if results is None:
+        return {}
+    names = names or [f"{split}/accuracy" for split in trial.config.data.eval_splits]
+    found = {}
+    for name in filter(None, dict.fromkeys([select_metric(trial), *names])):
+        split, metric = name.split("/")
+        if metric in results["splits"][split]:  # no tail_accuracy without rare classes
+            found[name] = results["splits"][split][metric]
+    return found
+
+
+def groups(trials: list[Trial], names: list[str]) -> list[dict[str, Any]]:
     """Returns the finished trials by fields other than the seed, best selection metric first.
 
     Each group is `{"fields": {...}, "seeds": [0, 1], "metrics": {"test/accuracy": {"mean": 0.97,
-    "lowest": 0.96, "highest": 0.98}}}`; without a selection metric the sweep's order is kept, since
-    the test split chooses nothing.
+    "lowest": 0.96, "highest": 0.98}}}`. Without a selection metric the sweep's order is kept, since
+    the test split chooses nothing. `names`: see `metrics`.
     """
     members = {}
     for trial in trials:
         fields = {field: value for field, value in trial.fields.items() if field != SEED}
-        if found := metrics(trial):
+        if found := metrics(trial, names):
             members.setdefault(json.dumps(fields, default=str), []).append((trial, fields, found))
     by_group = [_group(rows) for rows in members.values()]
     selects = {select_metric(trial) for trial in trials}
@@ -73,8 +75,8 @@ def groups(trials: list[Trial]) -> list[dict[str, Any]]:
 
 def _group(rows: list[tuple[Trial, dict, dict]]) -> dict[str, Any]:
     summary = {}
-    for name in rows[0][2]:
-        values = [found[name] for _, _, found in rows]
+    for name in dict.fromkeys(name for _, _, found in rows for name in found):
+        values = [found[name] for _, _, found in rows if name in found]
         summary[name] = {
             "mean": statistics.fmean(values), "lowest": min(values), "highest": max(values)
         }  # fmt: skip
@@ -82,9 +84,9 @@ def _group(rows: list[tuple[Trial, dict, dict]]) -> dict[str, Any]:
     return {"fields": rows[0][1], "seeds": seeds, "metrics": summary}
 
 
-def text(by_group: list[dict[str, Any]], names: list[str]) -> str:
+def text(by_group: list[dict[str, Any]]) -> str:
     """Returns the groups as lines of aligned columns: mean (lowest to highest) of each metric."""
-    fields, _ = _columns(by_group)
+    fields, names = _columns(by_group)
     lines = [[*fields, *names, "seeds"]]
     for group in by_group:
         cells = [str(group["fields"].get(field, "")) for field in fields]
@@ -105,13 +107,16 @@ def _columns(by_group: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return list(fields), list(names)
 
 
-def write(workdir: Path, trials: list[Trial], states: dict[str, dict[str, Any]]) -> None:
+def write(
+    workdir: Path, trials: list[Trial], states: dict[str, dict[str, Any]], names: list[str]
+) -> None:
     """Writes `sweep.json` (trials and groups) and `sweep.csv` (one line per group).
 
     Args:
       workdir: The sweep's folder.
       trials: All of them.
       states: By trial, `{"state": "failed", "exit_code": 87}` of those that were started.
+      names: See `metrics`.
     """
     rows = []
     for trial in trials:
@@ -120,9 +125,9 @@ def write(workdir: Path, trials: list[Trial], states: dict[str, dict[str, Any]])
         rows.append(
             {"name": trial.name, "fields": trial.fields, "command": trial.command}
             | ({"state": "finished", "exit_code": 0} if results else state)
-            | {"seconds": results and results["seconds"], "metrics": metrics(trial)}
+            | {"seconds": results and results["seconds"], "metrics": metrics(trial, names)}
         )
-    by_group = groups(trials)
+    by_group = groups(trials, names)
     write_json(workdir / "sweep.json", {"trials": rows, "groups": by_group})
     fields, names = _columns(by_group)
     kinds = ("mean", "lowest", "highest")

@@ -123,12 +123,11 @@ def test_rate_factors_multiply_and_count_frozen_layers():
     factors = adapt.lr_factors(
         trained, frozen, lr_scale=((".*/kernel", 10.0), ("embeddings/.*", 2.0)), layer_decay=0.5
     )
-    flat = traverse_util.flatten_dict(factors, sep="/")
-    assert set(flat) == set(adapt.names(trained))
-    assert flat["layernorm/scale"] == 1
-    assert flat["encoder/layer_0/mlp/output/bias"] == 0.25
-    assert flat["encoder/layer_0/mlp/output/kernel"] == 2.5
-    assert flat["embeddings/patch_embedding/kernel"] == 0.125 * 20
+    assert set(factors) == set(adapt.names(trained))
+    assert factors["layernorm/scale"] == 1
+    assert factors["encoder/layer_0/mlp/output/bias"] == 0.25
+    assert factors["encoder/layer_0/mlp/output/kernel"] == 2.5
+    assert factors["embeddings/patch_embedding/kernel"] == 0.125 * 20
     assert adapt.lr_factors(trained, frozen, lr_scale=(), layer_decay=1.0) is None
     with pytest.raises(UserError, match="adapt.lr_scale='classifier/.*' matches no parameter"):
         adapt.lr_factors(trained, frozen, lr_scale=(("classifier/.*", 2.0),), layer_decay=1.0)
@@ -177,6 +176,17 @@ def test_folded_lora_equals_the_adapted_network(remat):
     assert qkv["lora_a"].shape == (32, 4) and qkv["lora_b"].shape == (4, 96)
     assert jax.tree.structure(folded) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+def test_lora_begins_with_factors_as_torch_begins_with_kernels():
+    """Even up to 1 / sqrt(D), as `torch.nn.Linear` and the paper's own code; each its own."""
+    flat = traverse_util.flatten_dict(lora(vit_params()[1])[0])
+    drawn = {path: np.asarray(leaf) for path, leaf in flat.items() if path[-1] == "lora_a"}
+    for a in drawn.values():
+        bound = 1 / np.sqrt(a.shape[0])
+        assert 0.9 * bound < np.abs(a).max() <= bound
+        assert np.std(a) == pytest.approx(bound / np.sqrt(3), rel=0.2)
+    assert len({a.flat[0] for a in drawn.values()}) == len(drawn) == 8
 
 
 def test_lora_trains_its_factors_and_the_head():

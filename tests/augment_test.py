@@ -89,6 +89,7 @@ def prepared(size: int, data: int = 1, **kwargs) -> tuple[np.ndarray, ...]:
     }
     normalise = functools.partial(augment.normalise, rescale=1 / 255, mean=MEAN, std=STD)
     prepare = augment.make_prepare(normalise, label_smoothing=0.1, **kwargs)
+    prepare = sharding.on_each_device(prepare, mesh)
     keys = steps.sample_keys(jax.random.key(3), jnp.asarray(5), size)
     batch = sharding.to_global(batch, mesh)
     options = {"xla_llvm_disable_expensive_passes": True}  # most of the time is compilation
@@ -128,6 +129,26 @@ def test_each_option_changes_about_as_many_images_as_it_says(change):
     assert np.array_equal(targets, changed_targets) == ("cutmix" not in change)
     assert images.shape == plain.shape
     assert np.isfinite(images).all()
+
+
+def test_rotation_and_jitter_are_drawn_evenly_around_nothing(monkeypatch):
+    """Here images become what was drawn for them."""
+    for name in ("rotate", "jitter"):
+        monkeypatch.setattr(
+            augment.pixels, name, lambda image, x: jnp.zeros(image.shape) + x.reshape(1, 1, -1)
+        )
+    batch = {"image": jnp.zeros((1000, 1, 1, 3), jnp.uint8), "targets": jnp.ones((1000, 1))}
+    keys = jax.random.split(jax.random.key(0), 1000)
+
+    def drawn(**kwargs):
+        prepare = augment.make_prepare(lambda x: x, flip=False, label_smoothing=0.0, **kwargs)
+        return np.asarray(prepare(keys, batch | {"mask": jnp.ones(1000)})[0])[:, 0, 0]
+
+    factors = drawn(color_jitter=0.5)
+    for changes in (drawn(rotation=50.0), 100 * (factors - 1)):
+        quantiles = np.quantile(changes, [0, 0.25, 0.5, 0.75, 1], axis=0)
+        np.testing.assert_allclose(quantiles, [[x] * 3 for x in (-50, -25, 0, 25, 50)], atol=6)
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.15
 
 
 @pytest.mark.slow

@@ -97,8 +97,8 @@ def mesh_that_does_not_fit(config, folder, tmp_path):
     config.mesh.fsdp = 3
 
 
-def passes_of_no_image(config, folder, tmp_path):
-    config.train.micro_batch = 0
+def passes_of_less_than_an_image(config, folder, tmp_path):
+    config.train.micro_batch = -1
 
 
 def passes_that_do_not_divide_the_batch(config, folder, tmp_path):
@@ -129,7 +129,10 @@ def dropout_of_a_resnet(config, folder, tmp_path):
         (checkpoint_of_another_network, "do not fit the network that its config describes"),
         (pattern_that_matches_nothing, "adapt.freeze='encoder' matches no parameter"),
         (mesh_that_does_not_fit, "mesh.fsdp=3 does not make 8 devices"),
-        (passes_of_no_image, "train.micro_batch=0 is out of range: it must be at least 1"),
+        (
+            passes_of_less_than_an_image,
+            "train.micro_batch=-1 is out of range: it must be at least 0",
+        ),
         (passes_that_do_not_divide_the_batch, "=32 does not suit the 61 images .* of 1 or 61"),
         (mistyped_cache, "data.cache='rma' is neither 'ram' nor a folder that exists"),
         (dropout_of_a_resnet, "a ResNet has neither"),

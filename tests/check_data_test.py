@@ -174,11 +174,30 @@ def test_training_pictures_are_what_the_network_sees(root, monkeypatch, flip):
     assert mirrored == ({False, True} if flip else {False})
 
 
+def test_training_pictures_leave_out_what_training_skips_and_need_no_cache(
+    root, tmp_path, monkeypatch
+):
+    config = default_config()
+    config.data.update(source=f"folder:{root}", image_size=(16, 16), on_error="skip")
+    config.data.cache = str(tmp_path)
+    config.model.arch = "vit_mu4"
+    config.train.update(global_batch_size=24, total_steps=1)
+    config.eval.select_split = ""
+    (root / "train/bee/00.png").write_bytes(b"")
+    tiles = []
+    monkeypatch.setattr(data_checks, "contact_sheet", lambda drawn, **_: tiles.extend(drawn))
+    data_checks.draw_training(config)
+    # The 21 images of an epoch but the bad one, and the next epoch's first three.
+    assert 24 - 2 <= len(tiles) <= 24 - 1
+    assert config.data.cache == str(tmp_path)
+
+
 def test_captions_tell_mixtures_from_smoothed_labels():
     describe = data_checks._describe_target
-    assert describe(np.array([0.033, 0.933, 0.033]), CLASSES) == "bee"
-    assert describe(np.array([0.7, 0.0, 0.3]), CLASSES) == "0.70 ant\n0.30 cat"
-    assert describe(np.array([0.0, 1.0]), CLASSES[:2]) == "bee"
+    assert describe(np.array([0.033, 0.933, 0.033]), CLASSES, 0.1 / 3) == "bee"
+    assert describe(np.array([0.7, 0.0, 0.3]), CLASSES, 0.0) == "0.70 ant\n0.30 cat"
+    assert describe(np.array([0.0, 1.0]), CLASSES[:2], 0.0) == "bee"
+    assert describe(np.array([0.15, 0.85]), CLASSES[:2], 0.3 / 2) == "bee"
 
 
 def test_command_writes_report_and_pictures_and_says_when_training_would_fail(root, tmp_path):

@@ -1,6 +1,9 @@
-"""Checkpoints come back bit for bit; the newest and the best stay."""
+"""Checkpoints come back bit for bit or not at all; the newest and the best stay."""
 
+import logging
+import resource
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from vitcls import sharding
+from vitcls import lock, sharding, step_folders
 from vitcls.checkpoint import Checkpoints
-from vitcls.errors import StorageError, UserError
+from vitcls.errors import NonFiniteLoss, StorageError, UserError
 
 
 def tree(value: float):
@@ -29,6 +32,10 @@ def save(checkpoints, step, score=None):
     items = {"params": tree(step / 3), "opt_state": (jnp.asarray(step), tree(step / 7))}
     checkpoints.save(step, items, meta={"seconds": step / 2}, score=score)
     checkpoints.wait()
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
 def test_restores_what_was_saved(tmp_path):
@@ -56,6 +63,18 @@ def test_newest_and_best_stay_and_survive_reopening(tmp_path):
     assert (reopened.best_step(), reopened.latest_step()) == (2, 6)
     save(reopened, 7, 0.95)
     assert reopened.steps() == [6, 7]
+
+
+def test_a_score_that_comes_later_counts_like_any_other(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    save(checkpoints, 1, 0.1)
+    save(checkpoints, 2)
+    assert checkpoints.best_step() == 1
+    checkpoints.add_score(2, 0.9)
+    assert checkpoints.best_step() == 2
+    save(checkpoints, 3, 0.5)
+    assert Checkpoints(tmp_path / "c").steps() == [2, 3]  # the best stays
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_latest_of_equal_scores_is_the_best(tmp_path):
@@ -102,31 +121,163 @@ def test_a_save_in_flight_survives_an_error(tmp_path):
     assert Checkpoints(tmp_path / "c").steps() == [1]
 
 
-def test_truncated_file_is_a_storage_error_that_names_the_step(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c")
-    save(checkpoints, 5)
-    for path in (tmp_path / "c/5/params").rglob("*"):
-        if path.is_file() and "d/" in str(path.relative_to(tmp_path)):
-            path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(StorageError, match="checkpoint of step 5 .* could not be read"):
-        checkpoints.restore(5, {"params": target()})
-
-
-def test_a_disk_without_room_ends_a_run_with_74_and_leaves_no_half_checkpoint(
-    tmp_path, monkeypatch
-):
+def test_a_disk_without_room_is_survived_and_its_failure_surfaces(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1)
         with monkeypatch.context() as patch:
             usage = shutil.disk_usage(tmp_path)
             patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300))
-            message = f"step 2 needs 0.0 MB in {tmp_path}, where 0.0 MB are free; make room and run"
+            checkpoints.save(2, {"params": tree(2.0)}, meta={}, score=None)
+            assert "it takes 0.1 MB, and 0.0 MB are free. Training goes on" in caplog.text
+            message = "step 2 in .* could not be saved: .* run the same .* continues after step 1."
             with pytest.raises(StorageError, match=message) as error:
-                save(checkpoints, 2)
-        assert error.value.exit_code == 74
-        assert [path.name for path in tmp_path.iterdir()] == ["1"]
-        save(checkpoints, 2)  # with room again
-        assert checkpoints.latest_step() == 2
+                checkpoints.wait()
+            assert error.value.exit_code == 74
+        assert names(tmp_path) == {"1", "lock"}
+        save(checkpoints, 3)  # with room again
+        assert checkpoints.steps() == [3]
+
+
+def limit_file_size(size: int) -> tuple[int, int]:
+    """Writing beyond `size` bytes of a file fails from now on, in this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    return limits
+
+
+def test_a_write_that_fails_behind_is_survived_and_its_failure_surfaces(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    large = {"params": {"kernel": jax.random.normal(jax.random.key(0), (256, 256))}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, large, meta={}, score=0.5)
+        checkpoints.wait()
+        limits = limit_file_size(2**16)
+        try:
+            checkpoints.save(2, large, meta={}, score=0.7)
+            checkpoints.save(3, large, meta={}, score=0.8)  # the next one tells of the first
+            assert "step 2 in" in caplog.text and "step 3 in" not in caplog.text
+            with pytest.raises(StorageError, match="step 3 in .* could not be saved"):
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert names(tmp_path) == {"1", "lock"}  # nothing half-written keeps the disk full
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (1, 1)
+        checkpoints.save(4, large, meta={}, score=0.6)
+    assert Checkpoints(tmp_path, read_only=True).steps() == [4]
+
+
+def test_an_error_that_ends_a_run_does_not_hide_a_failed_save(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": tree(1.0)}, meta={}, score=None)
+        _ = 1 / 0
+    assert "The checkpoint of step 1" in caplog.text
+
+
+@pytest.mark.parametrize("item", ["params", "ema"])
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, item):
+    items = {"params": tree(1.0), "ema": tree(1.0)} | {item: tree(float("inf"))}
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(NonFiniteLoss, match="not finite after step 1: they are not saved"):
+            checkpoints.save(1, items, meta={}, score=None)
+        assert checkpoints.latest_step() is None
+
+
+def sealed_files(step: Path) -> list[Path]:
+    unsealed = {step / "_CHECKPOINT_METADATA", step / "commit_success.txt"}
+    return sorted(path for path in step.rglob("*") if path.is_file() and path not in unsealed)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+def test_damage_to_any_sealed_file_is_found_before_anything_is_read(tmp_path, damage):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, score=0.5)
+    files = sealed_files(tmp_path / "1")
+    assert len(files) > 15
+    for path in files:
+        before = path.read_bytes()
+        damage(path)
+        with Checkpoints(tmp_path, read_only=True) as checkpoints:
+            with pytest.raises(StorageError, match="step 1 in .* could not be read: .*There is no"):
+                checkpoints.restore(1, {"params": target()})
+            with pytest.raises(StorageError, match="step 1 in .* could not be read"):
+                checkpoints.item_names(1)
+        path.write_bytes(before)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        checkpoints.restore(1, {"params": target()})
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_newest_sound_one(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            save(checkpoints, step, score=step / 10)
+    cut(tmp_path / "2/metrics/metrics")
+    flip_a_bit(sealed_files(tmp_path / "3/params")[-1])
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (1, 1)
+        assert "step 3 in" in caplog.text and "set aside as 3.corrupt-1" in caplog.text
+        assert "The newest sound checkpoint is that of step 1." in caplog.text
+        save(checkpoints, 2)
+        save(checkpoints, 3)  # at the same step again
+        assert checkpoints.steps() == [1, 2, 3]
+    assert names(tmp_path) == {"1", "2", "3", "2.corrupt-1", "3.corrupt-1", "lock"}
+
+
+def test_a_run_with_damaged_checkpoints_only_never_starts_anew(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+    (tmp_path / "1/sha256.json").unlink()
+    for _ in range(2):
+        with pytest.raises(StorageError, match="All checkpoints in .* are damaged.*sound copy"):
+            Checkpoints(tmp_path)
+        assert step_folders.has_steps(tmp_path)
+    lock.release(tmp_path / "lock")
+
+
+def test_the_score_that_chooses_is_checked_too(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        save(checkpoints, 1, score=0.5)
+        save(checkpoints, 2, score=0.4)
+    flip_a_bit(tmp_path / "1/metrics/metrics")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        checkpoints.restore(2, {"params": target()})  # one does not hide another
+        with pytest.raises(StorageError, match="metrics/metrics is not what was written"):
+            checkpoints.best_step()
+
+
+def test_damage_while_a_run_goes_on_is_found_when_it_reads(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        checkpoints.restore(1, {"params": target()})
+        save(checkpoints, 2)
+        flip_a_bit(sealed_files(tmp_path / "2/params")[-1])
+        with pytest.raises(StorageError, match="is not what was written"):
+            checkpoints.restore(2, {"params": target()})
+
+
+def test_what_a_kill_left_half_written_or_half_deleted_is_cleared_away(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+    for name in ("2.orbax-checkpoint-tmp", "deleted/0"):
+        shutil.copytree(tmp_path / "1/params", tmp_path / name)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert names(tmp_path) == {"1", "lock"}
+        assert checkpoints.steps() == [1]
 
 
 def test_read_only_needs_an_existing_directory(tmp_path):

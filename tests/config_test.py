@@ -77,15 +77,44 @@ def test_valid_config_passes_as_it_is():
             "augment.rotation=181.0 is out of range: it must be at least 0 and at most 180.",
         ),
         ("augment.magnitude", 11.0, "augment.magnitude=11.0 is out of range"),
-        ("augment.magnitude", 5.0, "augment.magnitude=5.0 is of RandAugment only"),
-        ("augment.num_ops", 3, "augment.num_ops=3 is of RandAugment only, and augment.policy="),
+        (
+            "augment.magnitude",
+            5.0,
+            "augment.magnitude=5.0 has no effect: it needs augment.policy='randaugment', and that "
+            "is 'none'. Set it, or leave augment.magnitude at 9.0.",
+        ),
+        ("augment.num_ops", 3, "augment.num_ops=3 has no effect: it needs augment.policy="),
+        ("optim.decay", ".*", "optim.decay='.*' has no effect: it needs optim.weight_decay, and"),
+        ("loss.gamma", 1.0, "loss.gamma=1.0 has no effect: it needs loss.name='focal', and"),
+        ("loss.beta", 0.9, "loss.beta=0.9 has no effect: it needs loss.class_weights='effec"),
+        ("adapt.probe_lr", 0.1, "adapt.probe_lr=0.1 has no effect: it needs adapt.probe_steps"),
+        (
+            "adapt.lora_alpha",
+            8.0,
+            "adapt.lora_alpha=8.0 has no effect: it needs adapt.lora_rank, and that is 0. Set it, "
+            "or leave adapt.lora_alpha unset.",
+        ),
+        ("adapt.lora_targets", "a", "adapt.lora_targets='a' has no effect: it needs adapt.lora_r"),
+        ("adapt.l2_sp_head", 0.1, "adapt.l2_sp_head=0.1 has no effect: it needs adapt.l2_sp, and"),
         ("model.patch_dropout", 1.0, "it must be at least 0 and below 1."),
-        ("loss.temperature", 2.0, "loss.temperature=2.0 is of distillation only, and loss.teacher"),
+        (
+            "loss.temperature",
+            2.0,
+            "loss.temperature=2.0 has no effect: it needs loss.teacher, and that",
+        ),
         ("loss.teacher_weight", 1.5, "it must be at least 0 and at most 1."),
         ("loss.name", "focl", "Unknown value of loss.name 'focl'. Did you mean 'focal'?"),
         *[
             ("loss.class_weights", weights, f"{weights!r} is none of none, balanced, effective")
-            for weights in ("weights.json", "[1]", '{"a": "much"}', '{"a": -1}', '{"a": 0}', "{}")
+            for weights in (
+                "weights.json",
+                "/",
+                "[1]",
+                '{"a": "much"}',
+                '{"a": -1}',
+                '{"a": 0}',
+                "{}",
+            )
         ],
         ("adapt.train", "*", "adapt.train='*' is no regular expression"),
         ("adapt.lr_scale", (("a", 0.0),), "for a factor of 0 use adapt.freeze"),
@@ -101,6 +130,16 @@ def test_each_mistake_has_its_message(field, value, message):
     with pytest.raises(UserError) as error:
         check_config(with_field(field, value))
     assert message in str(error.value)
+
+
+def test_a_kept_head_has_the_rate_of_what_is_pretrained():
+    config = with_field("adapt.l2_sp_head", 0.5)
+    config.adapt.l2_sp = 0.1
+    config.model.update(pretrained="some/model", arch="")
+    check_config(config)
+    config.model.head = "keep"
+    with pytest.raises(UserError, match="l2_sp_head=0.5 has no effect: it needs model.head='new'"):
+        check_config(config)
 
 
 def test_images_that_are_never_mirrored_are_not_evaluated_mirrored():
@@ -147,6 +186,16 @@ def test_a_table_of_class_weights_may_be_a_file(tmp_path):
     path.write_text('{"cat": 1,\n "dog": 2.5}')
     assert config_lib.read_class_weights(str(path)) == '{"cat": 1, "dog": 2.5}'
     assert config_lib.read_class_weights('{"cat": 1, "dog": 2.5}') == '{"cat": 1, "dog": 2.5}'
+
+
+@pytest.mark.parametrize("how", ["balanced " * 100, "/"])
+def test_what_cannot_be_read_as_a_file_is_no_table_either(how):
+    with pytest.raises(UserError, match="is none of none, balanced, effective"):
+        config_lib.read_class_weights(how)
+
+
+def test_a_table_may_be_longer_than_a_path():
+    assert config_lib.read_class_weights(f' {{"{"cat" * 100}": 1}}')
 
 
 def test_worker_processes_share_no_memory():
@@ -221,6 +270,16 @@ def test_continuing_with_the_same_or_run_fields_is_allowed(tmp_path):
     config.data.cache = "/scratch"
     config.train.total_steps = 20
     check_same_run(config, path)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_config_that_a_run_lost_is_a_message(tmp_path, content):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    message = "config.json, the config of a run that has checkpoints, cannot be read .*put it back"
+    with pytest.raises(UserError, match=message):
+        check_same_run(valid_config(), path)
 
 
 def test_continuing_with_other_identity_fields_lists_them(tmp_path):

@@ -363,7 +363,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mon
 
 
 def test_the_estimate_of_what_is_needed_is_near_the_truth(tmp_path):
-    _, mean = cache._sample(Noise(200))
+    _, mean = cache.sample(Noise(200))
     fill(Noise(200), tmp_path)
     size = sum(path.stat().st_size for path in shards(tmp_path)) - 32 * 200
     assert mean * 200 == pytest.approx(size, rel=0.15)

@@ -132,6 +132,7 @@ def test_fingerprints_name_the_content_not_the_place(root, tmp_path):
             ["image,label", "cat/00.png,a", "", "cat/fog.png,b", "dog/fog.png,b"],
             "line 4: there is no image 'cat/fog.png' in .*animals; 2 of 3 images are missing",
         ),
+        (["image,label", "cat/00.png,a", "cat,b"], "line 3: there is no image 'cat' in"),
         (
             ["image,label", "cat/00.png,a", "cat/../cat/00.png,b"],
             "line 3: 'cat/00.png' is already in line 2; list each image once",

@@ -161,6 +161,14 @@ def test_a_late_start_takes_no_longer():
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_ids_of_a_step_are_those_of_the_images_that_it_shows(sampling):
+    shown = train(Greys(20), total_steps=4, sampling=sampling)
+    for step in (1, 4):
+        ids = loader.train_ids(Greys(20), step, global_batch_size=12, seed=0, sampling=sampling)
+        assert ids == [f"grey_{index}" for index in shown[step - 1]["index"]]
+
+
 def test_batches_that_processes_cannot_share_are_refused(digits):
     with pytest.raises(UserError, match="12 images is not divisible by 5 processes"):
         train(digits, process_count=5)

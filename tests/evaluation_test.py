@@ -14,7 +14,6 @@ from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
 from vitcls.evaluation import evaluate
 from vitcls.models import vit
-from vitcls.signals import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,19 @@ def test_lost_or_repeated_rows_are_a_bug(digits_dir, model_and_variables, monkey
 
 
 def test_a_signal_stops_the_pass(digits_dir, model_and_variables):
-    stop = StopRequest()
-    stop.name = "SIGINT"
-    with pytest.raises(Interrupted, match="SIGINT: evaluation of test stopped"):
-        run(digits_dir, model_and_variables, num_devices=1, batch_size=90, stop=stop)
+    calls = []
+
+    def after_batch():
+        calls.append(None)
+        if len(calls) == 2:
+            raise Interrupted("enough")
+
+    with pytest.raises(Interrupted, match="enough"):
+        run(
+            digits_dir,
+            model_and_variables,
+            num_devices=1,
+            batch_size=90,
+            after_batch=after_batch,
+        )
+    assert len(calls) == 2  # of 4

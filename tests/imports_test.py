@@ -12,19 +12,22 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
+    {"lock", "seal", "step_folders"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
-    {"train_step", "models", "images", "adapt", "optim"},
+    {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
-    | {"contact_sheet"},
-    {"inference", "evaluation", "prediction", "config", "recipes", "records"},
+    | {"distributed", "watchdog", "contact_sheet", "chips", "collectives", "footprint"},
+    {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},
     {"teacher", "program", "train_setup", "train"},
-    {"model_card", "exporting", "data_checks"},
-    {"cli", "main", "evaluate", "predict", "export", "check_data"} | {"analysis"},
+    {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing", "choices"}
+    | {"planning", "plan_table"},
+    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe", "plan"}
+    | {"analysis"},
 ]
 # Modules of vitcls/analysis that are commands.
 ANALYSES = {"report", "compare"}
 # What a machine without the data stack can import.
-LIGHT = {"train_step", "models", "optim", "adapt"} | LEVELS[1]
+LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[2]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
     "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",
@@ -74,6 +77,13 @@ def test_the_core_needs_jax_flax_optax_numpy_only(path):
     assert {name.split(".")[0] for name in imports(path)} <= LIGHT_PACKAGES
 
 
+def test_launch_is_above_all_and_needs_little():
+    assert not [path for path in SOURCES if any(x.startswith("launch") for x in imports(path))]
+    packages = {"absl", "launch", "ml_collections", "tqdm", "vitcls", "yaml"}
+    for path in (ROOT / "launch").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= packages | sys.stdlib_module_names
+
+
 def test_only_commands_touch_flags():
     with_flags = {
         path.stem if path.parent.name == "analysis" else module_of(path)
@@ -81,14 +91,12 @@ def test_only_commands_touch_flags():
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
     } - ANALYSES
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
-    assert with_flags <= {"main", "cli", "evaluate", "predict", "export", "check_data", "data"}
+    assert with_flags <= LEVELS[-1] | {"data"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_commands_know_of_commands(path):
-    commands = {"cli", "main", "evaluate", "predict", "export", "check_data"} | {
-        f"analysis.{name}" for name in ANALYSES
-    }
+    commands = LEVELS[-1] - {"analysis"} | {f"analysis.{name}" for name in ANALYSES}
     is_command = module_of(path) in LEVELS[-1] - {"analysis"} or path.stem in ANALYSES
     known = {
         command

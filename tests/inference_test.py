@@ -1,13 +1,11 @@
 """Batches suit the number of images and fit into the memory that there is."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcls import inference, sharding
+from vitcls import footprint, inference, sharding
 
 ROW = {"image": jax.ShapeDtypeStruct((16,), np.float32)}
 VARIABLES = np.ones((16, 1000), np.float32)
@@ -54,19 +52,8 @@ def test_a_batch_size_that_is_asked_for_is_divided_by_the_devices():
 
 def test_memory_decides(monkeypatch):
     # Of an image 4 000 bytes of results and 64 of pixels: 12 of them, and half the variables.
-    monkeypatch.setattr(inference, "available_memory", lambda: 8 * 12 * 4064 / 0.8)
+    monkeypatch.setattr(footprint, "available_memory", lambda: 8 * 12 * 4064 / 0.8)
     assert compile_step(num_images=9999) == 8 * 8
-
-
-def test_devices_that_tell_nothing_of_their_memory_are_tried(monkeypatch):
-    class Device:
-        platform = "gpu"
-
-        def memory_stats(self):
-            return None  # as jax has it where the allocator keeps no count
-
-    mesh = SimpleNamespace(devices=np.array([Device(), Device()]), size=2)
-    assert inference._available_bytes(mesh) == np.inf
 
 
 def test_a_compiler_that_refuses_is_asked_for_less():

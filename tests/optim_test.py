@@ -155,7 +155,7 @@ def test_decay_pattern_without_a_match_lists_the_names():
     assert "layer/kernel" in str(error.value)
 
 
-FACTORS = {"layer": {"kernel": 0.5, "bias": 2.0}, "norm": {"scale": 1.0}}
+FACTORS = {"layer/kernel": 0.5, "layer/bias": 2.0, "norm/scale": 1.0}
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

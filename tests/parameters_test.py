@@ -1,8 +1,8 @@
-"""The parameter table counts every parameter once."""
+"""The parameter table counts every parameter once; the digest knows each of them."""
 
 import numpy as np
 
-from vitcls.parameters import parameter_table
+from vitcls.parameters import parameter_table, sha256
 
 
 def test_layers_that_differ_by_a_number_share_a_row():
@@ -17,3 +17,14 @@ def test_layers_that_differ_by_a_number_share_a_row():
         ["norm/mean", "2", "1", "2", "statistics"],
     ]
     assert lines[-1] == "384 parameters are trained, 3 frozen."
+
+
+def test_the_digest_knows_names_shapes_and_values():
+    tree = {"a": {"w": np.zeros((2, 3), np.float32)}}
+    others = [
+        {"a": {"v": np.zeros((2, 3), np.float32)}},
+        {"a": {"w": np.zeros((3, 2), np.float32)}},
+        {"a": {"w": np.float32([[0, 0, 0], [0, 0, 1e-45]])}},
+    ]
+    assert len({sha256(one) for one in [tree, *others]}) == 4
+    assert sha256({"a": {"w": np.zeros((3, 2), np.float32).T}}) == sha256(tree)

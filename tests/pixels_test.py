@@ -28,7 +28,8 @@ def make_images() -> np.ndarray:
 IMAGES = make_images()
 # A value for each of pixels.OPERATIONS.
 STRENGTHS = (0, 0, 0, 0, 3, 99, 40, 1.3, 0.7, 1.6, 0.4, 25, 0.2, -0.2, 5.5, -3)
-APPLY = jax.jit(pixels.apply)
+# As on accelerators: all stages are computed for every image.
+APPLY = jax.jit(jax.vmap(pixels.apply))
 
 
 def matrix(*values: float):
@@ -103,14 +104,18 @@ def test_every_operation_is_pillows(name):
 
 
 def test_every_image_gets_its_own_operation():
-    one_by_one = [
+    """Also one by one, as on CPU: apart from rounding, a level at a few pixels."""
+    same_for_all = [
         APPLY(IMAGES, jnp.full(8, index), jnp.full(8, value, jnp.float32))[index % 8]
         for index, value in enumerate(STRENGTHS)
     ]
     for start in (0, 8):
-        operations = jnp.arange(start, start + 8)
-        together = APPLY(IMAGES, operations, jnp.array(STRENGTHS[start : start + 8], jnp.float32))
-        np.testing.assert_array_equal(together, np.stack(one_by_one[start : start + 8]))
+        drawn = jnp.arange(start, start + 8), jnp.array(STRENGTHS[start : start + 8], jnp.float32)
+        expected = np.stack(same_for_all[start : start + 8])
+        np.testing.assert_array_equal(APPLY(IMAGES, *drawn), expected)
+        one_by_one = jax.jit(pixels.apply_all)(IMAGES, *(x[None] for x in drawn))
+        apart = np.abs(np.asarray(one_by_one, int) - expected)
+        assert apart.max() <= 1 and np.mean(apart > 0) < 0.001
 
 
 def test_operations_follow_one_another():
@@ -128,20 +133,20 @@ def test_jitter_is_brightness_then_contrast_then_color():
         image = ImageEnhance.Brightness(image).enhance(brightness)
         image = ImageEnhance.Contrast(image).enhance(contrast)
         theirs.append(ImageEnhance.Color(image).enhance(color))
-    apart = levels_apart(jax.jit(pixels.jitter)(IMAGES, factors), theirs)
+    apart = levels_apart(jax.jit(jax.vmap(pixels.jitter))(IMAGES, factors), theirs)
     assert apart.max() <= 1
     assert np.mean(apart > 0) < 0.02
 
 
 def test_rotation_is_pillows():
     theirs = [rotation(33.3)(image) for image in as_pillow(IMAGES)]
-    ours = jax.jit(pixels.rotate)(IMAGES, jnp.full(8, 33.3))
+    ours = jax.jit(jax.vmap(pixels.rotate))(IMAGES, jnp.full(8, 33.3))
     assert levels_apart(ours, theirs).max() <= 1
 
 
 def test_tiny_images_have_no_inner_pixels_to_smooth():
     for size in [(1, 1), (2, 5), (3, 3)]:
-        images = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
-        theirs = [enhanced(ImageEnhance.Sharpness, 0.3)(image) for image in as_pillow(images)]
-        ours = pixels.blend(pixels.smooth(jnp.asarray(images)), images, jnp.array([0.3]))
-        assert levels_apart(ours, theirs).max() <= 1
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        theirs = enhanced(ImageEnhance.Sharpness, 0.3)(Image.fromarray(image))
+        ours = pixels.blend(pixels.smooth(jnp.asarray(image)), image, jnp.float32(0.3))
+        assert levels_apart(ours[None], [theirs]).max() <= 1

@@ -172,6 +172,25 @@ def test_fold_and_long_tail_make_the_splits_of_a_run(digits_dir):
     assert not held & {train_split.id(i) for i in range(len(train_split))}
 
 
+@pytest.mark.parametrize("fields", [{"fold": "1/5", "long_tail": 10.0}, {"per_class": 9}], ids=str)
+def test_what_is_held_out_and_taken_follows_the_seed(digits_dir, fields):
+    config = make_config("x")
+    config.data.update(data_dir=digits_dir, **fields)
+
+    def ids(seed):
+        config.train.seed = seed
+        train_split, evaluated = train_setup.open_splits(config)
+        return [
+            {split.id(i) for i in range(len(split))}
+            for split in (train_split, evaluated["holdout"])
+        ]
+
+    first, again, other = ids(0), ids(0), ids(1)
+    assert first == again
+    for one, two in zip(first, other, strict=True):
+        assert len(one) == len(two) and len(one & two) < 0.7 * len(one)
+
+
 def test_selection_on_images_of_the_test_split_is_refused(digits_dir):
     config = make_config("x")
     config.data.data_dir = digits_dir
@@ -217,7 +236,13 @@ def test_rates_are_scaled_with_the_batch():
     [
         ("optim.lr", 5e-4, 0, "optim.lr=0.0005 is high for adamw on all of a pretrained ViT"),
         ("train.seed", 1, 36, "has 36 images: an accuracy of 90 % has a standard error of 5.0 po"),
-        ("loss.logit_adjustment", 1.0, 0, "together they correct twice"),
+        (
+            "loss.logit_adjustment",
+            1.0,
+            0,
+            "loss.class_weights and loss.logit_adjustment each correct for rare classes: together",
+        ),
+        ("data.sampling", "sqrt", 0, "loss.class_weights and data.sampling each correct for rare"),
         ("optim.weight_decay", 0.1, 0, "draws the same weights to 0. Set optim.weight_decay=0."),
     ],
 )

@@ -97,6 +97,7 @@ class Run:
         self.state = jax.device_put(state, shardings)
         self.num_traces = 0
         prepare = augment.make_prepare(NORMALISE, flip=True, label_smoothing=0.1, **augmentation)
+        prepare = sharding.on_each_device(prepare, self.mesh)
         step = steps.make_train_step(
             prepare,
             steps.make_loss_fn(adapt.with_lora(model.apply)),
@@ -479,3 +480,58 @@ def test_lora_saves_the_gradients_of_kernels():
         return run._step.lower(run.state, batch).compile().cost_analysis()["flops"]
 
     assert flops(functools.partial(lora, rank=1)) < 0.8 * flops(adapt.split)
+
+
+@pytest.mark.parametrize("probe_steps", [0, 1])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(probe_steps):
+    """Of a network with BatchNorm and averages; the steps after it are as if it had not been."""
+    model = resnet.ResNet(RESNET)
+    batch, loss_of_nan = make_batch(16), make_batch(16)
+    loss_of_nan["targets"][3, 2] = np.nan
+    kwargs = dict(model=model, ema_decay=0.9, name="adamw", probe_steps=probe_steps)
+    run, without = Run(**kwargs), Run(**kwargs)
+    run.steps(batch, 2)
+    without.steps(batch, 2)
+    before = jax.device_get(run.state)
+    assert not np.isfinite(run.steps(loss_of_nan, 2)).any()
+    after = jax.device_get(run.state)
+    assert (after.step, after.skips) == (4, {"total": 2, "in_row": 2})
+    jax.tree.map(
+        np.testing.assert_array_equal, after.replace(step=before.step, skips=before.skips), before
+    )
+    assert run.num_traces == 1
+    # What is drawn goes on with the steps, so that only what does not depend on it is compared.
+    run.steps(batch, 1)
+    assert jax.device_get(run.state).skips == {"total": 2, "in_row": 0}
+    counts = [optax.tree.get_all_with_path(r.state.opt_state, "count") for r in (run, without)]
+    assert [int(n) - int(m) for (_, n), (_, m) in zip(*counts, strict=True)].count(1) >= 1
+
+
+def test_a_gradient_that_overflows_is_skipped_though_its_loss_is_finite():
+    def loss_fn(params, frozen, batch_stats, images, targets, weights, keys):
+        return 1e-30 * jnp.exp(params["w"]) ** 2, (jnp.ones(()), {})
+
+    tx = optax.sgd(1.0)
+    state = steps.init_state({"params": {"w": jnp.asarray(0.0)}}, tx, use_ema=False)
+
+    def prepare(key, batch):
+        return batch["image"], batch["targets"], batch["mask"]
+
+    @jax.custom_vjp
+    def overflowing(x):
+        return x
+
+    overflowing.defvjp(lambda x: (x, None), lambda _, g: (jnp.inf * g,))
+    for gradient, skipped in [(lambda x: x, 0), (overflowing, 1)]:
+
+        def wrapped(params, *rest, gradient=gradient):
+            return loss_fn({"w": gradient(params["w"])}, *rest)
+
+        step = steps.make_train_step(
+            prepare, wrapped, tx,
+            key=jax.random.key(0), schedule=optax.constant_schedule(1.0), ema_decay=0.0,
+        )  # fmt: skip
+        new, metrics = step(state, make_batch(2))
+        assert np.isfinite(metrics["loss"])
+        assert new.skips["total"] == skipped
+        assert (new.params["w"] == 0.0) == bool(skipped)

@@ -1,5 +1,6 @@
 """Whole runs: what they leave, how they stop, continue and end."""
 
+import functools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vitcls import images, pretrained, train, train_setup
+from vitcls import footprint, images, metrics, pretrained, train, train_setup
 from vitcls.checkpoint import Checkpoints
 from vitcls.config import default_config, flatten
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
@@ -108,6 +109,12 @@ def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, m
             interrupt_at(step, patch)
             with pytest.raises(Interrupted, match=f"SIGTERM: saved after step {step} of 8"):
                 train.train_and_evaluate(config, tmp_path / "parts")
+    with monkeypatch.context() as patch:  # in the evaluation of step 4, which had no time before
+        add_sums = metrics.add_sums
+        kill = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
+        patch.setattr(metrics, "add_sums", lambda *sums: kill() or add_sums(*sums))
+        with pytest.raises(Interrupted, match="SIGUSR1: an evaluation stopped"):
+            train.train_and_evaluate(config, tmp_path / "parts")
     parts = train.train_and_evaluate(config, tmp_path / "parts")
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -234,6 +241,24 @@ def test_passes_and_remat_may_change_on_continuing(config, tmp_path, monkeypatch
     )
 
 
+def test_passes_chosen_by_memory_are_recorded_and_kept(config, tmp_path, monkeypatch):
+    config.train.micro_batch = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(footprint, "bytes_needed", lambda program: program.pass_size)
+        patch.setattr(footprint, "usable_bytes", lambda mesh: 1)
+        interrupt_at(3, patch)
+        with pytest.raises(Interrupted):
+            train.train_and_evaluate(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["micro_batch"] == 1
+    results = train.train_and_evaluate(config, tmp_path)  # with memory for all images at once
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["micro_batch"] == 1
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).meta(8)["num_passes"] == 2
+    plan = results["plan"]
+    assert plan["step_secs"]["measured"] == pytest.approx(16 / results["images_per_second"])
+    assert plan["step_secs"]["planned"] is None  # nobody knows what a CPU can do
+    assert plan["bytes_per_device"]["planned"] > 3e5 and plan["flops_per_step_and_device"] > 0
+
+
 def test_a_refused_continuation_leaves_the_workdir_as_it_was(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(1, patch)
@@ -273,15 +298,22 @@ def test_a_diverging_run_stops_and_saves_nothing_of_it(config, tmp_path):
     config.optim.name = "sgd"
     config.optim.clip_norm = 0.0
     config.optim.warmup_steps = 1  # of rate 0: the first step is sound
+    config.train.max_nonfinite = 3
     config.checkpoint.every_steps = 1
-    with pytest.raises(NonFiniteLoss, match="diverged"):
+    with pytest.raises(NonFiniteLoss, match="diverged, as did all of the last 3"):
         train.train_and_evaluate(config, tmp_path)
-    latest = Checkpoints(tmp_path / "checkpoints").latest_step()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        latest = checkpoints.latest_step()
+        assert checkpoints.meta(latest)["skips"]["in_row"] == 2
     assert not (tmp_path / "results.json").exists()
     items = final_items(tmp_path, latest)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(items["params"]))
     with pytest.raises(NonFiniteLoss, match=f"Step {latest + 1} diverged"):
         train.train_and_evaluate(config, tmp_path)
+    # Every step once, with the images that it was to learn.
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [latest - 1, latest, latest + 1]
+    assert all(len(set(line["ids"])) == 16 for line in lines)
 
 
 def test_batch_that_the_devices_do_not_divide_is_refused(config, tmp_path):

@@ -34,8 +34,8 @@ def names(params: Params) -> list[str]:
     return list(traverse_util.flatten_dict(params, sep="/"))
 
 
-def match(params: Params, pattern: str, *, field: str) -> Params:
-    """Returns a tree of bools: whether each parameter's whole name matches `pattern`.
+def match(params: Params, pattern: str, *, field: str) -> dict[str, bool]:
+    """Returns whether each parameter's whole name matches `pattern`.
 
     Raises:
       UserError: the pattern matches no parameter; `field` is what set it.
@@ -44,7 +44,7 @@ def match(params: Params, pattern: str, *, field: str) -> Params:
     if not any(flat.values()):
         listed = "\n  ".join(flat)
         raise UserError(f"{field}={pattern!r} matches no parameter. The names are:\n  {listed}")
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return flat
 
 
 def split(params: Params, freeze: str = "", *, train: str = "all") -> tuple[Params, Params]:
@@ -58,26 +58,19 @@ def split(params: Params, freeze: str = "", *, train: str = "all") -> tuple[Para
     Raises:
       UserError: a pattern matches no parameter, or nothing is left to train.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    patterns = [(TRAINED.get(train, train), "adapt.train")]
+    matches = match(params, TRAINED.get(train, train), field="adapt.train")
+    trained = {name for name in matches if matches[name] or re.fullmatch(HEAD, name)}
     if freeze:
-        patterns.append((freeze, "adapt.freeze"))
-    matches = [
-        traverse_util.flatten_dict(match(params, pattern, field=field), sep="/")
-        for pattern, field in patterns
-    ]
-    is_trained = {name: matches[0][name] or bool(re.fullmatch(HEAD, name)) for name in flat}
-    if freeze:
-        is_trained = {name: is_trained[name] and not matches[1][name] for name in flat}
-    if not any(is_trained.values()):
+        matches = match(params, freeze, field="adapt.freeze")
+        trained = {name for name in trained if not matches[name]}
+    if not trained:
         raise UserError(
             f"adapt.freeze={freeze!r} freezes all that adapt.train={train!r} trains: nothing is "
             "left to train."
         )
-    parts = [
-        {name: leaf for name, leaf in flat.items() if is_trained[name] is wanted}
-        for wanted in (True, False)
-    ]
+    parts = {}, {}
+    for name, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        parts[name not in trained][name] = leaf
     return tuple(traverse_util.unflatten_dict(part, sep="/") for part in parts)
 
 
@@ -112,7 +105,7 @@ def lr_factors(
     *,
     lr_scale: tuple[tuple[str, float], ...],
     layer_decay: float,
-) -> Params | None:
+) -> dict[str, float] | None:
     """Returns what the learning rate of each trained parameter is multiplied by; None: 1 for all.
 
     Args:
@@ -131,10 +124,9 @@ def lr_factors(
     last = max(numbers.values())
     factors = {name: layer_decay ** (last - numbers[name]) for name in names(trained)}
     for pattern, factor in lr_scale:
-        matches = match(trained, pattern, field="adapt.lr_scale")
-        for name, matched in traverse_util.flatten_dict(matches, sep="/").items():
+        for name, matched in match(trained, pattern, field="adapt.lr_scale").items():
             factors[name] *= factor if matched else 1.0
-    return traverse_util.unflatten_dict(factors, sep="/")
+    return factors
 
 
 def hold_backbone(params: Params) -> Params:
@@ -167,10 +159,10 @@ def add_lora(
       UserError: `targets` matches nothing, a parameter that is trained itself, or one that is not
         the kernel of a dense layer.
     """
-    targets = match(merge(trained, frozen), targets, field="adapt.lora_targets")
+    matches = match(merge(trained, frozen), targets, field="adapt.lora_targets")
     trained, frozen = (traverse_util.flatten_dict(tree) for tree in (trained, frozen))
-    matched = [path for path, is_target in traverse_util.flatten_dict(targets).items() if is_target]
-    for index, path in enumerate(sorted(matched)):
+    matched = sorted(tuple(name.split("/")) for name in matches if matches[name])
+    for index, path in enumerate(matched):
         name = "/".join(path)
         if path in trained:
             raise UserError(

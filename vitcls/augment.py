@@ -97,7 +97,8 @@ def make_prepare(
         if vertical_flip:
             images = random_flip(keys_of(_VERTICAL_FLIP), images, axis=1)
         if rotation:
-            images = pixels.rotate(images, draw_evenly(keys_of(_ROTATION), -rotation, rotation))
+            degrees = draw_evenly(keys_of(_ROTATION), -rotation, rotation)
+            images = pixels.to_each(pixels.rotate, images, degrees)
         if policy != "none":
             draw = policies.draw_trivialaugment
             if policy == "randaugment":
@@ -108,7 +109,8 @@ def make_prepare(
             images = pixels.apply_all(images, operations, values)
         if color_jitter:
             low, high = 1 - color_jitter, 1 + color_jitter
-            images = pixels.jitter(images, draw_evenly(keys_of(_JITTER), low, high, (3,)))
+            factors = draw_evenly(keys_of(_JITTER), low, high, (3,))
+            images = jax.vmap(pixels.jitter)(images, factors)
 
         images = normalise(images)
         if mixup or cutmix:

@@ -6,24 +6,30 @@ its factors lie beside the kernels as they were, and are folded in by who reads 
 """
 
 import contextlib
+import json
 import logging
 import math
 import shutil
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from vitcls import adapt
-from vitcls.errors import StorageError, UserError
+from vitcls import adapt, distributed, lock, seal, sharding, step_folders
+from vitcls.errors import NonFiniteLoss, StorageError, UserError
 from vitcls.train_step import TrainState, fold_lora
 
 PyTree = Any
+log = logging.getLogger("vitcls")
 _ITEMS = ("params", "opt_state", "ema")
 
 # Orbax warns at every save without a score, although most checkpoints are not evaluated, and where
@@ -35,18 +41,45 @@ logging.getLogger("absl").addFilter(
 
 
 class Checkpoints:
-    """The checkpoints below one directory: the newest few, and the best one."""
+    """The checkpoints below one directory: the newest few, and the best one.
+
+    Each is sealed (`vitcls.seal`) before it gets its name, and compared with its seal before it is
+    read. One process at a time may write.
+    """
 
     def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
         """Opens the directory, which is made if needed and not `read_only`.
 
+        To write, takes the lock, clears away what a killed run left half done, and sets damaged
+        checkpoints aside as `STEP.corrupt-NUMBER`.
+
         Args:
           keep: Number of newest checkpoints to keep; the one with the highest score stays besides.
+
+        Raises:
+          UserError: there is no such directory to read, or another process writes to it.
+          StorageError: there are checkpoints, and all are damaged.
         """
         if read_only and not directory.is_dir():
             raise UserError(f"{directory} does not exist: no checkpoint has been saved there.")
+        self._directory = directory.absolute()
+        self._keep, self._read_only = keep, read_only
+        self._saving: int | None = None  # the step whose save has begun and is not known to be done
+        self._failure: StorageError | None = None  # of the last save
+        self._deletion: threading.Thread  # of what the last save made superfluous
+        if not read_only:
+            if jax.process_index() == 0:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                lock.take(self._directory / "lock")
+                step_folders.clear_away(self._directory)
+                step_folders.set_damaged_aside(self._directory)
+            _wait_for_all("checkpoints are checked")
+        self._manager = self._open()
+        self._checked = set() if read_only else set(self.steps())  # known to be as sealed
+
+    def _open(self) -> ocp.CheckpointManager:
         policies = [
-            checkpoint_managers.LatestN(keep),
+            checkpoint_managers.LatestN(self._keep),
             checkpoint_managers.BestN(
                 get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
             ),
@@ -54,16 +87,18 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=_score,  # without it the scores never reach the disk
-            read_only=read_only,
-            create=not read_only,
-            save_interval_steps=0 if read_only else 1,
-            cleanup_tmp_directories=not read_only,
-            enable_background_delete=False,
+            read_only=self._read_only,
+            create=not self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
+            lightweight_initialize=self._read_only,  # a damaged score must not hide all the others
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            # Renamed before it is deleted, a checkpoint is never there in part.
+            todelete_subdir=None if self._read_only else step_folders.DELETED,
         )
         # Without handlers a directory opened anew would know nothing of its items' contents.
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+        return ocp.CheckpointManager(
+            self._directory,
             options=options,
             item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
         )
@@ -72,23 +107,28 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type, *_) -> None:
-        # However a run ends, the save in flight is finished; its failure must not hide an error.
+        # However a run ends, the save in flight is finished; its failure, which is in the log, must
+        # not hide an error.
         try:
             with contextlib.suppress(StorageError) if error_type else contextlib.nullcontext():
                 self.wait()
         finally:
             self._manager.close()
+            lock.release(self._directory / "lock")
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        step = self._manager.latest_step()
+        if self._read_only or jax.process_count() == 1:
+            return step
+        return int(multihost_utils.broadcast_one_to_all(np.int32(step or 0))) or None
 
     def best_step(self) -> int | None:
         """The step with the highest score, the latest of equals; None if no score was saved."""
-        scored = {
-            step: _score(metrics)
-            for step in self._manager.all_steps()
-            if (metrics := self._manager.metrics(step)) is not None
-        }
+        scored = {}
+        for step in self._manager.all_steps():
+            with self._reading(step, part="metrics/"):
+                if (metrics := self._manager.metrics(step)) is not None:
+                    scored[step] = _score(metrics)
         return max(scored, key=lambda step: (scored[step], step), default=None)
 
     def steps(self) -> list[int]:
@@ -99,36 +139,61 @@ class Checkpoints:
     ) -> None:
         """Starts to save; returns once the arrays are copied, the files are written behind.
 
+        What fails, here or in the save before, is logged and cleared away: training goes on, and
+        `wait` raises it unless a later save succeeds.
+
         Args:
           items: Name, one of `params`, `opt_state` and `ema`, -> tree of arrays.
           meta: What JSON can hold.
           score: Higher is better; None for a checkpoint that was not evaluated.
 
         Raises:
-          StorageError: the disk has no room, or this or the previous save failed.
+          NonFiniteLoss: parameters, or their averages, are not finite.
         """
-        self.wait()  # for the previous save, as Orbax would: what it takes is then known
-        self._check_room(step, items)
+        self._finish()  # the previous save, as Orbax would: what it takes is then known
+        if not _all_finite({name: items[name] for name in items if name != "opt_state"}):
+            raise NonFiniteLoss(
+                f"Parameters are not finite after step {step}: they are not saved. Start again in "
+                "another --workdir with a lower optim.lr or a longer optim.warmup_steps."
+            )
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
-        if score is not None and not math.isfinite(score):
-            score = -sys.float_info.max
-        try:
+
+        def start() -> None:
+            self._check_room(items)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args),
-                metrics=None if score is None else {"score": score},
+                metrics=None if score is None else {"score": _finite(score)},
                 force=True,
             )
-        except Exception as error:
-            raise self._failure("could not be saved", step, error) from error
+
+        self._saving = step
+        self._checked.clear()  # what is read much later is checked again
+        if self._attempt(start):
+            self._deletion = threading.Thread(target=self._delete_old)
+            self._deletion.start()
+
+    def add_score(self, step: int, score: float) -> None:
+        """Gives a checkpoint that is there, and has no score, what `save` would have taken."""
+        if jax.process_index() == 0:
+            path = self._directory / str(step) / "metrics" / "metrics"  # as Orbax has it
+            path.parent.mkdir(exist_ok=True)
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps({"score": _finite(score)}))
+            aside.replace(path)
+            seal.write(self._directory / str(step))
+        distributed.wait_for_all(f"score of {step}")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns once what was saved is on disk; raises `StorageError` if it could not be."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failure("could not be saved", self.latest_step(), error) from error
+        self._finish()
+        if self._failure is not None:
+            newest = self.latest_step()
+            go_on = f"after step {newest}" if newest else "from the beginning"
+            raise StorageError(
+                f"{self._failure}. Mend that and run the same command again: it continues {go_on}."
+            ) from self._failure
 
     def restore(self, step: int, items: dict[str, PyTree]) -> dict[str, PyTree]:
         """Returns the named items of `step`.
@@ -140,35 +205,30 @@ class Checkpoints:
           UserError: a dtype differs, which Orbax would cast without a word.
           StorageError: a file is missing or damaged.
         """
-        try:
+        with self._reading(step):
             saved = self._manager.item_metadata(step)
             for name, tree in items.items():
-                _check_dtypes(f"{self._manager.directory}/{step}/{name}", saved[name], tree)
+                _check_dtypes(f"{self._directory}/{step}/{name}", saved[name], tree)
             args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except UserError:
-            raise
-        except Exception as error:
-            raise self._failure("could not be read", step, error) from error
         return {name: restored[name] for name in items}
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns what `save` was given as `meta`."""
-        try:
+        with self._reading(step):
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             return self._manager.restore(step, args=args)["meta"]
-        except Exception as error:
-            raise self._failure("could not be read", step, error) from error
 
     def item_names(self, step: int) -> set[str]:
         """Names of what was saved at `step`."""
-        return {
-            name for name, item in self._manager.item_metadata(step).items() if item is not None
-        }
+        with self._reading(step):
+            items = self._manager.item_metadata(step).items()
+        return {name for name, item in items if item is not None}
 
     def lora_shapes(self, step: int, item: str) -> dict[str, PyTree]:
         """Returns LoRA's factors among an item's variables, `jax.ShapeDtypeStruct`, if any."""
-        saved = traverse_util.flatten_dict(self._manager.item_metadata(step)[item].tree)
+        with self._reading(step):
+            saved = traverse_util.flatten_dict(self._manager.item_metadata(step)[item].tree)
         return traverse_util.unflatten_dict(
             {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -177,25 +237,94 @@ class Checkpoints:
             }
         )
 
-    def _check_room(self, step: int, items: dict[str, PyTree]) -> None:
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-        free = shutil.disk_usage(self._manager.directory).free
-        if needed > free:
-            raise StorageError(
-                f"The checkpoint of step {step} needs {needed / 1e6:.1f} MB in "
-                f"{self._manager.directory}, where {free / 1e6:.1f} MB are free; make room and run "
-                "the same command again."
-            )
+    def _seal(self) -> None:
+        """Runs behind, in process 0, once all files are written and before the step has its name.
 
-    def _failure(self, what: str, step: int | None, error: Exception) -> StorageError:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        Orbax does not say where: a temporary directory, or on a mounted bucket the final one.
+        """
+        written = list(self._directory.glob(f"{self._saving}{step_folders.TEMPORARY}*"))
+        seal.write(*written or [self._directory / str(self._saving)])
+
+    def _finish(self) -> None:
+        """Waits for the save in flight, if there is one, and takes note of how it went."""
+        if self._saving is not None and self._attempt(self._manager.wait_until_finished):
+            self._deletion.join()
+            self._saving = self._failure = None
+
+    def _attempt(self, part: Callable[[], None]) -> bool:
+        """Does a part of a save; whether it went well, in all processes.
+
+        Otherwise the reason is logged, and what Orbax would leave cleared away: a full disk would
+        stay full, and steps be counted that do not exist.
+        """
+        error = None
+        try:
+            part()
+        except Exception as caught:  # Orbax and TensorStore raise many kinds
+            error = caught
+        if not _in_any_process(error is not None):
+            return True
+        reason = str(error or "another process failed").strip() or type(error).__name__
+        self._failure = StorageError(
+            f"The checkpoint of step {self._saving} in {self._directory} could not be saved: "
+            f"{reason.splitlines()[0][:300]}"
+        )
+        log.error("%s. Training goes on, and the next save tries again.", self._failure)
+        self._saving = None
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        if jax.process_index() == 0:
+            step_folders.clear_away(self._directory)
+        _wait_for_all("a failed save is cleared away")
+        self._manager = self._open()
+        return False
+
+    def _check_room(self, items: dict[str, PyTree]) -> None:
+        """Raises `OSError` where a checkpoint like the last one, and a bit more, has no room."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+        if steps := self.steps():
+            files = (self._directory / str(steps[-1])).rglob("*")
+            needed = max(needed, sum(path.stat().st_size for path in files))
+        free = shutil.disk_usage(self._directory).free
+        if free < 1.2 * needed:
+            raise OSError(f"it takes {1.2 * needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
+
+    def _delete_old(self) -> None:
+        """Deletes, behind, what the save in flight makes superfluous once it has succeeded."""
+        with contextlib.suppress(Exception):  # the main thread gets it, too
+            self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            shutil.rmtree(self._directory / step_folders.DELETED, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int, *, part: str = "") -> Iterator[None]:
+        """Compares a checkpoint with its seal first; whatever fails to be read then names it."""
+        if step not in self._checked:
+            what = None
+            if self._read_only or jax.process_index() == 0:
+                what = seal.damage(self._directory / str(step), part=part)
+            if what or (not self._read_only and _in_any_process(what is not None)):
+                raise self._unreadable(step, what or "see the message of process 0")
+            if not part:
+                self._checked.add(step)
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            raise self._unreadable(step, reason.splitlines()[0][:300]) from error
+
+    def _unreadable(self, step: int, reason: str) -> StorageError:
+        others = [other for other in self.steps() if other != step]
         return StorageError(
-            f"The checkpoint of step {step} in {self._manager.directory} {what}: {first_line}"
+            f"The checkpoint of step {step} in {self._directory} could not be read: {reason}. "
+            + (f"There are others, of steps {others}." if others else "There is no other.")
         )
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint: whole networks, so that each can be read without this run."""
+    """The items of a checkpoint, whole networks to be read without this run; `meta` has `skips`."""
     items = {"params": state.variables(), "opt_state": state.opt_state}
     return items | ({} if state.ema is None else {"ema": state.averages()})
 
@@ -205,7 +334,7 @@ def restore_state(
 ) -> TrainState:
     """Returns the state after `step`, bit for bit as it was saved; it has no teacher."""
     target = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
         shapes,
         shardings,
     )
@@ -218,10 +347,13 @@ def restore_state(
         }
 
     return TrainState(
-        step=jax.device_put(np.int32(step), shardings.step),
+        step=sharding.put(np.int32(step), shardings.step),
         frozen=adapt.subtree(items["params"]["params"], target.frozen),
         opt_state=items["opt_state"],
         ema=None if target.ema is None else trained(items["ema"]),
+        skips=sharding.put(
+            jax.tree.map(np.int32, checkpoints.meta(step)["skips"]), shardings.skips
+        ),
         **trained(items["params"]),
     )
 
@@ -236,13 +368,34 @@ def restore_eval_variables(checkpoints: Checkpoints, step: int, state: TrainStat
     return fold_lora(checkpoints.restore(step, {name: target})[name])
 
 
-def has_steps(directory: Path) -> bool:
-    """Whether a complete checkpoint lies in `directory`, which need not exist."""
-    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+@jax.jit
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
+
+
+def _all_finite(tree: PyTree) -> bool:
+    # One by one: a program for all leaves would take a second to compile, and the loop waits.
+    return all(jax.device_get([_is_finite(leaf) for leaf in jax.tree.leaves(tree)]))
+
+
+def _in_any_process(flag: bool) -> bool:
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
+
+
+def _finite(score: float) -> float:
+    # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
+    return score if math.isfinite(score) else -sys.float_info.max
 
 
 def _check_dtypes(where: str, saved: PyTree, wanted: PyTree) -> None:

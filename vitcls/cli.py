@@ -27,7 +27,8 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     `arguments` says what that is, such as "DIR"; otherwise nothing, and there may be nothing.
 
     0 finished or `--help`; 2 the user's mistake, one message without a traceback; 74 storage;
-    75 stopped by a signal after saving; 87 non-finite loss; 1 anything else.
+    75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`); 87 non-finite loss; 1
+    anything else. Of several processes the first that ends with an error ends all, with its code.
     """
     main_module = sys.modules["__main__"]
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
@@ -39,14 +40,21 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     try:
         rest = _parse_flags(sys.argv, arguments)
         main(*([rest] if arguments else []))
+        return
+    except SystemExit as error:
+        code, message = error.code, "stopped by a signal."
     except KeyboardInterrupt:
-        print("Interrupted; what was saved before is kept.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        code, message = 128 + signal.SIGINT, "Interrupted; what was saved before is kept."
+        print(message, file=sys.stderr)
     except BrokenPipeError:  # `| head` closed our output: nothing left to tell anyone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code, message = 1, "its output was closed."
     except Exception as error:
-        sys.exit(_report(error))
+        code, message = _report(error), str(error) or type(error).__name__
+    # It imports jax, which a command that ended early has not needed.
+    if distributed := sys.modules.get("vitcls.distributed"):
+        distributed.leave(code, message)
+    sys.exit(code)
 
 
 def start_logging() -> None:

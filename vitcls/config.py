@@ -212,10 +212,20 @@ def default_config() -> ConfigDict:
     c.train.global_batch_size = 128
     # Images per device and pass, at most: a step takes its batch in equal passes, in the memory of
     # one, and sums their gradients. Up to rounding the result is the same, but for a trained
-    # BatchNorm, which normalises each pass by itself. Unset: one pass.
+    # BatchNorm, which normalises each pass by itself. Unset: one pass. 0: the largest passes that
+    # fit into the devices' memory, except with a trained BatchNorm; a run that is continued keeps
+    # what was chosen.
     c.train.micro_batch = placeholder(int)
     # Seed of everything random: hold-out, order, crops, augmentation, dropout, new weights.
     c.train.seed = 0
+    # Steps in a row whose loss or gradient is not finite, at which the run stops with exit code 87.
+    # Such steps change nothing, are counted, and are listed with their images in nonfinite.jsonl.
+    c.train.max_nonfinite = 5
+    # On a GPU, only operations that give the same bits every time, as XLA's flag
+    # --xla_gpu_deterministic_ops: without it a run that was stopped and continued differs in the
+    # last digits. It costs speed, how much depends on network and GPU: compare
+    # train/images_per_second. Elsewhere bits are the same anyway, and it changes nothing.
+    c.train.deterministic = False
 
     c.eval = ConfigDict()
     # Steps between evaluations of select_split, each with a checkpoint; 0: only at the end.
@@ -233,14 +243,27 @@ def default_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     # Steps between checkpoints, beside those at evaluations and at the end; 0: only those.
     c.checkpoint.every_steps = 0
-    # Number of newest checkpoints to keep; the best one is kept besides.
-    c.checkpoint.keep = 1
+    # Number of newest checkpoints to keep, of which one is left when another is found damaged; the
+    # best one is kept besides.
+    c.checkpoint.keep = 2
 
     c.mesh = ConfigDict()
     # Devices along the data axis; -1: all that mesh.fsdp leaves.
     c.mesh.data = -1
     # Devices over which each large parameter is split (fully sharded data parallel).
     c.mesh.fsdp = 1
+
+    # Seconds after which a process that makes no progress is taken to be stuck and ended, with the
+    # place where each of its threads is; 0: never.
+    c.stall = ConfigDict()
+    # For the first step of training or of an evaluation, with its compilation.
+    c.stall.compile_secs = 3600.0
+    # For a step of training, with the wait for its batch.
+    c.stall.step_secs = 900.0
+    # For a step of an evaluation, and for what is made of all of them.
+    c.stall.eval_secs = 900.0
+    # For writing a checkpoint.
+    c.stall.save_secs = 3600.0
 
     c.log = ConfigDict()
     # Steps between lines of metrics.
@@ -252,8 +275,10 @@ def default_config() -> ConfigDict:
 # (train.total_steps may only grow, which train.py checks).
 RUN_FIELDS = (
     "data.data_dir", "data.cache", "data.num_threads", "data.num_workers", "model.allow_pickle",
-    "model.remat", "train.micro_batch", "eval.batch_size", "checkpoint.every_steps",
-    "checkpoint.keep", "mesh.data", "mesh.fsdp", "log.every_steps",
+    "model.remat", "train.micro_batch", "train.max_nonfinite", "train.deterministic",
+    "eval.batch_size", "checkpoint.every_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp",
+    "stall.compile_secs", "stall.step_secs", "stall.eval_secs", "stall.save_secs",
+    "log.every_steps",
 )  # fmt: skip
 SELECT_METRICS = (
     "accuracy",
@@ -264,6 +289,7 @@ SELECT_METRICS = (
     "macro_recall",
     "macro_f1",
 )
+REMATS = ("none", "dots", "full")  # of model.remat, the cheapest first
 _CHOICES = {
     "data.crop": ("inception", "resmall", "none"),
     "data.on_error": ("raise", "skip"),
@@ -272,12 +298,28 @@ _CHOICES = {
     "model.head": ("new", "keep"),
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": REMATS,
     "optim.schedule": ("cosine", "linear", "constant", "step"),
     "loss.name": ("cross_entropy", "focal", "sigmoid"),
     "eval.select_metric": SELECT_METRICS,
     "eval.tta": ("none", "flip"),
 }
+# (field, the one that gives it a meaning, and the value that does; None: all but 0 and "")
+_DEPENDENT = (
+    ("augment.num_ops", "augment.policy", "randaugment"),
+    ("augment.magnitude", "augment.policy", "randaugment"),
+    ("optim.decay", "optim.weight_decay", None),
+    ("loss.gamma", "loss.name", "focal"),
+    ("loss.beta", "loss.class_weights", "effective"),
+    ("loss.teacher_weight", "loss.teacher", None),
+    ("loss.temperature", "loss.teacher", None),
+    ("adapt.probe_lr", "adapt.probe_steps", None),
+    ("adapt.lora_alpha", "adapt.lora_rank", None),
+    ("adapt.lora_targets", "adapt.lora_rank", None),
+    ("adapt.l2_sp_head", "adapt.l2_sp", None),
+    ("adapt.l2_sp_head", "model.head", "new"),
+    ("eval.select_metric", "eval.select_split", None),
+)
 # field -> (lowest, highest, whether the highest itself is allowed)
 _RANGES = {
     "data.holdout": (0, 1, False),
@@ -318,13 +360,18 @@ _RANGES = {
     "train.total_steps": (0, math.inf, True),
     "train.total_epochs": (0, math.inf, False),
     "train.global_batch_size": (1, math.inf, True),
-    "train.micro_batch": (1, math.inf, True),
+    "train.micro_batch": (0, math.inf, True),
     "train.seed": (0, 2**32, False),
+    "train.max_nonfinite": (1, math.inf, True),
     "eval.every_steps": (0, math.inf, True),
     "eval.batch_size": (0, math.inf, True),
     "checkpoint.every_steps": (0, math.inf, True),
     "checkpoint.keep": (1, math.inf, True),
     "mesh.fsdp": (1, math.inf, True),
+    "stall.compile_secs": (0, math.inf, True),
+    "stall.step_secs": (0, math.inf, True),
+    "stall.eval_secs": (0, math.inf, True),
+    "stall.save_secs": (0, math.inf, True),
     "log.every_steps": (1, math.inf, True),
 }
 
@@ -386,6 +433,7 @@ def check_config(config: ConfigDict) -> None:
     _check_pairs(config)
     for field in ("optim.decay", "adapt.train", "adapt.freeze", "adapt.lora_targets"):
         _check_pattern(field, flat[field])
+    _check_dependent(flat)
     _check_adapt(config)
     _check_combinations(config)
 
@@ -410,6 +458,19 @@ def _check_pattern(field: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{field}={pattern!r} is no regular expression: {error}.") from error
+
+
+def _check_dependent(flat: dict[str, Any]) -> None:
+    defaults = flatten(default_config())
+    for field, other, value in _DEPENDENT:
+        counts = flat[other] == value if value else flat[other]
+        if flat[field] != defaults[field] and not counts:
+            needed = f"{other}={value!r}" if value else other
+            default = "unset" if defaults[field] is None else f"at {defaults[field]!r}"
+            raise UserError(
+                f"{field}={flat[field]!r} has no effect: it needs {needed}, and that is "
+                f"{flat[other]!r}. Set it, or leave {field} {default}."
+            )
 
 
 def _check_adapt(config: ConfigDict) -> None:
@@ -463,13 +524,6 @@ def _check_combinations(config: ConfigDict) -> None:
     data, augment, model, train = config.data, config.augment, config.model, config.train
     if not data.source:
         raise UserError('data.source is empty; set it, for example to "digits" or "tfds:cifar10".')
-    for field, default in default_config().augment.items():
-        is_randaugments = field in ("num_ops", "magnitude")
-        if is_randaugments and augment.policy != "randaugment" and augment[field] != default:
-            raise UserError(
-                f"augment.{field}={augment[field]} is of RandAugment only, and augment.policy="
-                f"{augment.policy!r}; leave it at {default}, or set the policy to 'randaugment'."
-            )
     if config.eval.tta == "flip" and not augment.flip:
         raise UserError(
             "eval.tta='flip' shows mirror images, which augment.flip=False keeps from training; "
@@ -525,12 +579,6 @@ def _check_combinations(config: ConfigDict) -> None:
             f"loss.logit_adjustment={config.loss.logit_adjustment} corrects a softmax, and "
             "loss.name='sigmoid' has none; use 'cross_entropy', or loss.class_weights."
         )
-    for field in ("teacher_weight", "temperature"):
-        if not config.loss.teacher and config.loss[field] != default_config().loss[field]:
-            raise UserError(
-                f"loss.{field}={config.loss[field]} is of distillation only, and loss.teacher is "
-                f"empty; leave it at {default_config().loss[field]}, or name a teacher."
-            )
     read_class_weights(config.loss.class_weights)
     if config.eval.select_split == "holdout" and not (data.holdout or data.fold):
         raise UserError(
@@ -570,11 +618,10 @@ def read_class_weights(how: str) -> str:
     if how in ("none", "balanced", "effective"):
         return how
     path = Path(how).expanduser()
-    text = path.read_text() if not how.startswith("{") and path.is_file() else how
     try:
-        table = json.loads(text)
+        table = json.loads(how if how.lstrip().startswith("{") else path.read_text())
         is_table = all(0 <= weight < math.inf for weight in table.values()) and any(table.values())
-    except (ValueError, TypeError, AttributeError):  # no JSON, no numbers, no object
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, JSON, number, object
         is_table = False
     if not is_table:
         raise UserError(
@@ -586,7 +633,13 @@ def read_class_weights(how: str) -> str:
 
 def check_same_run(config: ConfigDict, path: Path) -> None:
     """Raises `UserError` when the run saved at `path` was started with other identity fields."""
-    saved = flatten(ConfigDict(json.loads(path.read_text())))
+    try:
+        saved = flatten(ConfigDict(json.loads(path.read_text())))
+    except (OSError, ValueError, AttributeError) as error:  # not read, no JSON, no object
+        raise UserError(
+            f"{path}, the config of a run that has checkpoints, cannot be read ({error}): put it "
+            "back, or use another --workdir."
+        ) from error
     asked = flatten(ConfigDict(json.loads(json.dumps(config.to_dict()))))
     differences = [
         f"  {field}: {saved.get(field)!r} there, {asked.get(field)!r} asked for"

@@ -5,6 +5,7 @@ K classes.
 
 import collections
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from PIL import Image
 from vitcls import sharding, train_setup
 from vitcls.contact_sheet import contact_sheet
 from vitcls.data import loader, sources
+from vitcls.data.files_split import show
+from vitcls.data.skipped import Skipped
 from vitcls.data.survey import Facts, find_duplicates, survey
 from vitcls.errors import UserError
 from vitcls.program import make_program
@@ -24,7 +27,6 @@ from vitcls.program import make_program
 Report = dict[str, Any]
 
 _TINY = 8  # pixels; an image with a shorter side shows next to nothing
-_NUM_SHOWN = 5  # ids in a line
 _NUM_CLASSES_SHOWN = 40
 _NUM_TILES = 100  # of a sheet
 _NUM_COLUMNS = 10
@@ -93,7 +95,7 @@ def _classes(splits: list[sources.Split]) -> list[str]:
     empty = [train.class_names[k] for k in np.flatnonzero(counts == 0)]
     if empty:
         problems.append(
-            f"{train.name}: {len(empty)} of {len(counts)} classes have no images: {_some(empty)}."
+            f"{train.name}: {len(empty)} of {len(counts)} classes have no images: {show(empty)}."
         )
     if len(counts) - len(empty) < 2:
         problems.append(f"{train.name}: there must be images of two classes or more.")
@@ -102,7 +104,7 @@ def _classes(splits: list[sources.Split]) -> list[str]:
             other = sorted(set(split.class_names) ^ set(train.class_names))
             problems.append(
                 f"{split.name}: other classes than {train.name}, or in another order: "
-                f"{_some(other)}."
+                f"{show(other)}."
             )
     return problems
 
@@ -200,7 +202,7 @@ def format_report(report: Report) -> str:
             ("unreadable", [f"{bad['id']} ({bad['reason']})" for bad in one["unreadable"]]),
         ):
             if found:
-                lines.append(f"{name}: {len(found)} {what}: {_some(found)}")
+                lines.append(f"{name}: {len(found)} {what}: {show(found)}")
     return "\n".join([*lines, *_duplicate_lines(report["duplicates"])])
 
 
@@ -241,12 +243,8 @@ def _duplicate_lines(groups: list[Report]) -> list[str]:
             if group[flag]
         ]
         if found:
-            lines.append(f"  {len(found)} {meaning}: {_some(found)}")
+            lines.append(f"  {len(found)} {meaning}: {show(found)}")
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")
 
 
 def _table(rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -301,9 +299,13 @@ def training_images(
       num: How many; whole batches are made for them.
       begun: The workdir of a run with this config, whose network it is, if there is one.
 
+    Images that training would skip are left out.
+
     Raises:
       UserError: What training with this config would raise at its start.
     """
+    config = config.copy_and_resolve_references()
+    config.data.cache = ""  # which would have to be filled first
     train, _ = train_setup.open_splits(config)
     _, model_config, processor = train_setup.open_model(config, train.class_names, begun=begun)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -319,33 +321,38 @@ def training_images(
         class_counts=train.class_counts(),
     )
     num_steps = min(-(-num // config.train.global_batch_size), config.train.total_steps)
-    batches = loader.train_batches(
-        train,
-        global_batch_size=config.train.global_batch_size,
-        start_step=0,
-        total_steps=num_steps,
-        seed=config.train.seed,
-        sampling=config.data.sampling,
-        transform=train_setup.train_transform(config, processor),
-        num_threads=config.data.num_threads,
-    )
+    floor = config.loss.label_smoothing / len(train.class_names)
     tiles = []
-    for step, batch in enumerate(batches):
-        images, targets, _ = jax.device_get(program.prepare(step, batch))
-        pixels = (
-            images * np.asarray(processor.std) + np.asarray(processor.mean)
-        ) / processor.rescale
-        for image, target in zip(
-            np.rint(pixels).clip(0, 255).astype(np.uint8), targets, strict=True
-        ):
-            tiles.append((Image.fromarray(image), _describe_target(target, train.class_names)))
+    with tempfile.TemporaryDirectory() as folder:
+        batches = loader.train_batches(
+            train,
+            global_batch_size=config.train.global_batch_size,
+            start_step=0,
+            total_steps=num_steps,
+            seed=config.train.seed,
+            sampling=config.data.sampling,
+            transform=train_setup.train_transform(config, processor),
+            num_threads=config.data.num_threads,
+            skipped=Skipped(Path(folder, "skipped")) if config.data.on_error == "skip" else None,
+        )
+        for step, batch in enumerate(batches):
+            images, targets, weights = jax.device_get(program.prepare(step, batch))
+            pixels = (images * processor.std + np.asarray(processor.mean)) / processor.rescale
+            pixels = np.rint(pixels).clip(0, 255).astype(np.uint8)
+            tiles += [
+                (Image.fromarray(image), _describe_target(target, train.class_names, floor))
+                for image, target, weight in zip(pixels, targets, weights, strict=True)
+                if weight
+            ]
     return tiles[:num]
 
 
-def _describe_target(target: np.ndarray, class_names: tuple[str, ...]) -> str:
-    """The likeliest class of a target (K,), or two with their shares where it is a mixture."""
-    first, second, *others = np.argsort(-target, kind="stable").tolist()
-    floor = target[others[0]] if others else 0.0  # what smoothing gives to every class
+def _describe_target(target: np.ndarray, class_names: tuple[str, ...], floor: float) -> str:
+    """The likeliest class of a target (K,), or two with their shares where it is a mixture.
+
+    `floor` is what smoothing gives to every class.
+    """
+    first, second = np.argsort(-target, kind="stable")[:2].tolist()
     if target[second] - floor < 0.05:
         return class_names[first]
     return "\n".join(f"{target[k]:.2f} {class_names[k]}" for k in (first, second))

@@ -9,6 +9,9 @@ STORAGE_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.EFBIG,
 }  # fmt: skip
 
+# Exit code of a process that its watchdog ended.
+STALLED = 86
+
 
 class UserError(ValueError):
     """Something the user can mend: a flag, a config field, a file. Names it and says what to do."""

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vitcls import inference, metrics, progress, sharding
+from vitcls import inference, metrics, pretrained, progress, sharding
 from vitcls import train_step as steps
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
 from vitcls.data.split import Split
-from vitcls.errors import Interrupted, UserError
-from vitcls.signals import StopRequest
+from vitcls.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -36,7 +36,7 @@ def evaluate(
     num_examples: int,
     train_counts: np.ndarray | None = None,
     keep_predictions: bool = False,
-    stop: StopRequest | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluates `variables` on all of `batches`.
 
@@ -49,7 +49,7 @@ def evaluate(
       num_examples: Size of the split.
       train_counts: See `metrics.summarise`.
       keep_predictions: Whether to return what the network said of each example.
-      stop: Ends the pass with `Interrupted` when a signal came.
+      after_batch: Called after each batch; may end the pass by raising.
 
     Returns:
       The metrics of `metrics.summarise`, of the N images that could be used, and `num_skipped`, of
@@ -58,12 +58,11 @@ def evaluate(
     """
     total, kept = None, []
     for batch in progress.track(batches, name):
-        if stop is not None and stop.name:
-            raise Interrupted(f"{stop.name}: evaluation of {name} stopped; run the command again.")
         sums, predictions = eval_step(variables, sharding.to_global(batch, mesh))
         total = metrics.add_sums(total, jax.device_get(sums))
         if keep_predictions:
             kept.append(jax.device_get(predictions))
+        after_batch()
     # Loader and devices disagree only through a bug, which would make the numbers wrong in silence.
     assert total["num_seen"] == num_examples, (name, total["num_seen"], num_examples)
     num_used = int(total["num_examples"])
@@ -79,23 +78,14 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-    checkpoint: str | Path,
-    split: Split,
-    *,
-    labels: str = "name",
-    batch_size: int = 0,
-    tta: str = "none",
-    skipped: Skipped | None = None,
+    checkpoint: str | Path, split: Split, **options: Any
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluates any checkpoint on any split, over the K classes of the checkpoint.
 
     Args:
       checkpoint: As `pretrained.load` takes it.
       split: The examples.
-      labels: How the split's classes are found among the checkpoint's, see `match_classes`.
-      batch_size: Images at a time over all devices; 0: chosen by their memory.
-      tta: "flip": see `train_step.over_mirror_images`; or "none".
-      skipped: As for `loader.eval_batches`.
+      **options: See `make_evaluator`.
 
     Returns:
       What `evaluate` returns of everything, with the checkpoint's labels.
@@ -104,6 +94,41 @@ def evaluate_checkpoint(
       UserError: no such checkpoint, one without classes, or classes that do not match.
     """
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
+    return make_evaluator(model, variables, processor, split, mesh=mesh, **options)(variables)
+
+
+def make_evaluator(
+    model: nn.Module,
+    variables: Any,
+    processor: pretrained.Processor,
+    split: Split,
+    *,
+    mesh: Mesh,
+    labels: str = "name",
+    batch_size: int = 0,
+    tta: str = "none",
+    skipped: Skipped | None = None,
+) -> Callable[[Any], tuple[dict[str, float], dict[str, np.ndarray]]]:
+    """Compiles once what evaluates any number of weights of one network on a split.
+
+    Args:
+      model: The network.
+      variables: Its weights, or others of the same shapes, on the devices of `mesh`.
+      processor: How its images are prepared; it names the K classes.
+      split: The examples.
+      mesh: The devices.
+      labels: How the split's classes are found among the checkpoint's, see `match_classes`.
+      batch_size: Images at a time over all devices; 0: chosen by their memory.
+      tta: "flip": see `train_step.over_mirror_images`; or "none".
+      skipped: As for `loader.eval_batches`.
+
+    Returns:
+      `variables -> ` what `evaluate` returns of everything, with the network's labels. It takes
+      them from the host, too.
+
+    Raises:
+      UserError: the classes do not match.
+    """
     names = tuple(processor.id2label.values())
     positions = match_classes(split.class_names, names, by=labels)
     apply = steps.over_mirror_images(model.apply) if tta == "flip" else model.apply
@@ -135,10 +160,14 @@ def evaluate_checkpoint(
         num_threads=inference.NUM_THREADS,
         skipped=skipped,
     )
-    return evaluate(
-        compiled, variables, batches,
-        mesh=mesh, name=split.name, num_examples=len(split), keep_predictions=True,
-    )  # fmt: skip
+
+    def evaluate_variables(variables):
+        return evaluate(
+            compiled, jax.device_put(variables, sharding.replicated(mesh)), batches,
+            mesh=mesh, name=split.name, num_examples=len(split), keep_predictions=True,
+        )  # fmt: skip
+
+    return evaluate_variables
 
 
 def match_classes(

@@ -3,14 +3,11 @@
 B batch, H W pixels, K classes.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import logging
-import os
 import platform
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,13 +118,10 @@ def export(checkpoint: str, *, format: str, output: str | Path) -> dict[str, Any
       UserError: the checkpoint cannot be loaded or has no head, or the folder is in use.
       RuntimeError: what was written answers differently; nothing of it is left.
     """
-    directory = Path(output).expanduser().resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"--output={output} exists and is not an empty folder; name another.")
     # The default products of GPUs and TPUs have 8 to 11 bits, too few to compare anything.
-    with _whole_or_nothing(directory) as aside, jax.default_matmul_precision("highest"):
+    with records.folder_aside(output) as aside, jax.default_matmul_precision("highest"):
         source = _load(checkpoint)
-        check = FORMATS[format](aside, directory.name, source)
+        check = FORMATS[format](aside, Path(output).resolve().name, source)
         difference = float(np.max(np.abs(check.found - check.expected)))
         if not difference <= check.tolerance:  # nan is no agreement
             raise RuntimeError(
@@ -148,24 +142,6 @@ def export(checkpoint: str, *, format: str, output: str | Path) -> dict[str, Any
         }
         records.write_json(aside / "export.json", record)
     return record
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(directory: Path) -> Iterator[Path]:
-    """Gives a folder aside, which becomes `directory` at the end and goes if the block fails."""
-    # In the nearest folder that exists: parents that are missing are made at the end, too.
-    home = next(folder for folder in directory.parents if folder.exists())
-    aside = home / f".{directory.name}.{os.getpid()}.tmp"
-    try:
-        try:
-            aside.mkdir()
-        except (NotADirectoryError, PermissionError) as error:
-            raise UserError(f"--output={directory} cannot be made: {error.strerror}.") from error
-        yield aside
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        aside.replace(directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _load(checkpoint: str) -> Source:

@@ -15,8 +15,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from vitcls import parameters, pretrained, sharding
-from vitcls.data.memory import available_memory
+from vitcls import footprint, parameters, pretrained, sharding
 from vitcls.errors import UserError
 
 PyTree = Any
@@ -26,8 +25,6 @@ log = logging.getLogger("vitcls")
 NUM_THREADS = max(8, os.cpu_count() or 1)
 # Images per device and step, at most: more are hardly faster, and the first results come later.
 _MOST_ON_CPU, _MOST = 32, 256
-# Of the free memory; the rest is for the next batch, and for what the compiler does not count.
-_SHARE = 0.8
 
 
 def load_classifier(
@@ -97,10 +94,10 @@ def compile_step(
         size = math.ceil(batch_size / mesh.size)
     else:
         per_device = math.ceil(num_images / mesh.size)
-        num_batches = math.ceil(per_device / (_MOST_ON_CPU if _on_cpu(mesh) else _MOST))
+        num_batches = math.ceil(per_device / (_MOST_ON_CPU if footprint.on_cpu(mesh) else _MOST))
         # Equal batches: the last one is computed whole, however few images it has.
         most = math.ceil(per_device / num_batches)
-        size = fitting_size(most, bytes_needed, available=_available_bytes(mesh))
+        size = fitting_size(most, bytes_needed, available=footprint.available_bytes(mesh))
         log.info("Batches of %d images.", size * mesh.size)
     return compiled(size), size * mesh.size
 
@@ -108,19 +105,6 @@ def compile_step(
 def fitting_size(most: int, bytes_needed: Callable[[int], float], *, available: float) -> int:
     """Halves `most` until what it needs fits into most of what is available; 1 is always tried."""
     size = most
-    while size > 1 and bytes_needed(size) > _SHARE * available:
+    while size > 1 and bytes_needed(size) > footprint.SHARE * available:
         size //= 2
     return size
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
-
-
-def _available_bytes(mesh: Mesh) -> float:
-    """Free memory of each device."""
-    if _on_cpu(mesh):  # simulated devices share the machine's
-        return available_memory() / mesh.size
-    # None where the allocator keeps no count: the largest size is then taken.
-    stats = [device.memory_stats() or {} for device in mesh.devices.flat]
-    return min(s.get("bytes_limit", math.inf) - s.get("bytes_in_use", 0) for s in stats)

@@ -12,12 +12,16 @@ and config files take arguments after a colon, for example
   --config=configs/quickstart.py:init=scratch
 
 All fields, with their meaning, are listed in vitcls/config.py.
+
+On several machines start the same command in every process: SLURM, TPU VMs, Kubernetes and MPI are
+recognised, elsewhere --coordinator_address, --num_processes and --process_id say who is who. The
+workdir must be on a file system that all see.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
-from vitcls import cli
+from vitcls import cli, signals
 from vitcls.config import check_config
 
 # Unknown fields are accepted here and refused by `check_config`, which knows the nearest name;
@@ -36,6 +40,14 @@ _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Trace this many training steps for TensorBoard's profiler into the workdir.",
     lower_bound=0,
 )  # fmt: skip
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, which listens there."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of the run; 1: this one alone, whatever the cluster says.",
+    lower_bound=1,
+)  # fmt: skip
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main() -> None:
@@ -43,9 +55,12 @@ def main() -> None:
     config = cli.config_value(_CONFIG)
     check_config(config)
     workdir = cli.required(_WORKDIR)
-    from vitcls import START_TIME, train  # imports jax: only once the flags are known to be right
+    signals.exit_on_signal()  # until training's loop, which saves first
+    # These import jax: only once the flags are known to be right.
+    from vitcls import START_TIME, distributed, train
 
     cli.keep_compiled_programs()
+    distributed.initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     train.train_and_evaluate(
         config, workdir, num_profiled_steps=_PROFILE.value, start_time=START_TIME
     )

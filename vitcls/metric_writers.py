@@ -1,10 +1,12 @@
 """Where metrics go: `metrics.jsonl` for programs, TensorBoard's event files for people."""
 
 import json
-import math
+import logging
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -13,49 +15,82 @@ from vitcls.progress import Progress
 
 # tensorboardX imports torch where it is installed, for seconds and gigabytes; None stops that.
 _torch = sys.modules.setdefault("torch", None)
-from tensorboardX import SummaryWriter  # noqa: E402
+from tensorboardX import proto, summary  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 
 if _torch is None:
     del sys.modules["torch"]
+
+log = logging.getLogger("vitcls")
 
 
 class MetricWriter:
     """Writes scalars to both; after a restart it forgets what came after the restored step."""
 
-    def __init__(self, workdir: Path, *, start_step: int, again: tuple[str, ...] = ()):
+    def __init__(
+        self, workdir: Path, *, start_step: int, again: Sequence[str] = (), is_main: bool = True
+    ):
         """Opens the files of a run.
 
         Args:
           workdir: The run's folder.
           start_step: The last step that counts; later lines are dropped.
           again: Splits whose evaluation at `start_step` will be done again.
+          is_main: Whether this process writes at all.
         """
-        self._path = workdir / "metrics.jsonl"
-        _drop_lines(self._path, start_step, again)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
+        self._is_main = is_main
+        if not is_main:
+            return
+        self._skipped_path = workdir / "nonfinite.jsonl"
+        _drop_lines(self._skipped_path, start_step)
+        _drop_lines(workdir / "metrics.jsonl", start_step, again)
+        self._file = (workdir / "metrics.jsonl").open("a")
+        # Not its SummaryWriter, whose thread a full disk ends, after which writing never returns.
+        self._events = EventsWriter(str(workdir / "events"))
+        restart = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+        self._add_event(start_step + 1, session_log=restart)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        if not self._is_main:
+            return
         line = {"step": step, "time": round(time.time(), 3), **scalars}
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()  # a line is there for whoever follows the file, and after a kill
         for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+            self._add_event(step, summary=summary.scalar(name, value))
+        # A line is there for whoever follows the file, and after a kill. What a full disk does not
+        # take is kept and written with the next line, or with the last.
+        try:
+            self._file.flush()
+            self._events.flush()
+        except OSError as error:
+            log.error("Metrics of step %d are kept in memory: %s.", step, error)
+
+    def write_skipped(self, step: int, metrics: dict[str, Any], ids: list[str]) -> None:
+        """Notes in `nonfinite.jsonl` a step that was skipped, and the images it was to learn."""
+        if not self._is_main:
+            return
+        line = {"step": step, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"])}
+        with self._skipped_path.open("a") as file:
+            file.write(json.dumps(line | {"ids": ids}) + "\n")
+
+    def _add_event(self, step: int, **what: Any) -> None:
+        self._events.write_event(proto.event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._events.close()
+        if self._is_main:
+            self._file.close()
+            self._events.close()
 
 
 class LateMetrics:
     """Reads a step's metrics after the next one has been sent off, and writes their means.
 
     Attributes:
-      window: Metrics of the steps since the last line; part of what a checkpoint keeps, so that
-        a run that goes on writes the same means.
+      window: Metrics of the steps since the last line that were not skipped; part of what a
+        checkpoint keeps, so that a run that goes on writes the same means.
     """
 
     def __init__(
@@ -65,42 +100,70 @@ class LateMetrics:
         *,
         every_steps: int,
         window: list[dict[str, float]],
+        max_nonfinite: int,
+        ids: Callable[[int], list[str]],
     ):
+        """Opens an empty or a continued window.
+
+        Args:
+          writer: Takes the means.
+          progress: Shows them.
+          every_steps: Steps between lines.
+          window: What a checkpoint kept.
+          max_nonfinite: The run stops when so many steps in a row were skipped.
+          ids: Step, from 1 on -> ids of its images.
+        """
         self._writer, self._progress = writer, progress
-        self._every_steps = every_steps
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._every_steps, self._max_nonfinite, self._ids = every_steps, max_nonfinite, ids
+        self._pending: tuple[int, dict[str, Any]] | None = None
         self.window = list(window)
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Takes what `make_train_step`'s step returned; `step` counts it."""
         self.flush()
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Waits for the last step; raises `NonFiniteLoss` if it diverged."""
+        """Waits for the last step; raises `NonFiniteLoss` if it is one too many to be skipped."""
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not all(map(math.isfinite, metrics.values())):
-            raise NonFiniteLoss(
-                f"Step {step} diverged: loss {metrics['loss']}, gradient norm "
-                f"{metrics['grad_norm']}. Nothing of it was saved. Start again in another "
-                "--workdir with a lower optim.lr, a longer optim.warmup_steps or a smaller "
-                "optim.clip_norm (0 is none)."
-            )
-        self.window.append(metrics)
-        if step % self._every_steps == 0:
+        metrics = jax.tree.map(lambda value: value.item(), jax.device_get(metrics))
+        skips = metrics.pop("skips")
+        if skips["in_row"]:
+            self._note_skipped(step, metrics, skips)
+        else:
+            self.window.append(metrics)
+        if step % self._every_steps == 0 and self.window:
             means = {
                 f"train/{name}": sum(m[name] for m in self.window) / len(self.window)
                 for name in metrics
             }
-            means["train/lr"] = metrics["lr"]
+            means["train/lr"] = self.window[-1]["lr"]
+            if skips["total"]:
+                means["train/num_nonfinite"] = skips["total"]
             self.window.clear()
             self._writer.write(step, means | self._progress.report(step, means))
 
+    def _note_skipped(self, step: int, metrics: dict[str, float], skips: dict[str, int]) -> None:
+        ids = self._ids(step)
+        self._writer.write_skipped(step, metrics, ids)
+        what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        log.warning(
+            "Step %d is skipped, %d in a row: %s; images %s, all of them in nonfinite.jsonl.",
+            step, skips["in_row"], what, ", ".join(ids[:4]) + (", ..." if ids[4:] else ""),
+        )  # fmt: skip
+        if skips["in_row"] >= self._max_nonfinite:
+            raise NonFiniteLoss(
+                f"Step {step} diverged, as did all of the last {skips['in_row']} "
+                f"(train.max_nonfinite={self._max_nonfinite}): {what}. Their images are in "
+                "nonfinite.jsonl. Start again in another --workdir with a lower optim.lr, a longer "
+                "optim.warmup_steps or a smaller optim.clip_norm (0 is none)."
+            )
 
-def _drop_lines(path: Path, step: int, again: tuple[str, ...]) -> None:
+
+def _drop_lines(path: Path, step: int, again: Sequence[str] = ()) -> None:
     """Removes the lines that will be written again, and a last line cut by a kill."""
     if not path.exists():
         return

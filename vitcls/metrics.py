@@ -99,3 +99,8 @@ def summarise(
     return {
         name: value if name == "num_examples" else float(value) for name, value in summary.items()
     }
+
+
+def select_score(summary: dict[str, float], metric: str) -> float:
+    """What `metric` of a summary says for a choice: higher is better."""
+    return -summary[metric] if metric == "loss" else summary[metric]

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from flax import traverse_util
 
 from vitcls import adapt
 from vitcls.errors import UserError, unknown
@@ -116,7 +115,7 @@ def make_optimizer(
     decay: str,
     clip_norm: float,
     args: dict[str, Any],
-    lr_factors: adapt.Params | None = None,
+    lr_factors: dict[str, float] | None = None,
     l2_sp: L2SP | None = None,
 ) -> optax.GradientTransformation:
     """Returns clipping, L2-SP, weight decay, the optax optimizer called `name`, scaling.
@@ -140,7 +139,7 @@ def make_optimizer(
         transforms.append(draw_to_start(l2_sp))
     mask = None
     if weight_decay:
-        is_decayed = _by_name(adapt.match(params, decay, field="optim.decay"))
+        is_decayed = adapt.match(params, decay, field="optim.decay")
 
         def mask(tree):
             return _map_names(lambda name, _: is_decayed[name], tree)
@@ -153,10 +152,9 @@ def make_optimizer(
         transforms.append(optax.add_decayed_weights(weight_decay, mask))
     transforms.append(make(schedule, **args))
     if lr_factors is not None:
-        factors = _by_name(lr_factors)
         transforms.append(
             optax.stateless(
-                lambda updates, _: _map_names(lambda name, x: x * factors[name], updates)
+                lambda updates, _: _map_names(lambda name, x: x * lr_factors[name], updates)
             )
         )
     return optax.chain(*transforms)
@@ -215,10 +213,6 @@ def probe_first(
         return updates, ProbeState(state.count + 1, *after)
 
     return optax.GradientTransformation(init, update)
-
-
-def _by_name(tree: adapt.Params) -> dict[str, Any]:
-    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def _map_names(function: Callable[..., Any], tree: adapt.Params, *rest: adapt.Params) -> Any:

@@ -1,10 +1,12 @@
-"""What a run starts with saying of its parameters: their table, and the memory they take."""
+"""What is said of parameters: their table, the memory they take, their digest."""
 
+import hashlib
 import math
 import re
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 
 from vitcls.train_step import TrainState
@@ -58,3 +60,12 @@ def bytes_per_device(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def sha256(variables: Any) -> str:
+    """Returns the hexadecimal digest of names, shapes and values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(traverse_util.flatten_dict(variables, sep="/").items()):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()

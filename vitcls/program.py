@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +14,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vitcls import adapt, augment, losses, optim, pretrained, sharding
+from vitcls import adapt, augment, footprint, losses, optim, pretrained, sharding
 from vitcls import train_step as steps
 from vitcls.errors import UserError
 from vitcls.teacher import Teacher
 
 PyTree = Any
+log = logging.getLogger("vitcls")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Program:
         given in the training step that comes after `step` others and takes one pass.
       num_passes: Parts of the batch that a training step takes one after the other.
       pass_size: Images of one part, on each device.
+      row: Shapes and dtypes of one image's part of a batch, as the loader makes it.
       init: Returns random variables.
       init_state: Makes a `TrainState`, without a teacher, of variables.
       teacher: The teacher's variables, on the host, or None.
@@ -47,6 +51,7 @@ class Program:
     prepare: Callable[..., Any]
     num_passes: int
     pass_size: int
+    row: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[], PyTree]
     init_state: Callable[[PyTree], steps.TrainState]
     teacher: PyTree | None
@@ -55,6 +60,24 @@ class Program:
         """Returns how a step takes its batch, for the log."""
         num_rows = self.num_passes * self.pass_size
         return f"A step takes {num_rows} images on each device, {self.pass_size} at a time."
+
+    def batch_shapes(self, num_images: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns what a batch of so many images is, over all devices."""
+        split = sharding.batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda leaf: leaf.update(shape=(num_images, *leaf.shape), sharding=split), self.row
+        )
+
+    def lower(self) -> jax.stages.Lowered:
+        """Returns the training step as it is called, which compiling it once serves, too."""
+        batch = self.batch_shapes(self.num_passes * self.pass_size * self.mesh.size)
+        return self.train_step.lower(_placed(self.state_shapes, self.state_shardings), batch)
+
+    def lower_eval(self, num_images: int) -> jax.stages.Lowered:
+        """Returns the evaluation step for batches of so many images."""
+        shapes = jax.eval_shape(steps.TrainState.eval_variables, self.state_shapes)
+        placed = _placed(shapes, sharding.state_shardings(shapes, self.mesh))
+        return self.eval_step.lower(placed, self.batch_shapes(num_images))
 
     def first_state(self, variables: PyTree | None) -> steps.TrainState:
         """Returns the state before the first step, on the devices.
@@ -66,14 +89,14 @@ class Program:
         if variables is None:
             variables = jax.jit(self.init, out_shardings=shardings)()
         else:
-            variables = jax.device_put(variables, shardings)
+            variables = sharding.put(variables, shardings)
         shardings = self.state_shardings.replace(teacher=None)
         state = jax.jit(self.init_state, donate_argnums=0, out_shardings=shardings)(variables)
         return self.with_teacher(state)
 
     def with_teacher(self, state: steps.TrainState) -> steps.TrainState:
         """Returns the state with the teacher's variables, if there are any, on the devices."""
-        return state.replace(teacher=jax.device_put(self.teacher, self.state_shardings.teacher))
+        return state.replace(teacher=sharding.put(self.teacher, self.state_shardings.teacher))
 
 
 def make_program(
@@ -88,6 +111,8 @@ def make_program(
 ) -> Program:
     """Returns what `config`, with every derived field filled in, trains and evaluates.
 
+    With `train.micro_batch=0` the step is compiled, for smaller passes until its memory suffices.
+
     Args:
       config: The run's, as `train_setup.resolve` returns it.
       model_config: The network's.
@@ -98,9 +123,77 @@ def make_program(
       teacher: Whose logits the loss draws to.
 
     Raises:
-      UserError: a pattern matches no parameter, an option means nothing to this network, or the
-        batch cannot be divided into passes of about the size that is asked for.
+      UserError: a pattern matches no parameter, an option means nothing to this network, the batch
+        cannot be divided into passes of about the size that is asked for, or no size fits.
     """
+    make = functools.partial(
+        _make_program, model_config=model_config, processor=processor, mesh=mesh,
+        class_names=class_names, class_counts=class_counts, teacher=teacher,
+    )  # fmt: skip
+    return _with_fitting_passes(config, make) if config.train.micro_batch == 0 else make(config)
+
+
+def _with_fitting_passes(config: ConfigDict, make: Callable[[ConfigDict], Program]) -> Program:
+    """Returns the program whose passes are the largest that fit into the devices' memory."""
+    whole = make(with_fields(config, {"train.micro_batch": None}))
+    check_passes_are_free(config, whole)
+    available = footprint.usable_bytes(whole.mesh)
+    programs = {whole.pass_size: whole}
+
+    def needed(size: int) -> float:
+        if size not in programs:
+            programs[size] = make(with_fields(config, {"train.micro_batch": size}))
+        return footprint.bytes_needed(programs[size])
+
+    size = footprint.largest_fitting(
+        pass_sizes(config, whole.mesh.size),
+        needed,
+        fixed=footprint.state_bytes(whole),
+        available=available,
+    )
+    if size is None:
+        raise UserError(
+            f"train.micro_batch=0: not even the smallest pass fits into the {available / 1e9:.2f} "
+            "GB that each device has free. Set mesh.fsdp, model.remat or a smaller "
+            "data.image_size; `python -m vitcls.plan` finds what fits."
+        )
+    log.info("train.micro_batch=0: %d images of %d in a pass.", size, whole.pass_size)
+    return programs[size]
+
+
+def with_fields(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+    """Returns a copy with other values of some `group.field`."""
+    config = ConfigDict(config.to_dict())
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def trains_statistics(config: ConfigDict, program: Program) -> bool:
+    """Whether the size of a pass changes the result: BatchNorm normalises each by itself."""
+    return config.model.batch_norm == "train" and bool(program.state_shapes.batch_stats)
+
+
+def check_passes_are_free(config: ConfigDict, program: Program) -> None:
+    """Raises `UserError` where `train.micro_batch=0` would change the result."""
+    if trains_statistics(config, program):
+        raise UserError(
+            "train.micro_batch=0 makes passes as large as the devices' memory allows, but "
+            "BatchNorm normalises each pass by itself: the result would depend on the devices. Set "
+            "train.micro_batch to a number, or model.batch_norm='frozen'."
+        )
+
+
+def _make_program(
+    config: ConfigDict,
+    *,
+    model_config: pretrained.Config,
+    processor: pretrained.Processor,
+    mesh: Mesh,
+    class_names: tuple[str, ...],
+    class_counts: np.ndarray,
+    teacher: Teacher | None,
+) -> Program:
+    """Does what `make_program` says."""
     model = pretrained.make_model(
         model_config,
         dtype=jnp.dtype(config.model.dtype),
@@ -126,12 +219,14 @@ def make_program(
         state_shapes = state_shapes.replace(teacher=jax.eval_shape(lambda: teacher.variables))
     state_shardings = sharding.state_shardings(state_shapes, mesh)
     num_rows = config.train.global_batch_size // mesh.size
-    group_size = 2 if config.augment.mixup or config.augment.cutmix else 1  # pairs are mixed
+    group_size = _group_size(config)
     pass_size = _pass_size(num_rows, config.train.micro_batch, group_size=group_size)
     prepare = augment.make_prepare(
         processor.normalise, label_smoothing=config.loss.label_smoothing, **config.augment
     )
+    prepare = sharding.on_each_device(prepare, mesh)
 
+    @jax.jit
     def prepare_step(step: int, batch: steps.Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys = steps.image_keys(step_key, step, batch["image"].shape[0])
         return prepare(keys[:, 0], batch)
@@ -166,19 +261,32 @@ def make_program(
     )
     eval_apply = steps.over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
     everywhere = sharding.replicated(mesh)
+    # What the flag --xla_gpu_deterministic_ops does, for these programs; elsewhere it does nothing.
+    options = {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None
     return Program(
         mesh=mesh,
         state_shapes=state_shapes,
         state_shardings=state_shardings,
         train_step=jax.jit(
-            train_step, donate_argnums=0, out_shardings=(state_shardings, everywhere)
+            train_step,
+            donate_argnums=0,
+            out_shardings=(state_shardings, everywhere),
+            compiler_options=options,
         ),
         eval_step=jax.jit(
-            steps.make_eval_step(processor.normalise, eval_apply), out_shardings=everywhere
+            steps.make_eval_step(processor.normalise, eval_apply),
+            out_shardings=everywhere,
+            compiler_options=options,
         ),
         prepare=prepare_step,
         num_passes=num_rows // pass_size,
         pass_size=pass_size,
+        row={
+            "image": jax.ShapeDtypeStruct((*config.data.image_size, 3), np.uint8),
+            "targets": jax.ShapeDtypeStruct((len(class_names),), np.float32),
+            "mask": jax.ShapeDtypeStruct((), np.float32),
+            "index": jax.ShapeDtypeStruct((), np.int32),
+        },
         init=init,
         init_state=init_state,
         teacher=teacher and teacher.variables,
@@ -233,11 +341,36 @@ def _make_optimizer(
     )
     if not probe_steps:
         return make(schedule), schedule
+    if not any(re.fullmatch(adapt.HEAD, name) for name in adapt.names(trained)):
+        raise UserError(
+            f"adapt.probe_steps={probe_steps} train the head alone, which adapt.freeze="
+            f"{config.adapt.freeze!r} keeps as it is; change one of the two."
+        )
     probe_schedule = optax.constant_schedule(
         fields.lr if config.adapt.probe_lr is None else config.adapt.probe_lr
     )
     tx = optim.probe_first(make(probe_schedule), make(schedule), num_steps=probe_steps)
     return tx, optax.join_schedules([probe_schedule, schedule], [probe_steps])
+
+
+def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
+
+
+def _group_size(config: ConfigDict) -> int:
+    """Neighbours that a pass keeps together: pairs are mixed."""
+    return 2 if config.augment.mixup or config.augment.cutmix else 1
+
+
+def pass_sizes(config: ConfigDict, num_devices: int) -> list[int]:
+    """Returns the sizes of passes, on each device, that divide a step's batch; largest first."""
+    num_rows = config.train.global_batch_size // num_devices
+    return _divisors(num_rows, _group_size(config))[::-1]
+
+
+def _divisors(num_rows: int, group_size: int) -> list[int]:
+    sizes = range(group_size, num_rows + 1, group_size)
+    return [size for size in sizes if num_rows % size == 0]
 
 
 def _pass_size(num_rows: int, micro_batch: int | None, *, group_size: int = 1) -> int:
@@ -251,7 +384,7 @@ def _pass_size(num_rows: int, micro_batch: int | None, *, group_size: int = 1) -
         )
     if micro_batch is None:
         return num_rows
-    sizes = [size for size in range(group_size, num_rows + 1, group_size) if num_rows % size == 0]
+    sizes = _divisors(num_rows, group_size)
     size = max(size for size in sizes if size <= micro_batch)
     if size < min(num_rows, micro_batch) / 2:
         larger = min(size for size in sizes if size > micro_batch)

@@ -41,6 +41,14 @@ SCHEDULES = {
     # In neither table: CIFAR-100's steps and transfer.py's rate for it, untuned.
     "tfds:food101": Schedule(10_000, 500, 0.01, holdout=0.02, eval_split="validation"),
 }
+# The networks of the checkpoints that the recipes start from: a plan needs no hub for them.
+ARCHS = {
+    "google/vit-base-patch16-224-in21k": "vit_b16",
+    "google/vit-base-patch32-224-in21k": "vit_b32",
+    "google/vit-large-patch16-224-in21k": "vit_l16",
+    "WinKawaks/vit-small-patch16-224": "vit_s16",
+    "microsoft/resnet-50": "resnet50",
+}
 # For any other data, such as folders: a start for some thousand images, as for Pets.
 OTHER = Schedule(500, 100, 0.003)
 

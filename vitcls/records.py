@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,35 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_aside(output: str | Path, *, flag: str = "--output") -> Iterator[Path]:
+    """Gives an empty folder aside, which becomes `output` at the end and goes if the block fails.
+
+    Args:
+      output: A flag's value: new, or an empty folder.
+      flag: Its name.
+
+    Raises:
+      UserError: the folder is in use, or cannot be made.
+    """
+    directory = Path(output).expanduser().resolve()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{flag}={output} exists and is not an empty folder; name another.")
+    # In the nearest folder that exists: parents that are missing are made at the end, too.
+    home = next(folder for folder in directory.parents if folder.exists())
+    aside = home / f".{directory.name}.{os.getpid()}.tmp"
+    try:
+        try:
+            aside.mkdir()
+        except (NotADirectoryError, PermissionError) as error:
+            raise UserError(f"{flag}={directory} cannot be made: {error.strerror}.") from error
+        yield aside
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside.replace(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ Batches are split over both axes. Parameters, and whatever has their shape, are 
 `data` and split over `fsdp` along one dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,9 +36,10 @@ def make_mesh(data: int, fsdp: int, *, devices: list[jax.Device] | None = None) 
             f"mesh.data={data} x mesh.fsdp={fsdp} does not make {len(devices)} devices; "
             "set mesh.data=-1 and mesh.fsdp to a divisor of the number of devices."
         )
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    # By process, not by topology: a process' rows of a batch are neighbours, as they are loaded.
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.asarray(devices).reshape(data, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -67,6 +68,22 @@ def _partition_spec(leaf: Any, mesh: Mesh) -> PartitionSpec:
         return PartitionSpec()
     largest = max(divisible, key=lambda dim: leaf.shape[dim])
     return PartitionSpec(*(("fsdp" if dim == largest else None) for dim in range(leaf.ndim)))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Places host arrays, whole and the same in every process, on the devices of all processes."""
+
+    def place(array: np.ndarray, where: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, where, lambda part: array[part])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def on_each_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Makes a function of batches one that every device calls with its own rows: none travels."""
+    rows = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,29 +1,119 @@
-"""Signals that ask a run to stop: noted at once, obeyed by the loop between two steps."""
+"""Signals that ask a run to stop: obeyed at once where nothing is lost, else between two steps."""
 
+import os
 import signal
+import sys
+import threading
+from collections.abc import Callable
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from vitcls.errors import Interrupted
+
+# USR1 and USR2 are what clusters send, on demand, some time before they end a job.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def exit_on_signal() -> None:
+    """From here on a signal ends the command, with the code that says: run it again.
+
+    For what comes before and after training, where all that is worth keeping is saved.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ignore()  # a second one must not come between this one and its end
+        _say(f"{_name(number)}: stopped outside of training; run the same command again.")
+        sys.exit(Interrupted.exit_code)
+
+    for number in _SIGNALS:
+        signal.signal(number, end)
+
+
+def ignore() -> None:
+    """From here on signals do nothing, for a process that ends; a second Ctrl-C still kills it."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT set `name`; a second one acts as if nothing caught it.
+    """While entered, signals are only noted, for `poll`; but a second SIGINT ends the process.
 
-    A handler must not do more: raising from it would lose a checkpoint that is being written.
+    Nothing is raised: that would lose a checkpoint that is being written. Other signals may come
+    repeatedly: clusters send a SIGTERM after the signal that was asked for.
+
+    Attributes:
+      name: The signal that `poll` knows of; None: none.
+      is_all_saved: Whether a signal may end the process at once; set by whoever knows.
     """
 
-    def __init__(self):
+    def __init__(
+        self,
+        vote: Callable[[int], int] = int,
+        leave: Callable[[int, str], None] = lambda code, message: None,
+    ):
+        """Takes `distributed.late_maximum`'s result and `distributed.leave` for several processes.
+
+        Args:
+          vote: Makes one number of those of all processes.
+          leave: Ends all processes, given a code and a message.
+        """
         self.name: str | None = None
+        self.is_all_saved = False
+        self._number = 0
+        self._vote, self._leave = vote, leave
         self._previous = {}
+
+    def poll(self) -> str | None:
+        """Returns `name`. To be called by all processes equally often, which then agree on it."""
+        number = self._vote(self._number)
+        if self.name is None and number:
+            self.name = _name(number)
+        return self.name
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        # Python calls a handler when the main thread is back in Python, after minutes perhaps where
+        # that compiles. The number of the signal is in this pipe at once.
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=[reader], name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self._writer)  # ends the thread
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self.__exit__()
+        self._number = self._number or number
+
+    def _listen(self, reader: int) -> None:
+        is_told = is_interrupted = False
+        while byte := os.read(reader, 1):
+            number = byte[0]
+            if number not in _SIGNALS:
+                continue
+            if number == signal.SIGINT and is_interrupted:
+                os._exit(128 + number)
+            is_interrupted |= number == signal.SIGINT
+            if is_told:
+                continue
+            is_told = True
+            self._note(number, None)
+            if self.is_all_saved:
+                message = f"{_name(number)}: nothing to save; run the same command again."
+                _say(message)
+                self._leave(Interrupted.exit_code, message)
+                os._exit(Interrupted.exit_code)
+            _say(f"{_name(number)}: saving, then stopping; a second Ctrl-C stops at once.")
+        os.close(reader)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def _say(text: str) -> None:
+    os.write(2, f"{text}\n".encode())  # a handler may interrupt a print, which cannot be entered

@@ -4,7 +4,6 @@ B batch, H W pixels, K classes.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls import pretrained
+from vitcls import parameters, pretrained
 from vitcls.errors import UserError
 from vitcls.evaluation import match_classes
 
@@ -65,12 +64,4 @@ def open_teacher(
         taught = model.apply(variables, images * scale + shift, train=False)
         return taught[:, positions]
 
-    return Teacher(logits, variables, _sha256(variables))
-
-
-def _sha256(variables: PyTree) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+    return Teacher(logits, variables, parameters.sha256(variables))

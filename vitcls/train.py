@@ -1,5 +1,6 @@
 """Fine-tuning from start to end: set-up in order, then the loop, then the final evaluation."""
 
+import contextlib
 import functools
 import logging
 import time
@@ -9,19 +10,31 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vitcls import checkpoint, optim, pretrained, records, sharding, train_setup
+from vitcls import (
+    checkpoint,
+    distributed,
+    footprint,
+    optim,
+    pretrained,
+    records,
+    sharding,
+    step_folders,
+    train_setup,
+)
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
 from vitcls.evaluation import evaluate
 from vitcls.metric_writers import LateMetrics, MetricWriter
+from vitcls.metrics import select_score
 from vitcls.parameters import memory_line, parameter_table
 from vitcls.program import make_program
 from vitcls.progress import Progress
 from vitcls.signals import StopRequest
 from vitcls.teacher import open_teacher
 from vitcls.train_step import TrainState
+from vitcls.watchdog import Watchdog
 
 log = logging.getLogger("vitcls")
 
@@ -55,14 +68,16 @@ def train_and_evaluate(
     check_config(config)
     optim.check_args(config.optim.name, dict(config.optim.args))
     train_split, eval_splits = train_setup.open_splits(config)
-    begun = workdir if checkpoint.has_steps(workdir / "checkpoints") else None
+    begun = workdir if step_folders.has_steps(workdir / "checkpoints") else None
     files, model_config, processor = train_setup.open_model(
         config, train_split.class_names, begun=begun
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
     config = train_setup.resolve(
-        config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size
-    )
+        config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size,
+        begun=begun,
+    )  # fmt: skip
+    distributed.check_same(train_setup.facts(config, train_split, eval_splits, begun=begun))
     num_select = len(eval_splits[config.eval.select_split]) if config.eval.select_split else 0
     for trap in train_setup.traps(config, model_config, num_select=num_select):
         log.warning("%s", trap)
@@ -79,6 +94,8 @@ def train_and_evaluate(
         class_counts=class_counts,
         teacher=teacher,
     )
+    if config.train.micro_batch == 0:
+        config.train.micro_batch = program.pass_size  # what was chosen; a continued run keeps it
     variables = None
     if files is not None:
         variables = pretrained.read_variables(
@@ -92,11 +109,13 @@ def train_and_evaluate(
         check_same_run(config, workdir / "config.json")
         results = records.read_results(workdir)
         if results is not None and results["step"] == config.train.total_steps:
-            log.info("This run is finished; raise train.total_steps to continue it.")
-            print(records.last_line(results, workdir, splits=config.data.eval_splits))
+            if is_main:
+                log.info("This run is finished; raise train.total_steps to continue it.")
+                print(records.last_line(results, workdir, splits=config.data.eval_splits))
             return results
     if is_main:
         records.make(workdir)
+    distributed.check_shared(workdir)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     start_step = checkpoints.latest_step() or 0
     if start_step:
@@ -133,6 +152,7 @@ def train_and_evaluate(
     # Data: a cache on disk is filled first; then local uint8 batches, one ahead on the devices.
     for split in [train_split, *eval_splits.values()]:
         split.fill_cache(num_threads=config.data.num_threads)
+    distributed.wait_for_all("data")  # from here on nobody waits long for the others
     skipped = Skipped(workdir / "skipped.jsonl") if config.data.on_error == "skip" else None
     loading = dict(
         skipped=skipped,
@@ -162,11 +182,23 @@ def train_and_evaluate(
             transform=processor.pixels,
             **loading,
         )
+        watchdog.expect("compile")
         return evaluate(
             program.eval_step, variables, split_batches,
             mesh=mesh, name=name, num_examples=len(eval_splits[name]), train_counts=class_counts,
-            **kwargs,
+            after_batch=after_eval_batch, **kwargs,
         )  # fmt: skip
+
+    def after_eval_batch() -> None:
+        watchdog.expect("eval")
+        if stop.poll():
+            raise Interrupted(f"{stop.name}: an evaluation stopped; run the same command again.")
+
+    def selection_score(step: int) -> float:
+        summary, _ = evaluate_split(select, state.eval_variables())
+        writer.write(step, {f"{select}/{name}": x for name, x in summary.items()})
+        _log_summary(f"step {step}: {select}", summary)
+        return select_score(summary, config.eval.select_metric)
 
     def seconds() -> float:
         return meta["seconds"] + time.time() - start_time
@@ -179,28 +211,52 @@ def train_and_evaluate(
         directory=workdir / "profile",
     )
     with (
+        StopRequest(distributed.late_maximum(mesh), distributed.leave) as stop,
+        Watchdog(**config.stall) as watchdog,
         checkpoints,
-        StopRequest() as stop,
         MetricWriter(
             workdir,
             start_step=start_step,
-            again=config.data.eval_splits if start_step == total_steps else (),
+            again=[
+                *(config.data.eval_splits if start_step == total_steps else ()),
+                *([select] if meta.get("lacks_score") else ()),
+            ],
+            is_main=is_main,
         ) as writer,
         Progress(
             start_step, total_steps, global_batch_size=config.train.global_batch_size
         ) as progress,
     ):
         metrics = LateMetrics(
-            writer, progress, every_steps=config.log.every_steps, window=meta["window"]
+            writer,
+            progress,
+            every_steps=config.log.every_steps,
+            window=meta["window"],
+            max_nonfinite=config.train.max_nonfinite,
+            ids=functools.partial(
+                loader.train_ids,
+                train_split,
+                global_batch_size=config.train.global_batch_size,
+                seed=config.train.seed,
+                sampling=config.data.sampling,
+            ),
         )
+        if meta.get("lacks_score"):  # a signal ended the evaluation that the last save was due for
+            checkpoints.add_score(start_step, selection_score(start_step))
+        watchdog.expect("compile")
+        stop.is_all_saved = True
         for step in range(start_step + 1, total_steps + 1):
             profile(step - start_step - 1, state)
             with progress.waiting():
                 batch = next(batches)
             with jax.transfer_guard("disallow"):  # nothing crosses to the devices unasked
                 state, step_metrics = program.train_step(state, batch)
+            stop.is_all_saved = False
             metrics.add(step, step_metrics)
             progress.step_done()
+            if step > start_step + 1:  # the first has been compiled and done everywhere
+                watchdog.expect("step")
+            stop.poll()
             is_evaluated = select and _is_due(step, config.eval.every_steps, total_steps)
             is_saved = _is_due(step, config.checkpoint.every_steps, total_steps)
             if not (is_evaluated or is_saved or stop.name):
@@ -208,27 +264,32 @@ def train_and_evaluate(
             metrics.flush()
             with progress.paused():
                 score = None
-                if is_evaluated:
-                    summary, _ = evaluate_split(select, state.eval_variables())
-                    score = _score(summary, config.eval.select_metric)
-                    writer.write(step, {f"{select}/{name}": x for name, x in summary.items()})
-                    _log_summary(f"step {step}: {select}", summary)
+                if is_evaluated and not stop.name:
+                    with contextlib.suppress(Interrupted):  # saved first: there is more to lose
+                        score = selection_score(step)
+                watchdog.expect("save")
                 meta_now = {
+                    "lacks_score": bool(is_evaluated) and score is None,
                     "data": train_split.fingerprint,
                     "teacher": teacher and teacher.sha256,
                     "num_passes": program.num_passes,
                     "seconds": seconds(),
                     "images_per_second": progress.images_per_second(),
                     "window": metrics.window,
+                    "skips": jax.tree.map(int, state.skips),
                 }
                 checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
-            if stop.name and step < total_steps:
+                watchdog.expect("step")
+            if stop.name and (step < total_steps or meta_now["lacks_score"]):
+                watchdog.expect("save")
                 checkpoints.wait()
+                distributed.wait_for_all("stopped")  # the first that ends would end the others
                 raise Interrupted(
                     f"{stop.name}: saved after step {step} of {total_steps}; "
                     "run the same command again to continue."
                 )
         profile(total_steps - start_step, state)
+        watchdog.expect("save")
         checkpoints.wait()
 
         # The final evaluation, of the weights that select_split chose.
@@ -238,9 +299,7 @@ def train_and_evaluate(
             variables = checkpoint.restore_eval_variables(checkpoints, selected_step, state)
         summaries = {}
         for name in dict.fromkeys([*config.data.eval_splits, *filter(None, [select])]):
-            summaries[name], predictions = evaluate_split(
-                name, variables, keep_predictions=True, stop=stop
-            )
+            summaries[name], predictions = evaluate_split(name, variables, keep_predictions=True)
             if is_main:
                 ids = [eval_splits[name].id(i) for i in predictions.pop("index").tolist()]
                 records.save_predictions(
@@ -248,6 +307,8 @@ def train_and_evaluate(
                 )
             if name != select:
                 writer.write(total_steps, {f"{name}/{k}": x for k, x in summaries[name].items()})
+    if skipped is not None:
+        skipped.log_counts([train_split, *eval_splits.values()])
     results = {
         "step": total_steps,
         "seconds": seconds(),
@@ -256,21 +317,19 @@ def train_and_evaluate(
         "train": {"num_skipped": skipped.count(train_split.name) if skipped else 0},
         "splits": summaries,
     }
-    if skipped is not None:
-        skipped.log_counts([train_split, *eval_splits.values()])
+    if speed := progress.images_per_second():
+        results["plan"] = footprint.planned_and_measured(
+            program, dtype=config.model.dtype, images_per_second=speed
+        )
     if is_main:
         records.write_json(workdir / "results.json", results)
         print(records.last_line(results, workdir, splits=config.data.eval_splits))
+    distributed.wait_for_all("results")  # the coordinator waits a short while only for the others
     return results
 
 
 def _is_due(step: int, every_steps: int, total_steps: int) -> bool:
     return step == total_steps or bool(every_steps and step % every_steps == 0)
-
-
-def _score(summary: dict[str, float], metric: str) -> float:
-    """Higher is better."""
-    return -summary[metric] if metric == "loss" else summary[metric]
 
 
 def _log_summary(what: str, summary: dict[str, float]) -> None:

@@ -2,21 +2,23 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
-from vitcls.config import check_num_steps, parse_fold, read_class_weights
+from vitcls.config import check_num_steps, flatten, parse_fold, read_class_weights
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
-from vitcls.program import Program
+from vitcls.program import Program, trains_statistics
 from vitcls.teacher import Teacher
 
 log = logging.getLogger("vitcls")
@@ -53,7 +55,7 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
         if name and name not in evaluated:
             evaluated[name] = keep(open_split(name))
     for split in evaluated.values():
-        _check_same_classes(train, split)
+        check_same_classes(train, split)
     if config.eval.select_split:
         _check_apart(evaluated, config.eval.select_split, data.eval_splits)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
@@ -64,7 +66,8 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     return train, evaluated
 
 
-def _check_same_classes(train: sources.Split, other: sources.Split) -> None:
+def check_same_classes(train: sources.Split, other: sources.Split) -> None:
+    """Raises `UserError` unless labels mean the same in both."""
     if train.class_names == other.class_names:
         return
     missing = sorted(set(train.class_names) - set(other.class_names))
@@ -174,10 +177,21 @@ def _check_kept_head(
 
 
 def resolve(
-    config: ConfigDict, *, num_train: int, image_size: tuple[int, int], num_devices: int
+    config: ConfigDict,
+    *,
+    num_train: int,
+    image_size: tuple[int, int],
+    num_devices: int,
+    begun: Path | None = None,
 ) -> ConfigDict:
-    """Returns a copy with what follows from data, checkpoint and devices filled in."""
+    """Returns a copy with what follows from data, checkpoint and devices filled in.
+
+    Of a workdir that goes on, `begun`, with `train.micro_batch=0` also what was chosen there.
+    """
     config = ConfigDict(config.to_dict())
+    if begun is not None and config.train.micro_batch == 0:
+        saved = json.loads((begun / "config.json").read_text())
+        config.train.micro_batch = saved["train"]["micro_batch"] or 0
     batch_size = config.train.global_batch_size
     if batch_size % num_devices:
         below = batch_size // num_devices * num_devices
@@ -200,6 +214,29 @@ def resolve(
     config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)
     return config
+
+
+def facts(
+    config: ConfigDict,
+    train_split: sources.Split,
+    eval_splits: dict[str, sources.Split],
+    *,
+    begun: Path | None,
+) -> dict[str, Any]:
+    """Returns what every process of a run must agree on, by name.
+
+    Args:
+      config: The run's, as `resolve` returns it.
+      train_split: The split to train on.
+      eval_splits: By name, those that are evaluated.
+      begun: The workdir of a run that goes on.
+    """
+    fingerprints = {split.name: split.fingerprint for split in [train_split, *eval_splits.values()]}
+    return {
+        **{f"config.{field}": value for field, value in flatten(config).items()},
+        **{f"data of split {name!r}": value for name, value in fingerprints.items()},
+        "workdir with checkpoints": begun is not None,
+    }
 
 
 def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: int) -> list[str]:
@@ -229,10 +266,16 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
             f"of 90 % has a standard error of {error:.1f} points there, so the checkpoint is "
             "chosen largely by chance. Hold out more (data.holdout), or set eval.select_split=''."
         )
-    if config.loss.class_weights != "none" and config.loss.logit_adjustment:
+    corrections = {
+        "loss.class_weights": config.loss.class_weights != "none",
+        "loss.logit_adjustment": config.loss.logit_adjustment,
+        "data.sampling": config.data.sampling != "uniform",
+    }
+    corrections = [field for field, is_set in corrections.items() if is_set]
+    if len(corrections) > 1:
         found.append(
-            "loss.class_weights and loss.logit_adjustment both correct for rare classes: together "
-            "they correct twice. Set one of them."
+            f"{' and '.join(corrections)} each correct for rare classes: together they correct "
+            "more than once. Set one of them."
         )
     if adapt.l2_sp and optim.weight_decay:
         found.append(
@@ -279,8 +322,7 @@ def check_same_teacher(sha256: str | None, teacher: Teacher | None) -> None:
 
 def check_same_passes(num_passes: int, program: Program, config: ConfigDict) -> None:
     """Raises `UserError` when a step has another number of passes and that changes the result."""
-    moves_statistics = config.model.batch_norm == "train" and program.state_shapes.batch_stats
-    if moves_statistics and num_passes != program.num_passes:
+    if trains_statistics(config, program) and num_passes != program.num_passes:
         raise UserError(
             f"This run began with {num_passes} passes per step and would go on with "
             f"{program.num_passes}: BatchNorm normalises each pass by itself. Choose "

@@ -32,6 +32,8 @@ class TrainState:
       batch_stats: Running statistics of BatchNorm; empty without it.
       opt_state: State of the optimizer.
       ema: Moving averages of `params` and `batch_stats`, or None.
+      skips: int32 () each, the steps so far that changed nothing because loss or gradient were not
+        finite: `total`, and `in_row`, those since the last one that did.
       teacher: Variables of the network to learn from, or None; not part of a checkpoint.
     """
 
@@ -41,6 +43,7 @@ class TrainState:
     batch_stats: PyTree
     opt_state: optax.OptState
     ema: PyTree | None
+    skips: dict[str, jax.Array]
     teacher: PyTree | None = None
 
     def variables(self) -> PyTree:
@@ -94,6 +97,7 @@ def init_state(
         ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
         if use_ema
         else None,
+        skips={"total": jnp.zeros((), jnp.int32), "in_row": jnp.zeros((), jnp.int32)},
     )
 
 
@@ -222,9 +226,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `(state, batch) -> (new state, metrics)`, for the caller to compile.
 
-    The metrics are `loss`, `grad_norm` (of the mean loss, before clipping) and `lr` (what
-    `schedule`, which `tx` follows, says of this step). For `num_passes` and `group_size` see
-    `in_passes`. In the first `probe_steps` only the head has a gradient, and only that is computed.
+    The metrics are `loss`, `grad_norm` (of the mean loss, before clipping), `lr` (what `schedule`,
+    which `tx` follows, says of this step), and the new state's `skips`. For `num_passes` and
+    `group_size` see `in_passes`. In the first `probe_steps` only the head has a gradient, and only
+    that is computed.
+
+    A step whose loss or gradient norm is not finite changes nothing but the counts of steps.
     """
 
     def batch_loss(params, fixed, batch_stats, batch, keys):
@@ -243,14 +250,16 @@ def make_train_step(
     def train_step(state, batch):
         keys = image_keys(key, state.step, batch["image"].shape[0])
         inputs = (state.params, (state.frozen, state.teacher), state.batch_stats, batch, keys)
+        num_updates = state.step - state.skips["total"]  # as `tx` counts
         if probe_steps:  # one branch is executed
-            result = jax.lax.cond(state.step < probe_steps, probe_grad_fn, grad_fn, *inputs)
+            result = jax.lax.cond(num_updates < probe_steps, probe_grad_fn, grad_fn, *inputs)
         else:
             result = grad_fn(*inputs)
         (loss_sum, (weight_sum, batch_stats)), grads = result
         # All images of a batch may have been skipped: no gradient then, rather than 0 / 0.
         weight_sum = jnp.where(weight_sum > 0, weight_sum, 1.0)
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
+        loss, grad_norm = loss_sum / weight_sum, optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -258,21 +267,25 @@ def make_train_step(
             ema = update_ema(
                 ema, {"params": params, "batch_stats": batch_stats}, state.step, ema_decay
             )
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema=ema,
-        )
+        new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        skips = count_skips(state.skips, is_finite)
         step_metrics = {
-            "loss": loss_sum / weight_sum,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": schedule(state.step - 1),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": schedule(num_updates),
+            "skips": skips,
         }
-        return state, step_metrics
+        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
+        return state.replace(step=state.step + 1, skips=skips), step_metrics
 
     return train_step
+
+
+def count_skips(skips: dict[str, jax.Array], is_finite: jax.Array) -> dict[str, jax.Array]:
+    """Returns `TrainState.skips` after a step that was finite or not."""
+    skipped = 1 - is_finite.astype(jnp.int32)
+    return {"total": skips["total"] + skipped, "in_row": (skips["in_row"] + 1) * skipped}
 
 
 def update_ema(average: PyTree, new: PyTree, step: jax.Array, decay: float) -> PyTree:

@@ -2,6 +2,8 @@
 
   python -m launch.sweep --config=configs/quickstart.py --sweep=configs/sweeps/imbalance.py \
     --workdir=runs/imbalance --config.data.source=folder:$DATA --config.data.long_tail=50 \
+    --config.augment.flip=True --config.eval.select_split= --config.train.total_epochs=0 \
+    --config.train.total_steps=200 \
     --metrics=test/balanced_accuracy,test/head_accuracy,test/medium_accuracy,test/tail_accuracy
 
 docs/recipes.md has a table of its results. Classes as they are come first.

@@ -58,6 +58,11 @@ END
     exit 1
     ;;
   stop)
+    scancel --user="$(id -un)" || true
+    for _ in $(seq 60); do  # until all have saved: daemons that end leave jobs behind
+      if [ -z "$(squeue --noheader 2> /dev/null)" ]; then break; fi
+      sleep 1
+    done
     for pid in "$dir"/n1.pid "$dir"/n2.pid "$dir"/slurmctld.pid; do
       if [ -f "$pid" ]; then kill "$(cat "$pid")" || true; fi
     done

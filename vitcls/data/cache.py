@@ -93,7 +93,7 @@ class RamCache(_Cached):
 
     def __init__(self, split: Split):
         super().__init__(split)
-        _, self._mean_bytes = _sample(split)
+        _, self._mean_bytes = sample(split)
         self._images: dict[int, tuple[tuple[int, int], bytes, int]] = {}
         self._is_filling = True
 
@@ -132,7 +132,7 @@ class DiskCache(_Cached):
     def __init__(self, split: Split, folder: pathlib.Path):
         """The files are in `folder/vitcls-cache/KEY`, where KEY stands for these very images."""
         super().__init__(split)
-        key, self._mean_bytes = _sample(split)
+        key, self._mean_bytes = sample(split)
         self._folder = folder / "vitcls-cache" / key
         self._images_per_shard = max(_FEWEST_IMAGES, math.ceil(len(split) / _MOST_SHARDS))
         self._shards: dict[int, tuple[memoryview, np.ndarray]] = {}
@@ -279,7 +279,7 @@ def _to_image(size: tuple[int, int], pixels: bytes | memoryview) -> Image.Image:
     return Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1)
 
 
-def _sample(split: Split) -> tuple[str, float]:
+def sample(split: Split) -> tuple[str, float]:
     """A hash that stands for the split's images, and their mean number of bytes when decoded.
 
     Both come from a few images. The fingerprint alone would not do: of folders it covers names and

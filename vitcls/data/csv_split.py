@@ -11,6 +11,7 @@ import concurrent.futures
 import csv
 import hashlib
 import os
+import stat
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -222,7 +223,8 @@ def _find_classes(path: str, rows: list[_Row]) -> dict[str, str]:
 def _size(path: str) -> int | None:
     """Bytes of the file; None if there is none."""
     try:
-        return os.stat(path).st_size
+        status = os.stat(path)
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no name of a file
         return None
     except OSError as error:

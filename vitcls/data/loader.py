@@ -86,11 +86,28 @@ def train_batches(
         start_step=start_step,
         num_batches=total_steps - start_step,
         seed=seed,
-        cumulative_weights=None
-        if sampling == "uniform"
-        else order.cumulative_weights(split.labels(), sampling=sampling),
+        cumulative_weights=_cumulative_weights(split, sampling),
     )
     return _iterate(source, skipped, num_threads=num_threads, num_workers=num_workers)
+
+
+def train_ids(
+    split: Split, step: int, *, global_batch_size: int, seed: int, sampling: str
+) -> list[str]:
+    """Returns the ids of the B images of a training step, counted from 1, over all processes.
+
+    Args: as for `train_batches`.
+    """
+    source = _TrainSource(
+        split,
+        layout=_Layout(global_batch_size, 0, 1),
+        transform=np.asarray,  # which nobody calls
+        start_step=step - 1,
+        num_batches=1,
+        seed=seed,
+        cumulative_weights=_cumulative_weights(split, sampling),
+    )
+    return [split.id(index) for index in source.samples(0)[1].tolist()]
 
 
 def eval_batches(
@@ -174,7 +191,8 @@ class _TrainSource(_Source):
     seed: int
     cumulative_weights: np.ndarray | None
 
-    def __getitem__(self, batch_number: int) -> Batch:
+    def samples(self, batch_number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of a batch's samples and the examples that they show, int64 (b,) each."""
         numbers = self.layout.sample_numbers(self.start_step + batch_number)
         if self.cumulative_weights is None:
             indices = order.example_indices(numbers, num_examples=len(self.split), seed=self.seed)
@@ -182,11 +200,21 @@ class _TrainSource(_Source):
             indices = order.drawn_indices(
                 numbers, cumulative_weights=self.cumulative_weights, seed=self.seed
             )
+        return numbers, indices
+
+    def __getitem__(self, batch_number: int) -> Batch:
+        numbers, indices = self.samples(batch_number)
 
         def transform(image: Image.Image, row: int) -> np.ndarray:
             return self.transform(image, order.sample_rng(self.seed, int(numbers[row])))
 
         return _make_batch(self.split, indices, transform)
+
+
+def _cumulative_weights(split: Split, sampling: str) -> np.ndarray | None:
+    if sampling == "uniform":
+        return None
+    return order.cumulative_weights(split.labels(), sampling=sampling)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,8 @@ class Skipped:
         return len(self._known.get(split, ()))
 
     def log_counts(self, splits: list[Split]) -> None:
-        """Says of every split how many of its images are in the list."""
+        """Says of every split how many of its images are in the list, whoever added them."""
+        self._add_lines("", [])
         for split in splits:
             log.info(
                 "%s: %d of %d images skipped%s",

@@ -33,6 +33,12 @@ class Run:
         with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
             return self._step(checkpoints)
 
+    def steps(self) -> list[int]:
+        """The same as a list; of `DIR@all`, which is no single checkpoint, all that are kept."""
+        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+            all_steps = checkpoints.steps() if self.which == "all" else []
+            return all_steps or [self._step(checkpoints)]
+
     def read_variables(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables as float32 numpy arrays: the averaged ones if there are any.
 
@@ -58,6 +64,8 @@ class Run:
 
     def _step(self, checkpoints: Checkpoints) -> int:
         steps = checkpoints.steps()
+        if self.which in map(str, steps):  # whatever has become of the others
+            return int(self.which)
         best = checkpoints.best_step()
         chosen = {
             None: checkpoints.latest_step() if best is None else best,

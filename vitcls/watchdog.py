@@ -1,0 +1,51 @@
+"""Ends a process that is stuck: alive, but without progress for longer than that may take."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+from vitcls import distributed
+from vitcls.errors import STALLED
+
+
+class Watchdog:
+    """While entered, a thread waits for signs of progress, each within the time given for it.
+
+    When one is missing, it prints where every thread is, and ends the process: nothing else could,
+    as a stuck main thread does not come back to see a flag or an exception.
+    """
+
+    def __init__(self, **budgets: float):
+        """Takes `NAME_secs=SECONDS` for everything that `expect` will be told; 0: no limit."""
+        self._budgets = budgets
+        self._expected = ("", 0.0, float("inf"))  # replaced as a whole: read by the thread
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def expect(self, what: str) -> None:
+        """From now on, the next call must come within the time for `what`."""
+        budget = self._budgets[f"{what}_secs"]
+        self._expected = (what, budget, time.monotonic() + (budget or float("inf")))
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.5):
+            what, budget, deadline = self._expected
+            if time.monotonic() > deadline:
+                _end(f"Stuck: no end of {what} in {budget:g} s (stall.{what}_secs).")
+
+
+def _end(message: str) -> None:
+    faulthandler.dump_traceback(file=sys.__stderr__)
+    print(f"ERROR: {message} Above is where each thread is.", file=sys.stderr, flush=True)
+    distributed.leave(STALLED, message)
+    os._exit(STALLED)
