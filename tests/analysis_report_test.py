@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcls import cli, errors
+from vitcls import cli, errors, pretrained
 from vitcls.analysis import gallery, page, predictions, report, run
 from vitcls.config import default_config
+from vitcls.models.vit import vit_config
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
@@ -216,11 +217,15 @@ def with_images(tmp_path) -> Path:
                 if split == "test":
                     ids.append(str(path.relative_to(tmp_path / "data")))
     (tmp_path / "data" / ids[0]).write_bytes(b"no image")
-    return make_run(
+    made = make_run(
         tmp_path / "run", names, num=6, ids=ids,
         **{"data.source": f"folder:{tmp_path / 'data'}", "eval.select_split": "",
            "train.global_batch_size": 8},
     )  # fmt: skip
+    network = vit_config("vit_mu4", num_classes=2, image_size=(16, 16))
+    processor = pretrained.Processor(size=(16, 16), id2label=dict(enumerate(names)))
+    pretrained.write_config(made / "model", network, processor)
+    return made
 
 
 def test_images_are_shown_with_what_explains_them(with_images):
