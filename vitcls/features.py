@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,21 +95,9 @@ def features_of(backbone: Backbone, split: Split, *, folder: Path, batch_size: i
 
 def extract(backbone: Backbone, split: Split, *, batch_size: int = 0) -> Features:
     """Computes the features of every example once. Args and Raises: as for `features_of`."""
-    model, processor, mesh = backbone.model, backbone.processor, backbone.mesh
+    processor, mesh = backbone.processor, backbone.mesh
     start = time.monotonic()
-    step, batch_size = inference.compile_step(
-        jax.jit(
-            lambda variables, images: model.apply(
-                variables, processor.normalise(images), train=False
-            ),
-            out_shardings=sharding.replicated(mesh),
-        ),
-        backbone.variables,
-        jax.ShapeDtypeStruct((*processor.size, 3), np.uint8),
-        mesh=mesh,
-        num_images=len(split),
-        batch_size=batch_size,
-    )
+    step, batch_size = compile_forward(backbone, num_images=len(split), batch_size=batch_size)
     batches = loader.eval_batches(
         split,
         global_batch_size=batch_size,
@@ -128,3 +117,27 @@ def extract(backbone: Backbone, split: Split, *, batch_size: int = 0) -> Feature
         len(split), split.name, progress.duration(time.monotonic() - start),
     )  # fmt: skip
     return found
+
+
+def forward(backbone: Backbone) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns `(variables, uint8 (B, H, W, 3)) -> float32 (B, D)`, on every device, jitted."""
+    return jax.jit(
+        lambda variables, images: backbone.model.apply(
+            variables, backbone.processor.normalise(images), train=False
+        ),
+        out_shardings=sharding.replicated(backbone.mesh),
+    )
+
+
+def compile_forward(
+    backbone: Backbone, *, num_images: int, batch_size: int = 0
+) -> tuple[Callable[[Any, jax.Array], jax.Array], int]:
+    """Compiles `forward` for one size of batch; see `inference.compile_step`."""
+    return inference.compile_step(
+        forward(backbone),
+        backbone.variables,
+        jax.ShapeDtypeStruct((*backbone.processor.size, 3), np.uint8),
+        mesh=backbone.mesh,
+        num_images=num_images,
+        batch_size=batch_size,
+    )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import signal, stats
 
 LEVEL = 0.95
 POWER = 0.8  # chance to find the difference that was observed, of `seeds_needed`
@@ -105,6 +105,25 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def sign_flips(differences: np.ndarray) -> float:
+    """P of the exact test that differences are as likely above 0 as below it, whatever their sizes.
+
+    Fisher's randomisation test of pairs (1935, The Design of Experiments, section 21): the share of
+    all choices of signs whose sum is as far from 0. Of 1, 0 and -1 it is McNemar's test.
+
+    Args:
+      differences: Integers (N,).
+    """
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    chances = np.ones(1)  # of each sum over the positive ones
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        own = np.zeros(size * count + 1)
+        own[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = signal.fftconvolve(chances, own)
+    sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
+    return float(np.clip(chances[np.abs(sums) >= abs(differences.sum())].sum(), 0, 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:
