@@ -43,6 +43,20 @@ class Backbone:
     mesh: Mesh
 
     @functools.cached_property
+    def forward(self) -> jax.stages.Wrapped:
+        """`(variables, uint8 (B, H, W, 3)) -> float32 (B, D)`, on every device.
+
+        Jitted once, so that a second split with the same size of batch compiles nothing.
+        """
+        model, processor = self.model, self.processor  # not self, which would keep the variables
+        return jax.jit(
+            lambda variables, images: model.apply(
+                variables, processor.normalise(images), train=False
+            ),
+            out_shardings=sharding.replicated(self.mesh),
+        )
+
+    @functools.cached_property
     def digest(self) -> str:
         """Stands for the network, its weights and how images are prepared for it."""
         prepared = dataclasses.replace(self.processor, id2label={})
@@ -119,22 +133,12 @@ def extract(backbone: Backbone, split: Split, *, batch_size: int = 0) -> Feature
     return found
 
 
-def forward(backbone: Backbone) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `(variables, uint8 (B, H, W, 3)) -> float32 (B, D)`, on every device, jitted."""
-    return jax.jit(
-        lambda variables, images: backbone.model.apply(
-            variables, backbone.processor.normalise(images), train=False
-        ),
-        out_shardings=sharding.replicated(backbone.mesh),
-    )
-
-
 def compile_forward(
     backbone: Backbone, *, num_images: int, batch_size: int = 0
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], int]:
-    """Compiles `forward` for one size of batch; see `inference.compile_step`."""
+    """Compiles `backbone.forward` for one size of batch; see `inference.compile_step`."""
     return inference.compile_step(
-        forward(backbone),
+        backbone.forward,
         backbone.variables,
         jax.ShapeDtypeStruct((*backbone.processor.size, 3), np.uint8),
         mesh=backbone.mesh,

@@ -176,7 +176,8 @@ def accuracy_against_cost(
         if known:
             axes.set(xlim=(min(known) / _MARGIN, max(known) * _MARGIN))
         _scale_log(axes, "x")
-        axes.set(xlabel=f"{xlabel} (side by side where equal)", ylabel=ylabel)
+        note = " (side by side where equal)" if len(set(known)) < len(known) else ""
+        axes.set(xlabel=xlabel + note, ylabel=ylabel)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(styles))
         figure.supxlabel("\n".join(lines), x=0.02, ha="left", fontsize=8, linespacing=1.3)
         return {suffix: _file(figure, suffix) for suffix in ("png", "svg")}
@@ -190,7 +191,7 @@ def _side_by_side(costs: Sequence[float]) -> list[float]:
     for i, cost in enumerate(costs):
         same = [j for j, other in enumerate(costs) if other == cost]
         place = same.index(i) - (len(same) - 1) / 2
-        moved.append(cost * math.exp(place * min(0.03, 0.3 / len(same)) * span))
+        moved.append(cost * math.exp(place * min(0.02, 0.3 / len(same)) * span))
     return moved
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import signal, stats
+from scipy import stats
 
 LEVEL = 0.95
 POWER = 0.8  # chance to find the difference that was observed, of `seeds_needed`
@@ -121,9 +121,9 @@ def sign_flips(differences: np.ndarray) -> float:
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         own = np.zeros(size * count + 1)
         own[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
-        chances = signal.fftconvolve(chances, own)
+        chances = np.convolve(chances, own)  # by FFT small chances would be noise
     sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
-    return float(np.clip(chances[np.abs(sums) >= abs(differences.sum())].sum(), 0, 1))
+    return float(min(1.0, chances[np.abs(sums) >= abs(differences.sum())].sum()))
 
 
 def holm(p: Sequence[float]) -> list[float]:
