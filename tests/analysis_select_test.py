@@ -40,7 +40,7 @@ def _short_windows(monkeypatch):
 
 def candidate(name, probe, *, knn=0.5, gflops=1.0, num=N) -> candidates.Candidate:
     """Of given accuracies: always right on the first images."""
-    costs = candidates.Costs((8, 8), 1000, gflops, 10.0, 32)
+    costs = candidates.Costs((8, 8), 1000, gflops, 1234.4, 32)
     hits = np.arange(num) < round(probe * num)
     return candidates.Candidate(
         name, S * hits, S, (np.arange(num) < round(knn * num)) * 1,
@@ -238,6 +238,8 @@ def test_the_files_hold_what_was_found():
     assert rows[2]["left_out"] == "There is no folder './c'."
     markdown = selection_page.to_markdown(found)
     assert "| 1 | a | 0.900 (0.8" in markdown and "| 2.0 (" in markdown
+    assert "| 0.001 | 35.1 | 1,234 | 8 x 8 |" in markdown  # parameters, GFLOPs, images/s
+    assert "| 0.001 | – | 1,234 | 8 x 8 |" in markdown
     assert "- ./c: There is no folder './c'." in markdown
     assert selection.sentence(found) in markdown
 

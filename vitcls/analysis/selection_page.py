@@ -47,10 +47,16 @@ def _cells(rank: int, row: Row) -> list[str]:
         "–" if is_choice else
         f"{100 * behind.value:.1f} ({_points(behind.low)} to {_points(behind.high)})",
         "–" if is_choice else f"{row.p:.3f}" if row.p >= 0.001 else f"{row.p:.1e}",
-        f"{costs.num_params / 1e6:.4g}", f"{costs.gflops:.3g}".replace("inf", "–"),
-        f"{costs.images_per_second:.3g}",
+        _number(costs.num_params / 1e6), _number(costs.gflops), _number(costs.images_per_second),
         "{} x {}".format(*costs.image_size),
     ]  # fmt: skip
+
+
+def _number(value: float) -> str:
+    """Three digits, and all those before the point."""
+    if math.isinf(value):
+        return "–"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _points(value: float) -> str:
