@@ -1,8 +1,5 @@
 """A comparison for people and for programs: Markdown, CSV, one HTML page."""
 
-import csv
-import html
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from vitcls.analysis import classification, figures, paired
+from vitcls.analysis import classification, figures, paired, tables
 from vitcls.analysis.comparison import LOWER_IS_BETTER, Comparison, Pair
 from vitcls.analysis.groups import Group, describe
 from vitcls.analysis.page import environment, shorten, visible
@@ -52,13 +49,13 @@ def summaries(found: Comparison) -> list[dict[str, Any]]:
 def to_markdown(found: Comparison) -> str:
     """The comparison as it is printed, too."""
     lines = [f"# {title(found)}", ""]
-    lines += [f"- {_plain(pair.sentence)}" for pair in found.pairs] or [_NOTHING, ""]
-    lines += ["", *(_plain(note) for note in found.notes)]
+    lines += [f"- {tables.plain(pair.sentence)}" for pair in found.pairs] or [_NOTHING, ""]
+    lines += ["", *(tables.plain(note) for note in found.notes)]
     rows = [
         [one["group"].name, describe(one["group"].fields), str(len(one["values"])), *_numbers(one)]
         for one in summaries(found)
     ]
-    lines += _table(_GROUPS, rows)
+    lines += tables.markdown(_GROUPS, rows)
     if found.pairs:
         head = [
             "pair",
@@ -69,10 +66,10 @@ def to_markdown(found: Comparison) -> str:
             "McNemar, by seed",
             "weighed",
         ]
-        lines += [*_table(head, [_cells(pair) for pair in found.pairs]), MODELLED]
+        lines += [*tables.markdown(head, [_cells(pair) for pair in found.pairs]), MODELLED]
     if found.left_out:
         lines += ["", "Not compared:", ""]
-        lines += [f"- {_plain(f'{path}: {why}')}" for path, why in found.left_out.items()]
+        lines += [f"- {tables.plain(f'{path}: {why}')}" for path, why in found.left_out.items()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
 
@@ -109,16 +106,6 @@ def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown and the HTML made of it show as it is, on one line."""
-    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(visible(text).replace("\n", " "), False))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
-    return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
-
-
 def to_csv(found: Comparison) -> dict[str, str]:
     """`runs.csv`, `groups.csv` and `pairs.csv`; numbers unrounded, unknown ones empty."""
     fields = list(found.groups[0].fields)
@@ -135,15 +122,8 @@ def to_csv(found: Comparison) -> dict[str, str]:
         one = pair.weighed
         numbers = [one.value, *one.interval(), one.p, pair.corrected] if one else [np.nan] * 5
         pairs.append([pair.a.name, pair.b.name, *numbers, pair.modelled, pair.sentence])
-    return {f"{name}.csv": _csv(rows) for name, rows in
+    return {f"{name}.csv": tables.to_csv(rows) for name, rows in
             (("runs", runs), ("groups", groups), ("pairs", pairs))}  # fmt: skip
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
-    table.writerows([["" if cell != cell else cell for cell in row] for row in rows])  # NaN
-    return file.getvalue()
 
 
 def to_html(found: Comparison) -> str:
