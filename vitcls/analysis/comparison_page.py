@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,6 @@ def _csv(rows: Sequence[Sequence[Any]]) -> str:
 def to_html(found: Comparison) -> str:
     """The page; everything is in it, and no script."""
     rows = summaries(found)
-    dots = [
-        (shorten(visible(row["group"].label), 45), *(row[key] for key in
-         ("values", "mean", "low", "high"))) for row in rows
-    ]  # fmt: skip
     drawn = [pair for pair in found.pairs if pair.weighed][:_MOST_DOTS]
     differences = [
         (f"{pair.a.name} - {pair.b.name}", [], pair.weighed.value, *pair.weighed.interval())
@@ -174,7 +171,7 @@ def to_html(found: Comparison) -> str:
             for seed, i in zip(group.seeds, group.runs, strict=True)
         ],
         cells=[_cells(pair) for pair in found.pairs],
-        dots=Markup(figures.intervals("dots", dots, xlabel=f"{found.metric} on {found.split}")),
+        dots=Markup(figures.intervals("dots", _dots(rows), xlabel=_xlabel(found))),
         differences=Markup(
             figures.intervals("pairs", differences, zero=True,
                               xlabel=f"difference of {found.metric}, above 0: the first is better")
@@ -185,6 +182,22 @@ def to_html(found: Comparison) -> str:
         modelled=MODELLED,
         style=Markup(Path(__file__).with_name("report.css").read_text()),
     )  # fmt: skip
+
+
+def to_png(found: Comparison) -> bytes:
+    """The page's first picture: each run, and the mean of each group in its interval."""
+    return figures.intervals_png(_dots(summaries(found)), xlabel=_xlabel(found))
+
+
+def _dots(rows: Sequence[dict[str, Any]]) -> list[figures.Interval]:
+    return [
+        (textwrap.fill(visible(row["group"].label), 32, max_lines=2, placeholder=" …"),
+         *(row[key] for key in ("values", "mean", "low", "high"))) for row in rows
+    ]  # fmt: skip
+
+
+def _xlabel(found: Comparison) -> str:
+    return f"{found.metric} on {found.split}"
 
 
 def _curves(found: Comparison) -> list[tuple[str, Markup]]:
