@@ -153,6 +153,7 @@ def make_config(tmp_path, digits_dir, *, steps) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_answers(digits_dir, tmp_path):
     name, workdir = make_config(tmp_path, digits_dir, steps=1), tmp_path / "run"
     done = reproduce(name, f"--workdir={workdir}", "--set=train.seed=3")
@@ -200,6 +201,24 @@ def test_an_interrupted_run_saves_and_is_continued(digits_dir, tmp_path, number)
     out, error = again.communicate()
     assert again.returncode == 0 and "Continuing after step" in error
     assert "inside: test accuracy" in out
+
+
+@pytest.mark.parametrize(
+    ("child", "code"),
+    [
+        ("sys.exit(75)", 75),
+        ("os.kill(os.getpid(), 9)", 137),
+        ("signal.signal(15, lambda *_: sys.exit(9)); os.kill(os.getppid(), 15); time.sleep(60)", 9),
+    ],
+)
+def test_exit_codes_and_signals_are_passed_on(child, code):
+    child = f"import os, signal, sys, time; {child}"
+    program = (
+        "import sys\n"
+        "from vitcls.analysis import reproduce\n"
+        f"sys.exit(reproduce._run([sys.executable, '-c', {child!r}]))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == code
 
 
 def compare(name, workdir, splits):

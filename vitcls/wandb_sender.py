@@ -49,19 +49,21 @@ class WandbSender:
           config: What it shows of how the run is made.
         """
         kept = workdir / "wandb_id"
-        if not kept.exists():
-            kept.write_text(secrets.token_hex(4))
+        key = kept.read_text() if kept.exists() else ""
+        if not key:
+            key = secrets.token_hex(4)
+            kept.write_text(key)
         path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         # Of a session of its own: Ctrl-C is for the run, which then ends this one.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vitcls.wandb_sender"],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
-        self._is_failed = False
+        self._is_failed = self._is_behind = False
         self._tell(
-            project=project, id=kept.read_text(), name=workdir.absolute().name,
-            dir=str(workdir.absolute()), config=config,
+            project=project, id=key, name=workdir.absolute().name, dir=str(workdir.absolute()),
+            config=config,
         )  # fmt: skip
         os.set_blocking(self._process.stdin.fileno(), False)
 
@@ -83,8 +85,12 @@ class WandbSender:
         if self._is_failed:
             return
         try:
-            self._process.stdin.write((json.dumps(message) + "\n").encode())
-        except OSError as error:  # it has ended, or read nothing for so long that the pipe is full
+            os.write(self._process.stdin.fileno(), (json.dumps(message) + "\n").encode())
+        except BlockingIOError:  # the pipe is full: nothing was read for hundreds of lines
+            if not self._is_behind:
+                log.warning("Weights & Biases falls behind: lines are left out there.")
+            self._is_behind = True
+        except OSError as error:  # it has ended
             self._fail(str(error))
 
     def _fail(self, why: str) -> None:
@@ -104,7 +110,8 @@ def _send() -> None:
                 lines.put(line)
         lines.put('{"exit_code": 1}')  # if nothing was said before, the run was killed
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # clusters tell all processes; the run ends this
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # clusters tell all processes; the run ends this one
     asked = json.loads(sys.stdin.readline())
     threading.Thread(target=read, daemon=True).start()
     run = _open(**asked)
@@ -127,7 +134,7 @@ def _open(**asked: Any) -> Any:
     }
     try:
         run = wandb.init(**asked)
-    except wandb.Error as error:  # no login, no network
+    except Exception as error:  # no login, no network
         wandb.teardown()
         run = wandb.init(mode="offline", **asked)
         print(
