@@ -1,6 +1,7 @@
 """A comparison for people and for programs: Markdown, CSV, one HTML page."""
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,6 @@ def to_csv(found: Comparison) -> dict[str, str]:
 def to_html(found: Comparison) -> str:
     """The page; everything is in it, and no script."""
     rows = summaries(found)
-    dots = [
-        (shorten(visible(row["group"].label), 45), *(row[key] for key in
-         ("values", "mean", "low", "high"))) for row in rows
-    ]  # fmt: skip
     drawn = [pair for pair in found.pairs if pair.weighed][:_MOST_DOTS]
     differences = [
         (f"{pair.a.name} - {pair.b.name}", [], pair.weighed.value, *pair.weighed.interval())
@@ -154,7 +151,7 @@ def to_html(found: Comparison) -> str:
             for seed, i in zip(group.seeds, group.runs, strict=True)
         ],
         cells=[_cells(pair) for pair in found.pairs],
-        dots=Markup(figures.intervals("dots", dots, xlabel=f"{found.metric} on {found.split}")),
+        dots=Markup(figures.intervals("dots", _dots(rows), xlabel=_xlabel(found))),
         differences=Markup(
             figures.intervals("pairs", differences, zero=True,
                               xlabel=f"difference of {found.metric}, above 0: the first is better")
@@ -165,6 +162,22 @@ def to_html(found: Comparison) -> str:
         modelled=MODELLED,
         style=Markup(Path(__file__).with_name("report.css").read_text()),
     )  # fmt: skip
+
+
+def to_png(found: Comparison) -> bytes:
+    """The page's first picture: each run, and the mean of each group in its interval."""
+    return figures.intervals_png(_dots(summaries(found)), xlabel=_xlabel(found))
+
+
+def _dots(rows: Sequence[dict[str, Any]]) -> list[figures.Interval]:
+    return [
+        (textwrap.fill(visible(row["group"].label), 32, max_lines=2, placeholder=" …"),
+         *(row[key] for key in ("values", "mean", "low", "high"))) for row in rows
+    ]  # fmt: skip
+
+
+def _xlabel(found: Comparison) -> str:
+    return f"{found.metric} on {found.split}"
 
 
 def _curves(found: Comparison) -> list[tuple[str, Markup]]:

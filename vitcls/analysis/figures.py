@@ -114,31 +114,43 @@ def risk_coverage(name: str, coverage: np.ndarray, risk: np.ndarray) -> str:
         return _svg(figure, name)
 
 
-def intervals(
-    name: str, rows: Sequence[tuple[str, Sequence[float], float, float, float]], *, xlabel: str,
-    zero: bool = False,
-) -> str:  # fmt: skip
+# (label, single values, mean, low, high); low and high are NaN where there is no interval.
+Interval = tuple[str, Sequence[float], float, float, float]
+
+
+def intervals(name: str, rows: Sequence[Interval], *, xlabel: str, zero: bool = False) -> str:
     """SVG of a line for each row, downwards: single values as rings, a dot within its interval.
 
     Args:
       name: Of the figure in the page.
-      rows: (label, single values, mean, low, high); low and high are NaN where there is no
-        interval.
+      rows: See above.
       xlabel: What the values are.
       zero: Whether to mark 0.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _figure(6.0, 0.9 + 0.28 * len(rows))
-        for i, (_, values, mean, low, high) in enumerate(rows):
-            axes.plot(values, [i] * len(values), "o", markersize=4, fillstyle="none", alpha=0.7,
-                      color=_COLORS[0])  # fmt: skip
-            axes.plot([low, high], [i, i], color=_COLORS[1], linewidth=1.5)
-            axes.plot([mean], [i], "o", markersize=5, color=_COLORS[1])
-        if zero:
-            axes.axvline(0, color=_INK, linestyle=":", linewidth=1)
-        axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
-        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-        return _svg(figure, name)
+        return _svg(_draw_intervals(rows, xlabel=xlabel, zero=zero), name)
+
+
+def intervals_png(rows: Sequence[Interval], *, xlabel: str) -> bytes:
+    """The same as a PNG file, black on white, for pages that are no HTML."""
+    file = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        _draw_intervals(rows, xlabel=xlabel, zero=False).savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
+def _draw_intervals(rows: Sequence[Interval], *, xlabel: str, zero: bool) -> Figure:
+    figure, (axes,) = _figure(6.0, 0.9 + 0.36 * len(rows))
+    for i, (_, values, mean, low, high) in enumerate(rows):
+        axes.plot(values, [i] * len(values), "o", markersize=4, fillstyle="none", alpha=0.7,
+                  color=_COLORS[0])  # fmt: skip
+        axes.plot([low, high], [i, i], color=_COLORS[1], linewidth=1.5)
+        axes.plot([mean], [i], "o", markersize=5, color=_COLORS[1])
+    if zero:
+        axes.axvline(0, color=_INK, linestyle=":", linewidth=1)
+    axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    return figure
 
 
 def accuracy_against_cost(
