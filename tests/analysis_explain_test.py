@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from vitcls import cli, errors, pretrained
 from vitcls.analysis import explain, explaining, overlay
 from vitcls.models.resnet import ResNet, resnet_config
 
-ROOT = Path(__file__).parent.parent
-ASSET = ROOT / "assets" / "vit-nano-glyphs"
+ASSET = Path(__file__).parent.parent / "assets" / "vit-nano-glyphs"
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +96,21 @@ def test_classes_are_named_or_numbered():
             explaining.class_index(name, ["b", "0"])
 
 
-def command(*args) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.analysis.explain", *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def parse(*args: str) -> None:
+    defaults = ["--images=", "--data=", "--num_images=0", "--method=", "--class="]
+    cli._parse_flags(["explain", *defaults, *args], "")
 
 
-def test_command_explains_a_data_set(photos, tmp_path):
-    data = tmp_path / "data" / "test"
+def test_command_explains_a_data_set(photos, tmp_path, capsys):
     for name in ("a", "b"):
-        (data / name).mkdir(parents=True)
+        folder = tmp_path / "data" / "test" / name
+        folder.mkdir(parents=True)
         for number in range(2):
-            (data / name / f"{number}.png").write_bytes((photos / "a" / "one.png").read_bytes())
-    result = command(f"--checkpoint={ASSET}", f"--data=folder:{tmp_path}/data", "--num_images=3",
-                     "--method=rollout", f"--output={tmp_path}/maps")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"3 images, rollout -> {tmp_path}/maps\n"
+            (folder / f"{number}.png").write_bytes((photos / "a" / "one.png").read_bytes())
+    parse(f"--checkpoint={ASSET}", f"--data=folder:{tmp_path}/data", "--num_images=3",
+          "--method=rollout", f"--output={tmp_path}/maps")  # fmt: skip
+    explain.main()
+    assert capsys.readouterr().out == f"3 images, rollout -> {tmp_path}/maps\n"
     rows = table(tmp_path / "maps")
     assert [row["image"] for row in rows] == ["test/a/0.png", "test/a/1.png", "test/b/0.png"]
     assert {row["explained"] for row in rows} == {""}  # rollout is of no class
@@ -123,15 +119,14 @@ def test_command_explains_a_data_set(photos, tmp_path):
 
 def said(*args: str) -> str:
     """The error of a command line, in this process."""
-    defaults = ["--images=", "--data=", "--num_images=0", "--method=", "--class="]
-    cli._parse_flags(["explain", *defaults, *args], "")
+    parse(*args)
     with pytest.raises(errors.UserError) as error:
         explain.main()
     return str(error.value)
 
 
 def test_mistakes_in_the_command(photos, tmp_path):
-    assert "--checkpoint is missing" in said()
+    assert "--checkpoint is missing" in said("--checkpoint=")
     here = [f"--checkpoint={ASSET}", f"--output={tmp_path}/maps"]
     assert "by --images or by --data, one of the two" in said(*here)
     assert "one of the two" in said(*here, "--data=digits", f"--images={photos}")
