@@ -25,7 +25,7 @@ LEVELS = [
     | {"analysis"},
 ]
 # Modules of vitcls/analysis that are commands.
-ANALYSES = {"report", "compare", "select", "reproduce", "results"}
+ANALYSES = {"report", "compare", "explain", "select", "reproduce", "results"}
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[2]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
