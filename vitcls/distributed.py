@@ -39,6 +39,7 @@ _SHUTDOWN_SECS = 30
 # coordinator waits longer for the others, which would be aborted without it.
 _GRACE_SECS, _COORDINATOR_GRACE_SECS = 10, 30
 _POLL_SECS = 1
+_LAST_SECS = 3  # between the last word of a process and its end
 _FOREVER = 10**9  # milliseconds: whoever waits is ended by what ends the others
 _END = "vitcls/end"
 _meetings = itertools.count()  # names in the store, and barriers, can be used once
@@ -262,13 +263,14 @@ def leave(code: int, message: str) -> None:
             f"{first['code']}: {first['message']}",
             file=sys.stderr,
         )
+    sys.stdout.flush()
+    sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(f"{_END}/{global_state.process_id}", "")
         if global_state.process_id == 0:  # the others read it here
             while len(client.key_value_dir_get(f"{_END}/")) < global_state.num_processes:
                 time.sleep(0.1)
-    sys.stdout.flush()
-    sys.stderr.flush()
+            time.sleep(_LAST_SECS)  # without a coordinator jax aborts who has not ended yet
     os._exit(first["code"])
 
 
@@ -281,6 +283,8 @@ def _watch_others() -> None:
             first = _first_end()
             if first is None:
                 continue
+            if first["process"] == global_state.process_id:
+                return  # which is leaving already, in another thread
             is_over.wait(_GRACE_SECS)  # to end by itself
             leave(first["code"], first["message"])
 
