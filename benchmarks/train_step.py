@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
-from vitcls import adapt, augment, host_memory, optim
+from vitcls import adapt, augment, optim
 from vitcls import train_step as steps
 from vitcls.errors import UserError
 
@@ -383,7 +383,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.peer != "none":  # on a GPU it needs what JAX would reserve; read at JAX's first use
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
-    host_memory.keep_freed()  # as the commands do; before JAX's first use
     jax.config.update("jax_enable_compilation_cache", False)  # for the time that compiling takes
     try:
         if args.json and not args.json.absolute().parent.is_dir():

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
-    {"errors", "host_memory"},
+    {"errors"},
     {"lock", "seal", "step_folders", "wandb_sender"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
@@ -27,7 +27,7 @@ LEVELS = [
 # Modules of vitcls/analysis that are commands.
 ANALYSES = {"report", "compare", "explain", "select", "reproduce", "results"}
 # What a machine without the data stack can import.
-LIGHT = {"train_step", "models", "optim", "adapt", "heads", "host_memory"} | LEVELS[2]
+LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[2]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
     "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",

@@ -13,7 +13,6 @@ from typing import Any
 
 from absl import flags
 
-from vitcls import host_memory
 from vitcls.errors import STORAGE_ERRNOS, UserError
 
 FLAGS = flags.FLAGS
@@ -35,7 +34,6 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(_help(main_module))
         sys.exit(0)
-    host_memory.keep_freed()
     start_logging()
     # Ends as errors do, so that half-written files are removed; training's loop has its own way.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
