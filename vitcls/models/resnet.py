@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError, unknown
+from vitcls.models.convolution import convolve, max_pool
 from vitcls.models.remat import call_layer
 from vitcls.models.vit import ACTIVATIONS, check_image_size
 
@@ -119,6 +120,7 @@ class ConvLayer(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            conv_general_dilated=convolve,
             name="convolution",
         )(x)
         # Statistics and normalisation in float32 whatever `dtype`. Under jit they are those of the
@@ -246,7 +248,7 @@ class ResNet(nn.Module):
         x = ConvLayer(config.embedding_size, 7, 2, config.activation, self.dtype, name="embedder")(
             images.astype(self.dtype), use_batch_statistics=use_batch_statistics
         )
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
+        x = max_pool(x)
         encoder = Encoder(config, self.dtype, self.remat, name="encoder")
         x = encoder(x, use_batch_statistics=use_batch_statistics)
         x = x.astype(jnp.float32).mean(axis=(1, 2))  # (B, D)

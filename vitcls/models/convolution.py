@@ -1,0 +1,122 @@
+"""Convolution and pooling whose gradients are also fast where XLA's own are slow: on CPU.
+
+Measured in docs/performance.md. Other platforms keep XLA's gradients.
+
+Shape letters: B batch, h w feature map, C D channels in and out, R = B h w.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides, *args, **kwargs) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, of which a kernel of one pixel is a product of matrices.
+
+    As a convolution XLA on CPU computes the gradient of such a kernel at a seventh of the speed of
+    a product, after copying both operands into another order.
+    """
+    if kernel.shape[:2] != (1, 1):
+        return jax.lax.conv_general_dilated(x, kernel, strides, *args, **kwargs)
+    return _product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(B, h, w, C), (C, D) -> (B, h, w, D)."""
+    return x @ kernel
+
+
+def _product_forwards(x: jax.Array, kernel: jax.Array):
+    return x @ kernel, (x, kernel)
+
+
+def _product_backwards(saved, gradient: jax.Array):
+    x, kernel = saved
+    by_kernel = jax.lax.platform_dependent(
+        x, gradient, cpu=_kernel_gradient_on_cpu, default=_kernel_gradient
+    )
+    return gradient @ kernel.T, by_kernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forwards, _product_backwards)
+
+
+def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """(B, h, w, C), (B, h, w, D) -> float32 (C, D)."""
+    return jnp.einsum("bhwc,bhwd->cd", x, gradient, preferred_element_type=jnp.float32)
+
+
+def _kernel_gradient_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    # Otherwise XLA computes the larger operand once more for this product, in another order.
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
+    if x.shape[-1] > gradient.shape[-1]:  # faster with the narrower one on the left
+        return _rows_product(gradient, x).T
+    return _rows_product(x, gradient)
+
+
+def _rows_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(B, h, w, C), (B, h, w, D) -> float32 (C, D); many rows in two halves, one for each core.
+
+    XLA's product on CPU is not split along what it sums over.
+    """
+    rows = a.size // a.shape[-1]
+    num_parts = 2 if rows % 2 == 0 and rows >= 8 * a.shape[-1] else 1
+    a, b = (x.reshape(num_parts, -1, x.shape[-1]) for x in (a, b))
+    return jnp.einsum("nrc,nrd->ncd", a, b, preferred_element_type=jnp.float32).sum(0)
+
+
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """The largest of 3 x 3 pixels around every second one: (B, h, w, C) -> (B, h', w', C).
+
+    Of equal ones the first gets the gradient, as in torch.
+    """
+    return _max_pool(x)
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
+
+
+def _max_pool_forwards(x: jax.Array):
+    pooled = _max_pool(x)
+    return pooled, (x, pooled)
+
+
+def _max_pool_backwards(saved, gradient: jax.Array):
+    return (
+        jax.lax.platform_dependent(
+            *saved, gradient, cpu=_unpool, default=lambda x, _, g: jax.vjp(_max_pool, x)[1](g)[0]
+        ),
+    )
+
+
+max_pool.defvjp(_max_pool_forwards, _max_pool_backwards)
+
+
+def _unpool(x: jax.Array, pooled: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Gives every window's gradient to the first of its pixels that is the largest.
+
+    Without XLA's scatter: of the rows of the padded image those of even number are the first row
+    of one window and the last one of another, those of odd number are in one window; so are its
+    columns. Each of the four kinds of pixels is a feature map on which all of it is elementwise.
+    """
+    h, w = pooled.shape[1:3]
+    after = (2 * h + 1 - x.shape[1], 2 * w + 1 - x.shape[2])
+    padding = ((0, 0), (1, after[0]), (1, after[1]), (0, 0))
+    padded = jnp.pad(x, padding, constant_values=-jnp.inf)
+    kinds = {(i, j): padded[:, i::2, j::2] for i in (0, 1) for j in (0, 1)}  # (B, h'+1, w'+1, C)
+    sums = dict.fromkeys(kinds, 0.0)
+    is_free = jnp.ones(pooled.shape, bool)
+    for i in range(3):
+        for j in range(3):
+            kind, down, right = (i % 2, j % 2), i // 2, j // 2
+            is_largest = kinds[kind][:, down : down + h, right : right + w] == pooled
+            part = jnp.where(is_free & is_largest, gradient, 0)
+            is_free &= ~is_largest
+            place = ((0, 0), (down, 1 - down), (right, 1 - right), (0, 0))
+            sums[kind] += jnp.pad(part, place)
+    rows = [jnp.stack([sums[i, 0], sums[i, 1]], axis=3) for i in (0, 1)]
+    whole = jnp.stack(rows, axis=2).reshape(padded.shape)
+    return whole[:, 1 : 1 + x.shape[1], 1 : 1 + x.shape[2]]
