@@ -245,7 +245,18 @@ def test_temperature_is_where_torch_finds_the_least_loss():
 
 @pytest.mark.parametrize("name", ["no mistake", "all wrong", "one class at all", "all tied"])
 def test_temperature_stays_in_its_bounds(name):
-    assert 0.05 <= classification.fit_temperature(CASES[name]) <= 20.01
+    temperature = classification.fit_temperature(CASES[name])
+    assert temperature is None or 0.05 <= temperature <= 20.01
+
+
+def test_no_temperature_is_fitted_where_all_are_right():
+    """The least loss would be at zero."""
+    logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 2]]
+    labels, ids = np.array([0, 1, 2, 2]), np.arange(4).astype(str)
+    found = Predictions(labels=labels, logits=logits, ids=ids)
+    assert classification.fit_temperature(found) is None
+    wrong = Predictions(labels=labels[::-1], logits=logits, ids=ids)
+    assert classification.fit_temperature(wrong) is not None
 
 
 def test_unknown_images_are_told_apart_as_scikit_learns_area_says():

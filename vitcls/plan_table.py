@@ -47,7 +47,8 @@ def format_plan(plan: dict[str, Any]) -> str:
         f"{'  if they do not':32}{1e3 * step['at_worst_secs']:10.2f}",
         "",
         *_collective_lines(plan["collectives"]),
-        f"{plan['total_steps']} steps take at least {plan['hours']:.2f} hours, at "
+        f"{plan['total_steps']} steps take {'at least' if plan['is_bound'] else 'about'} "
+        f"{plan['hours']:.2f} hours, at "
         f"{plan['images_per_second']:.0f} images/s. For that every host must supply "
         f"{plan['images_per_second_and_host']:.0f} images/s "
         f"({plan['pixels_per_second_and_host'] / 1e6:.0f} MB/s of pixels).",

@@ -170,12 +170,15 @@ def reliability(found: Predictions) -> dict[str, np.ndarray]:
     }
 
 
-def fit_temperature(found: Predictions) -> float:
+def fit_temperature(found: Predictions) -> float | None:
     """What to divide logits by, between 0.05 and 20, for the least log-loss on these predictions.
 
     Guo et al. 2017 (arXiv:1706.04599), section 4.2. Fit it on the split that selected the
-    checkpoint, never on the one that is reported. The loss is convex in 1 / temperature.
+    checkpoint, never on the one that is reported. The loss is convex in 1 / temperature. None
+    where every image is right: the lower, the better it would be.
     """
+    if (found.logits.argmax(1) == found.labels).all():
+        return None
     logits, rows = found.logits.astype(np.float64), np.arange(len(found.labels))
 
     def loss(inverse: float) -> float:

@@ -225,6 +225,7 @@ def _confidence(run: Run, split: str, unknown: np.ndarray | None) -> dict[str, A
     once = np.ones((1, len(is_wrong)))
     coverage, risk = weighted.risk_coverage(is_wrong, probabilities.max(1), once)
     bins = classification.reliability(found)
+    select = run.select_split
     shown: dict[str, Any] = {
         "reliability": Markup(figures.reliability("reliability", bins)),
         "reliability_bins": list(
@@ -235,15 +236,14 @@ def _confidence(run: Run, split: str, unknown: np.ndarray | None) -> dict[str, A
             (share, risk[0][np.searchsorted(coverage[0], share - 1e-9)])
             for share in (0.5, 0.8, 0.9, 0.95, 1.0)
         ],
-        "temperature": None,
+        "is_scaled": select in run.splits and select != split,
         "unknown": None,
     }
-    select = run.select_split
-    if select in run.splits and select != split:
-        temperature = classification.fit_temperature(run.splits[select])
-        scaled = classification.at_temperature(found, temperature)
-        shown["temperature"] = temperature
-        shown["scaled"] = classification.summarise(scaled, num_resamples=0)
+    if shown["is_scaled"]:
+        shown["temperature"] = classification.fit_temperature(run.splits[select])
+        if shown["temperature"] is not None:
+            scaled = classification.at_temperature(found, shown["temperature"])
+            shown["scaled"] = classification.summarise(scaled, num_resamples=0)
     if unknown is not None:
         shown["unknown"] = classification.unknown_auroc(probabilities.max(1), unknown)
         shown["num_unknown"] = len(unknown)
