@@ -3,26 +3,24 @@
     python -m benchmarks.train_step --model=vit_b16 --image_size=224 --batch_size=8
 
 Ours is the step that training runs: uint8 images on the device, flip, normalisation, network and
-AdamW, compiled once with a donated state. The peer is the same in PyTorch. The limit is the fastest
-product of large matrices in the same dtype that either of them reaches: images per second if a step
-were nothing but its products. All take turns, so that a machine that slows down slows all of them.
-Compilation is reported apart. Before the turns, the loss and the norm of the gradient of our first
-step are compared with those in float32 at the highest precision; a difference beyond rounding ends
-it.
+AdamW, compiled once with a donated state. The peer is the same in PyTorch or Flax. The limit is the
+fastest product of large matrices in the same dtype that either of them reaches: images per second
+if a step were nothing but its products. All take turns, so that a machine that slows down slows all
+of them. Compilation is reported apart. Before the turns, the loss and the norm of the gradient of
+our first step are compared with those in float32 at the highest precision; a difference beyond
+rounding ends it.
 
-One device is used. Needs jax, flax, optax and numpy; the peer also torch, and transformers or timm.
+One device is used. Needs jax, flax, optax and numpy; the peer also torch, and transformers or timm;
+the Flax networks of transformers, on a CPU, an environment that benchmarks.make_peers makes.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import platform
 import statistics
@@ -36,7 +34,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import make_peers
 from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
+from benchmarks.peer_process import start_process
 from vitcls import adapt, augment, optim
 from vitcls import train_step as steps
 from vitcls.errors import UserError
@@ -65,9 +65,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     matmul_size = 2048 if device.platform == "cpu" else 8192
 
     runs = {}
-    library, peer = peer_library(args.peer, device.platform), None
-    if library:  # first: a package that is missing is missed at once
-        call = start_process(args.peer)
+    (call, library), peer = start_peer(args.peer, device.platform), None
+    if call:  # first: a package that is missing is missed at once
         peer = call(
             "start", library, dataclasses.asdict(config), dtype=args.dtype, lr=LR,
             device="cpu" if device.platform == "cpu" else "cuda", batch_size=args.batch_size,
@@ -274,33 +273,27 @@ def summary(values: list[float], scale: float = 1.0) -> dict[str, Any]:
     return {"median": middle, "min": min(values), "max": max(values), "windows": values}
 
 
-def peer_library(peer: str, platform: str) -> str | None:
-    """Returns whose network the peer trains, or None for no peer."""
-    if peer == "auto" and platform == "tpu":
-        return None
-    if peer == "auto":
-        peer = "timm" if platform == "gpu" and importlib.util.find_spec("timm") else "torch"
-    return {"torch": "transformers", "timm": "timm", "none": None}[peer]
+def start_peer(peer: str, platform: str) -> tuple[Callable[..., Any] | None, str | None]:
+    """Starts the process of a peer; returns what calls its functions, and whose network it has.
 
-
-def start_process(peer: str) -> Callable[..., Any]:
-    """Returns a function that calls those of `benchmarks.torch_peer`, by name, in a new process.
-
-    There the thread pools, allocators and libraries of PyTorch cannot meet those of JAX.
+    Raises:
+      UserError: there is no environment for it, or not on this platform.
     """
-    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    return lambda *args, **kwargs: pool.submit(_call_peer, peer, *args, **kwargs).result()
-
-
-def _call_peer(peer: str, function: str, *args, **kwargs) -> Any:
-    try:
-        torch_peer = importlib.import_module("benchmarks.torch_peer")
-        return getattr(torch_peer, function)(*args, **kwargs)
-    except ModuleNotFoundError as error:
+    if peer == "auto":
+        has_timm = platform == "gpu" and importlib.util.find_spec("timm")
+        peer = "none" if platform == "tpu" else "timm" if has_timm else "torch"
+    if peer == "none":
+        return None, None
+    if peer != "flax":
+        return start_process("benchmarks.torch_peer"), {"torch": "transformers"}.get(peer, peer)
+    if platform != "cpu":
+        raise UserError("--peer=flax is measured on a CPU only: set JAX_PLATFORMS=cpu.")
+    if not make_peers.PYTHON.exists():
         raise UserError(
-            f"--peer={peer} needs {error.name}, which is not installed: pip install {error.name}, "
-            "or use --peer=none."
-        ) from error
+            "--peer=flax needs an environment of its own, which this makes once: "
+            "python -m benchmarks.make_peers"
+        )
+    return start_process("benchmarks.flax_peer", python=make_peers.PYTHON), "transformers"
 
 
 def device_name(device: jax.Device) -> str:
@@ -373,9 +366,10 @@ def main() -> None:
     add("--batch_size", type=positive(int), default=8, help="images in a step (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add(
-        "--peer", choices=("auto", "torch", "timm", "none"), default="auto",
-        help="torch: the network of transformers; timm: timm's; auto: timm on a GPU if it is "
-        "installed, otherwise torch (default: auto)",
+        "--peer", choices=("auto", "torch", "flax", "timm", "none"), default="auto",
+        help="torch: the network of transformers in PyTorch; flax: in Flax, see "
+        "benchmarks.make_peers; timm: timm's; auto: timm on a GPU if it is installed, otherwise "
+        "torch (default: auto)",
     )  # fmt: skip
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
