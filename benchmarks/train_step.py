@@ -23,7 +23,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import make_peers
+from benchmarks.figures import num_cpus, positive, processor_name, summary
 from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
 from benchmarks.peer_process import start_process
 from vitcls import adapt, augment, optim
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": device_name(device),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "num_cpus": num_cpus(),
         "load_before": load_before,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in own_packages},
@@ -266,13 +266,6 @@ def calls_per_window(run: Run, window_secs: float) -> int:
     return math.ceil(num_calls * window_secs / secs)
 
 
-def summary(values: list[float], scale: float = 1.0) -> dict[str, Any]:
-    """Returns the values, times `scale`, with their median and spread."""
-    values = [value * scale for value in values]
-    middle = statistics.median(values)
-    return {"median": middle, "min": min(values), "max": max(values), "windows": values}
-
-
 def start_peer(peer: str, platform: str) -> tuple[Callable[..., Any] | None, str | None]:
     """Starts the process of a peer; returns what calls its functions, and whose network it has.
 
@@ -298,11 +291,7 @@ def start_peer(peer: str, platform: str) -> tuple[Callable[..., Any] | None, str
 
 def device_name(device: jax.Device) -> str:
     """Returns the name of the product; JAX calls every processor "cpu"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.platform != "cpu" or not cpuinfo.exists():
-        return device.device_kind
-    lines = dict(line.split("\t: ") for line in cpuinfo.read_text().splitlines() if "\t: " in line)
-    return lines.get("model name", device.device_kind)
+    return (device.platform == "cpu" and processor_name()) or device.device_kind
 
 
 def report(result: dict[str, Any]) -> str:
@@ -387,18 +376,6 @@ def main() -> None:
     print(report(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-    """Returns a parser of numbers above 0, for argparse."""
-
-    def parse(text: str):
-        if not 0 < kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names it where `kind` cannot read the text
-    return parse
 
 
 if __name__ == "__main__":
