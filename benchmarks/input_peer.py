@@ -19,9 +19,10 @@ _batches: Iterator[Any]  # without end, made by a function below
 
 
 def start_tf(
-    paths: list[str], *, batch_size: int, size: int, scale: list[float], ratio: list[float]
-) -> dict[str, Any]:
-    """Decodes only the crop's region; scales bilinearly, without smoothing before, as tf does."""
+    paths: list[str], *, batch_size: int, size: int, scale: list[float], ratio: list[float],
+    antialias: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Decodes only the crop's region; scales bilinearly, smoothing before as Pillow does or not."""
     global _batches
     import tensorflow as tf
 
@@ -34,13 +35,14 @@ def start_tf(
         )  # fmt: skip
         window = tf.concat([begin[:2], extent[:2]], axis=0)
         image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
-        return tf.cast(tf.image.resize(image, [size, size]), tf.uint8)
+        return tf.cast(tf.image.resize(image, [size, size], antialias=antialias), tf.uint8)
 
     batches = tf.data.Dataset.from_tensor_slices(paths).repeat().shuffle(len(paths))
     batches = batches.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     batches = batches.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     _batches = batches.as_numpy_iterator()
-    return {"variant": "tf.data, decode_and_crop_jpeg", "versions": {"tensorflow": tf.__version__}}
+    variant = f"tf.data, decode_and_crop_jpeg{', smoothed' if antialias else ''}"
+    return {"variant": variant, "versions": {"tensorflow": tf.__version__}}
 
 
 def start_torch(

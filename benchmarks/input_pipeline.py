@@ -8,7 +8,8 @@ scale, uint8; and once more from images decoded before, in the folder of `data.c
 are decoding alone, and crop and scaling alone of decoded images, in one thread for each processor.
 All take turns; batches that lie ready at the begin of a turn are not counted.
 
-tf.data scales bilinearly from four pixels; ours and torchvision smooth, which costs more.
+By default tf scales from the four nearest pixels only. Ours, torchvision and `tf.data_smoothed`
+smooth before, so that a scaled image has no aliases: more work.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import jpegs
-from benchmarks.figures import host, line, positive, summary
+from benchmarks.figures import host, line, num_cpus, positive, summary
 from benchmarks.input_peer import pull
 from benchmarks.peer_process import start_process
 from vitcls import images
@@ -37,7 +38,11 @@ from vitcls.errors import UserError
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 BATCH_SIZE = 32
 NUM_AHEAD = 8  # batches that any of the loaders keeps ready at most
-PEERS = {"tf.data": "start_tf", "DataLoader": "start_torch"}
+PEERS = {  # name -> function of `benchmarks.input_peer`, and what it is told besides
+    "tf.data": ("start_tf", {"antialias": False}),
+    "tf.data_smoothed": ("start_tf", {"antialias": True}),
+    "DataLoader": ("start_torch", {"num_workers": num_cpus()}),
+}
 
 Run = Callable[[int], float]  # number of images, about -> images per second
 
@@ -45,23 +50,21 @@ Run = Callable[[int], float]  # number of images, about -> images per second
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them; the files go to `folder`."""
     before = host()
-    num_cpus = before["num_cpus"]
     jpegs.make_folder(folder / "jpegs", args.images, scale=args.scale)
     paths = sorted(map(str, (folder / "jpegs").rglob("*.jpg")))
     split = sources.open_split(f"folder:{folder / 'jpegs'}", "train")
     decoded = cache.cached(split, str(folder))
-    decoded.fill_cache(num_threads=num_cpus)
+    decoded.fill_cache(num_threads=num_cpus())
     load = functools.partial(ours, resample=args.resample, num_threads=args.threads)
     runs, peers = {"ours": load(split)}, {}
     for name in args.peers:
-        more = {"num_workers": num_cpus} if name == "DataLoader" else {}
-        call = start_process("benchmarks.input_peer")
+        call, (function, more) = start_process("benchmarks.input_peer"), PEERS[name]
         peers[name] = call(
-            PEERS[name], paths, batch_size=BATCH_SIZE, size=SIZE, scale=SCALE, ratio=RATIO, **more
+            function, paths, batch_size=BATCH_SIZE, size=SIZE, scale=SCALE, ratio=RATIO, **more
         )
         runs[name] = _batched(functools.partial(call, "run"))
     runs["cache"] = load(decoded)
-    pool = concurrent.futures.ThreadPoolExecutor(num_cpus)
+    pool = concurrent.futures.ThreadPoolExecutor(num_cpus())
     files = [Path(path).read_bytes() for path in paths]
     runs["decode alone"] = alone(pool, lambda number: images.decode(files[number]), len(files))
     upright = [images.decode(data) for data in files]

@@ -2,15 +2,17 @@
 
     python -m benchmarks.startup --model=vit_b16 --batch_size=8
 
-`python -m vitcls.main` fine-tunes random weights, which were saved in Hugging Face format before, on
-random JPEG files. Its time is that of the line in metrics.jsonl that says the first step is done,
-less one steady step: what is left are imports, the checkpoint, compilation and the first batch.
+`python -m vitcls.main` fine-tunes random weights, which were saved in Hugging Face format before,
+on random JPEG files. Its time is that of the line in metrics.jsonl that says the first step is
+done, less one steady step: what is left are imports, the checkpoint, compilation and the first
+batch.
 Every turn runs it with an empty folder of compiled programs (cold), then again with what the first
 left there (warm). Files are in the system's cache, as after any download. Beside both: what
 importing all that it needs takes alone.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -52,7 +54,7 @@ def start(folder: Path, name: str, args: argparse.Namespace) -> tuple[float, flo
         f"--config.data.image_size=({args.image_size}, {args.image_size})",
         f"--config.train.global_batch_size={args.batch_size}", "--config.train.total_epochs=0",
         "--config.train.total_steps=100", "--config.log.every_steps=1",
-        "--config.optim.warmup_steps=0", "--config.eval.every_steps=0",
+        "--config.optim.warmup_steps=0", "--config.eval.select_split=", "--config.data.eval_splits=()",
     ]  # fmt: skip
     begin, output = time.time(), folder / f"{name}.txt"
     with output.open("w") as file:
@@ -65,7 +67,7 @@ def start(folder: Path, name: str, args: argparse.Namespace) -> tuple[float, flo
         finally:
             process.kill()
             process.wait()
-    steady = statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+    steady = statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
     return times[0] - begin, steady
 
 
