@@ -54,7 +54,8 @@ def start(folder: Path, name: str, args: argparse.Namespace) -> tuple[float, flo
         f"--config.data.image_size=({args.image_size}, {args.image_size})",
         f"--config.train.global_batch_size={args.batch_size}", "--config.train.total_epochs=0",
         "--config.train.total_steps=100", "--config.log.every_steps=1",
-        "--config.optim.warmup_steps=0", "--config.eval.select_split=", "--config.data.eval_splits=()",
+        "--config.optim.warmup_steps=0", "--config.eval.select_split=",
+        "--config.data.eval_splits=()",
     ]  # fmt: skip
     begin, output = time.time(), folder / f"{name}.txt"
     with output.open("w") as file:

@@ -52,12 +52,19 @@ TOLERANCE = 8
 Run = Callable[[int], float]  # number of calls -> the seconds they take
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, make_ours: Callable[..., Any], *, is_training: bool
+) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them.
+
+    Args:
+      args: Of the command line.
+      make_ours: See `make_ours`.
+      is_training: Whether its step trains; otherwise peer and limit are of a forward pass.
 
     Raises:
       UserError: an argument does not fit, or the peer is not installed.
-      ArithmeticError: loss or gradient are not those of the reference.
+      ArithmeticError: our numbers are not those of the reference.
     """
     config = arch_config(args.model, args.image_size)
     load_before = os.getloadavg()[0]
@@ -71,6 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "start", library, dataclasses.asdict(config), dtype=args.dtype, lr=LR,
             device="cpu" if device.platform == "cpu" else "cuda", batch_size=args.batch_size,
             weight_decay=WEIGHT_DECAY, matmul_size=matmul_size,
+            **({} if is_training else {"is_training": False}),
         )  # fmt: skip
         runs["peer"] = functools.partial(call, "run", "step")
         runs["peer_matmul"] = functools.partial(call, "run", "matmul")
@@ -93,7 +101,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, run in runs.items():
             rates[name].append(num_calls[name] / run(num_calls[name]))
 
-    gflop = 6e-9 * macs(published(config))
+    gflop_per_mac = 6e-9 if is_training else 2e-9
+    gflop = gflop_per_mac * macs(published(config))
     matmul_tflops = {
         name: summary(rates[name], 2e-12 * matmul_size**3)
         for name in ("matmul", "peer_matmul") if name in rates
@@ -120,7 +129,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in own_packages},
         "gflop_per_image": gflop,
-        "gflop_per_image_of_ours": 6e-9 * macs(config),
+        "gflop_per_image_of_ours": gflop_per_mac * macs(config),
         "ours": ours,
         "peer": peer,
         "ratio": peer
@@ -226,14 +235,14 @@ def check_numerics(
     Raises:
       ArithmeticError: a difference is more than `TOLERANCE` unit roundoffs of the products.
     """
-    # By default GPUs multiply float32 as TF32, TPUs as bfloat16.
-    of_float32 = {"cpu": 2.0**-24, "gpu": 2.0**-11, "tpu": 2.0**-8}[jax.default_backend()]
-    tolerance = TOLERANCE * (2.0**-8 if dtype == "bfloat16" else of_float32)
-    numerics = {"tolerance": tolerance}
+    tolerance, numerics = relative_tolerance(dtype), {}
     for name in ("loss", "grad_norm"):
         value, reference = float(found[name]), float(expected[name])
         difference = abs(value - reference) / abs(reference)
-        numerics[name] = {"value": value, "reference": reference, "difference": difference}
+        numerics[name] = {
+            "value": value, "reference": reference, "difference": difference,
+            "tolerance": tolerance,
+        }  # fmt: skip
         if not difference <= tolerance:  # a NaN too
             raise ArithmeticError(
                 f"The first step's {name} is {value} in {dtype}, but {reference} in float32 at the "
@@ -241,6 +250,13 @@ def check_numerics(
                 f"{tolerance:.1e} that rounding explains."
             )
     return numerics
+
+
+def relative_tolerance(dtype: str) -> float:
+    """Returns the largest relative difference that rounding of products in `dtype` explains."""
+    # By default GPUs multiply float32 as TF32, TPUs as bfloat16.
+    of_float32 = {"cpu": 2.0**-24, "gpu": 2.0**-11, "tpu": 2.0**-8}[jax.default_backend()]
+    return TOLERANCE * (2.0**-8 if dtype == "bfloat16" else of_float32)
 
 
 def chain(call: Callable[[Any], Any], carry: Any) -> Run:
@@ -336,18 +352,22 @@ def report(result: dict[str, Any]) -> str:
         f"compilation: ours {ours['compile_secs']:.1f} s"
         + (f", first step of the peer {peer['warm_up_secs']:.1f} s" if peer else ""),
     ]
-    for name in ("loss", "grad_norm"):
+    for name, numbers in ours["numerics"].items():
         lines.append(
             "first {name}: {value:.6g}, float32 reference {reference:.6g}, relative "
-            "difference {difference:.1e}".format(name=name, **ours["numerics"][name])
+            "difference {difference:.1e}".format(name=name, **numbers)
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Reads the command line, measures, prints."""
+def run_command(
+    name: str, description: str, make_ours: Callable[..., Any], *, is_training: bool
+) -> None:
+    """Reads the command line, measures, prints: the command `benchmarks.NAME`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", default="vit_b16", help=f"{', '.join(NAMES)} (default: vit_b16)")
@@ -355,8 +375,9 @@ def main() -> None:
     add("--batch_size", type=positive(int), default=8, help="images in a step (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add(
-        "--peer", choices=("auto", "torch", "flax", "timm", "none"), default="auto",
-        help="torch: the network of transformers in PyTorch; flax: in Flax, see "
+        "--peer", default="auto",
+        choices=("auto", "torch", "timm", "none", *(["flax"] if is_training else [])),
+        help="torch: the network of transformers in PyTorch; flax: in Flax, training only, see "
         "benchmarks.make_peers; timm: timm's; auto: timm on a GPU if it is installed, otherwise "
         "torch (default: auto)",
     )  # fmt: skip
@@ -370,12 +391,17 @@ def main() -> None:
     try:
         if args.json and not args.json.absolute().parent.is_dir():
             raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
-        result = measure(args)
+        result = measure(args, make_ours, is_training=is_training)
     except UserError as error:
         parser.error(str(error))  # exits with 2
     print(report(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main() -> None:
+    """Measures the training step."""
+    run_command("train_step", __doc__, make_ours, is_training=True)
 
 
 if __name__ == "__main__":
