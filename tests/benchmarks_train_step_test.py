@@ -13,7 +13,7 @@ import torch
 from imports_test import HEAVY, LIGHT
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import make_peers, models, torch_peer, train_step
+from benchmarks import forward, make_peers, models, torch_peer, train_step
 from vitcls.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +146,26 @@ def test_a_difference_beyond_rounding_ends_the_run():
         train_step.check_numerics(close, expected, "float32")
     with pytest.raises(ArithmeticError, match="grad_norm is nan"):
         train_step.check_numerics(close | {"grad_norm": jnp.nan}, expected, "bfloat16")
+
+
+def test_logits_beyond_rounding_end_the_run():
+    expected = jnp.arange(6.0).reshape(2, 3)
+    assert forward.check_logits(expected * 1.01, expected, "bfloat16")["difference"] > 0.009
+    for wrong in (expected * 1.01, expected.at[0, 0].set(jnp.nan)):
+        with pytest.raises(ArithmeticError, match="away from those in float32"):
+            forward.check_logits(wrong, expected, "float32")
+
+
+@pytest.mark.slow
+def test_evaluation_is_measured_beside_torch(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    args = ["--model=vit_mu16", "--peer=torch", f"--json={path}", *QUICK]
+    monkeypatch.setattr(sys, "argv", ["forward", *args])
+    forward.main()
+    figures = json.loads(path.read_text())
+    config = models.published(models.arch_config("vit_mu16", 32))
+    assert figures["gflop_per_image"] == pytest.approx(2e-9 * models.macs(config))
+    assert f"{figures['peer']['images_per_second']['median']:.2f}" in capsys.readouterr().out
 
 
 def test_imports_are_light():
