@@ -39,7 +39,7 @@ def start_tf(
 
     batches = tf.data.Dataset.from_tensor_slices(paths).repeat().shuffle(len(paths))
     batches = batches.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    batches = batches.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    batches = batches.batch(batch_size, drop_remainder=True).prefetch(4)
     _batches = batches.as_numpy_iterator()
     variant = f"tf.data, decode_and_crop_jpeg{', smoothed' if antialias else ''}"
     return {"variant": variant, "versions": {"tensorflow": tf.__version__}}

@@ -37,7 +37,7 @@ from vitcls.errors import UserError
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 BATCH_SIZE = 32
-NUM_AHEAD = 8  # batches that any of the loaders keeps ready at most
+NUM_AHEAD = 12  # batches that any of the loaders keeps ready at most
 PEERS = {  # name -> function of `benchmarks.input_peer`, and what it is told besides
     "tf.data": ("start_tf", {"antialias": False}),
     "tf.data_smoothed": ("start_tf", {"antialias": True}),
