@@ -7,6 +7,8 @@ rest is held out to choose the checkpoint. Weights: `assets/vit-nano-glyphs`, pr
 `configs/pretrain_glyphs.py` on rendered letters and digits.
 
 Arguments: `init=pretrained|scratch`; `scratch` starts the same network from random weights.
+
+Test accuracy: 0.987 (0.983 to 0.992 with five seeds); from scratch 0.772 (0.722 to 0.875).
 """
 
 import os
@@ -16,6 +18,16 @@ from ml_collections import ConfigDict
 
 from vitcls.config import default_config, parse_arg
 from vitcls.errors import unknown
+from vitcls.recipes import Expected
+
+# Of seeds 1 to 5, from docs/results.md.
+_SOURCE = "configs/sweeps/pretraining.py, jax 0.10.2 on a CPU"
+_PRETRAINED = Expected((0.9889, 0.9917, 0.9833, 0.9833, 0.9889), 360, _SOURCE)
+EXPECTED = {
+    "": _PRETRAINED,
+    "init=pretrained": _PRETRAINED,
+    "init=scratch": Expected((0.8750, 0.7222, 0.7444, 0.7250, 0.7944), 360, _SOURCE),
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -18,6 +18,9 @@ from ml_collections import ConfigDict
 
 from vitcls import recipes
 
+# See above.
+EXPECTED = recipes.published(cifar10=0.9902, cifar100=0.9206, imagenet=0.8453)
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """See the module."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from vitcls.analysis import comparison, comparison_page, groups
@@ -295,6 +296,8 @@ def test_the_command_writes_all_files_and_says_what_is_wrong(tmp_path):
     assert float(pair["difference"]) == pytest.approx(a - b)
     page = (output / "comparison.html").read_text()
     assert page.count("<svg") == 4  # both pictures, two curves
+    with Image.open(output / "groups.png") as picture:
+        assert picture.format == "PNG" and picture.convert("RGB").getpixel((0, 0)) == (255,) * 3
     assert (output / "comparison.md").read_text().strip() in done.stdout
     wrong = run(str(tmp_path / "runs"), "--metric=acuracy")
     assert wrong.returncode == 2 and "--metric=acuracy" in wrong.stderr

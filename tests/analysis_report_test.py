@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vitcls import cli, errors, pretrained
-from vitcls.analysis import gallery, page, predictions, report, run
+from vitcls.analysis import explaining, gallery, page, predictions, report, run
 from vitcls.config import default_config
 from vitcls.models.vit import vit_config
 
@@ -229,11 +229,12 @@ def with_images(tmp_path) -> Path:
 
 
 def test_images_are_shown_with_what_explains_them(with_images):
-    asked = []
+    asked, classes = [], []
 
-    def explain(images):
+    def explain(images, predicted):
         asked.extend(images)
-        return [Image.new("RGB", (5, 5)) for _ in images]
+        classes.extend(predicted)
+        return [[image, Image.new("RGB", (5, 5))] for image in images], "Bright is more."
 
     found = check_page(page.render(run.read_run(with_images), explain=explain))
     sources = found.attributes("src")
@@ -244,8 +245,27 @@ def test_images_are_shown_with_what_explains_them(with_images):
     }
     assert len(sources) == 2 * len(asked) + len(augmented)
     assert "not shown" in found.text  # the one that is no image
+    assert "Bright is more." in found.text and set(classes) == {0, 1}
     shown = np.asarray(asked[0])
     assert shown.shape == (20, 20, 3) and (shown == shown[0, 0]).all()
+
+
+@pytest.mark.parametrize("damage", ["no weights", "no network", "of other classes"])
+def test_without_maps_the_page_says_why(with_images, damage):
+    if damage == "no network":
+        (with_images / "model" / "config.json").unlink()
+    read = run.read_run(with_images)
+
+    def of_other_classes(images, predicted):
+        raise IndexError
+
+    explain = of_other_classes if damage == "of other classes" else explaining.for_gallery(
+        with_images
+    )  # fmt: skip
+    found = check_page(page.render(read, explain=explain))
+    assert "There are no explanation maps: " in found.text
+    assert not [alt for alt in found.attributes("alt") if alt.startswith("explanation")]
+    assert [alt for alt in found.attributes("alt") if "predicted" in alt]
 
 
 def test_images_of_data_that_changed_are_not_shown(with_images):

@@ -29,7 +29,7 @@ def get_config():
     config.model.update(arch="vit_mu4", dropout=0.1)
     config.augment.mixup = 0.2  # of neighbours in a batch
     config.optim.update(lr=1e-3, ema_decay=0.9)
-    config.train.update(total_steps={STEPS}, global_batch_size=24)
+    config.train.update(total_steps={STEPS}, global_batch_size=48)
     config.eval.update(every_steps={EVAL_STEP}, batch_size=48)
     config.log.every_steps = 1
     return config

@@ -144,3 +144,6 @@ def test_scores_are_those_of_sklearn():
     logits = TEST[0] @ kernel[1, 2].T + bias[1, 2]
     assert accuracy[1, 2] == pytest.approx(accuracy_score(TEST[1], logits.argmax(-1)))
     assert loss[1, 2] == pytest.approx(log_loss(TEST[1], softmax(logits, axis=-1)), rel=1e-4)
+    hits = heads.hits(jax.tree.map(lambda leaf: leaf[1], stacked), *TEST)
+    np.testing.assert_array_equal(hits[2], logits.argmax(-1) == TEST[1])
+    np.testing.assert_allclose(hits.mean(axis=1), accuracy[1], rtol=1e-6)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
-    {"lock", "seal", "step_folders"},
+    {"lock", "seal", "step_folders", "wandb_sender"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
@@ -25,13 +25,13 @@ LEVELS = [
     | {"analysis"},
 ]
 # Modules of vitcls/analysis that are commands.
-ANALYSES = {"report", "compare"}
+ANALYSES = {"report", "compare", "explain", "select", "reproduce", "results"}
 # What a machine without the data stack can import.
 LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[2]
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
     "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",
-    "datasets", "matplotlib", "jinja2",
+    "datasets", "matplotlib", "jinja2", "wandb",
 }  # fmt: skip
 
 

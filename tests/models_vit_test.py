@@ -258,14 +258,15 @@ def test_pixels_beyond_the_last_whole_patch_are_not_seen():
     np.testing.assert_array_equal(found, apply(ViT(TINY), pixels[:, :8, :12]))
 
 
-def test_queries_and_keys_come_out_only_when_asked():
+def test_queries_keys_and_values_come_out_only_when_asked():
     model = ViT(EVERYTHING)
     assert isinstance(apply(model, images()), jax.Array)
     asked = functools.partial(model.apply, train=False, mutable=["intermediates"])
     _, state = jax.eval_shape(asked, init(EVERYTHING), images())
     for index in range(2):
         sown = state["intermediates"]["encoder"][f"layer_{index}"]["attention"]
-        assert sown["q"][0].shape == sown["k"][0].shape == (4, 1 + 3 + 6, 2, 8)
+        assert sown.keys() == {"q", "k", "v"}
+        assert {leaf.shape for (leaf,) in sown.values()} == {(4, 1 + 3 + 6, 2, 8)}
 
 
 @pytest.mark.parametrize("config", [TINY, EVERYTHING], ids=["plain", "everything"])

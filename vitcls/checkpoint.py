@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from vitcls import adapt, distributed, lock, seal, sharding, step_folders
@@ -73,7 +72,7 @@ class Checkpoints:
                 lock.take(self._directory / "lock")
                 step_folders.clear_away(self._directory)
                 step_folders.set_damaged_aside(self._directory)
-            _wait_for_all("checkpoints are checked")
+            distributed.wait_for_all("checkpoints are checked")
         self._manager = self._open()
         self._checked = set() if read_only else set(self.steps())  # known to be as sealed
 
@@ -107,20 +106,25 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type, *_) -> None:
-        # However a run ends, the save in flight is finished; its failure, which is in the log, must
-        # not hide an error.
+        # However a run ends, the save in flight is finished; its failure must not hide an error,
+        # nor be asked of other processes, which may not be at their end.
         try:
-            with contextlib.suppress(StorageError) if error_type else contextlib.nullcontext():
+            if error_type is None:
                 self.wait()
+            else:
+                with contextlib.suppress(Exception):
+                    self._manager.wait_until_finished()
         finally:
             self._manager.close()
-            lock.release(self._directory / "lock")
+            if not self._read_only and jax.process_index() == 0:
+                step_folders.clear_away(self._directory)  # a save that failed may have written on
+                lock.release(self._directory / "lock")
 
     def latest_step(self) -> int | None:
         step = self._manager.latest_step()
         if self._read_only or jax.process_count() == 1:
             return step
-        return int(multihost_utils.broadcast_one_to_all(np.int32(step or 0))) or None
+        return distributed.of_first(step or 0) or None
 
     def best_step(self) -> int | None:
         """The step with the highest score, the latest of equals; None if no score was saved."""
@@ -151,7 +155,8 @@ class Checkpoints:
           NonFiniteLoss: parameters, or their averages, are not finite.
         """
         self._finish()  # the previous save, as Orbax would: what it takes is then known
-        if not _all_finite({name: items[name] for name in items if name != "opt_state"}):
+        finite = _all_finite({name: items[name] for name in items if name != "opt_state"})
+        if distributed.in_any_process(not finite):
             raise NonFiniteLoss(
                 f"Parameters are not finite after step {step}: they are not saved. Start again in "
                 "another --workdir with a lower optim.lr or a longer optim.warmup_steps."
@@ -262,7 +267,7 @@ class Checkpoints:
             part()
         except Exception as caught:  # Orbax and TensorStore raise many kinds
             error = caught
-        if not _in_any_process(error is not None):
+        if not distributed.in_any_process(error is not None):
             return True
         reason = str(error or "another process failed").strip() or type(error).__name__
         self._failure = StorageError(
@@ -275,7 +280,7 @@ class Checkpoints:
             self._manager.close()
         if jax.process_index() == 0:
             step_folders.clear_away(self._directory)
-        _wait_for_all("a failed save is cleared away")
+        distributed.wait_for_all("a failed save is cleared away")
         self._manager = self._open()
         return False
 
@@ -303,7 +308,7 @@ class Checkpoints:
             what = None
             if self._read_only or jax.process_index() == 0:
                 what = seal.damage(self._directory / str(step), part=part)
-            if what or (not self._read_only and _in_any_process(what is not None)):
+            if what or (not self._read_only and distributed.in_any_process(what is not None)):
                 raise self._unreadable(step, what or "see the message of process 0")
             if not part:
                 self._checked.add(step)
@@ -374,19 +379,10 @@ def _is_finite(leaf: jax.Array) -> jax.Array:
 
 
 def _all_finite(tree: PyTree) -> bool:
+    """Whether all is finite of which this process has the first copy."""
     # One by one: a program for all leaves would take a second to compile, and the loop waits.
-    return all(jax.device_get([_is_finite(leaf) for leaf in jax.tree.leaves(tree)]))
-
-
-def _in_any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    return all(jax.device_get([_is_finite(s.data) for s in shards if s.replica_id == 0]))
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -268,6 +268,9 @@ def default_config() -> ConfigDict:
     c.log = ConfigDict()
     # Steps between lines of metrics.
     c.log.every_steps = 10
+    # Project of Weights & Biases that shows the metrics, too, as one run however often it is
+    # started again; "": none. All else is by its own variables: WANDB_ENTITY, WANDB_MODE=offline.
+    c.log.wandb_project = ""
     return c
 
 
@@ -278,7 +281,7 @@ RUN_FIELDS = (
     "model.remat", "train.micro_batch", "train.max_nonfinite", "train.deterministic",
     "eval.batch_size", "checkpoint.every_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp",
     "stall.compile_secs", "stall.step_secs", "stall.eval_secs", "stall.save_secs",
-    "log.every_steps",
+    "log.every_steps", "log.wandb_project",
 )  # fmt: skip
 SELECT_METRICS = (
     "accuracy",

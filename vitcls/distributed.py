@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import faulthandler
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ _GRACE_SECS, _COORDINATOR_GRACE_SECS = 10, 30
 _POLL_SECS = 1
 _FOREVER = 10**9  # milliseconds: whoever waits is ended by what ends the others
 _END = "vitcls/end"
+_meetings = itertools.count()  # names in the store, and barriers, can be used once
 
 
 def initialize(
@@ -103,9 +105,36 @@ def _check_flags(address: str | None, num_processes: int | None, process_id: int
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every process is here; `what` names the place, once per run."""
+    """Returns once every process is here; `what` names the place."""
     if jax.process_count() > 1:
-        global_state.client.wait_at_barrier(f"vitcls/{what}", _FOREVER)
+        name = f"vitcls/{what}/{next(_meetings)}"  # all come to the same ones in the same order
+        global_state.client.wait_at_barrier(name, _FOREVER)
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all must ask.
+
+    Through the store, as `wait_for_all`: unlike a collective of the devices it cannot get between
+    those of a step that is still being computed, and leaves no device waiting for a process that
+    is not coming.
+    """
+    if jax.process_count() == 1:
+        return flag
+    votes = f"vitcls/votes/{next(_meetings)}/"
+    if flag:
+        global_state.client.key_value_set(f"{votes}{jax.process_index()}", "")
+    wait_for_all("vote")
+    return bool(global_state.client.key_value_dir_get(votes))
+
+
+def of_first(value: int) -> int:
+    """The value that process 0 has; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    name = f"vitcls/first/{next(_meetings)}"
+    if jax.process_index() == 0:
+        global_state.client.key_value_set(name, str(value))
+    return int(global_state.client.blocking_key_value_get(name, _FOREVER))
 
 
 def check_same(facts: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,20 @@ class Backbone:
     variables: Any  # on every device of `mesh`
     processor: pretrained.Processor
     mesh: Mesh
+
+    @functools.cached_property
+    def forward(self) -> jax.stages.Wrapped:
+        """`(variables, uint8 (B, H, W, 3)) -> float32 (B, D)`, on every device.
+
+        Jitted once, so that a second split with the same size of batch compiles nothing.
+        """
+        model, processor = self.model, self.processor  # not self, which would keep the variables
+        return jax.jit(
+            lambda variables, images: model.apply(
+                variables, processor.normalise(images), train=False
+            ),
+            out_shardings=sharding.replicated(self.mesh),
+        )
 
     @functools.cached_property
     def digest(self) -> str:
@@ -94,21 +109,9 @@ def features_of(backbone: Backbone, split: Split, *, folder: Path, batch_size: i
 
 def extract(backbone: Backbone, split: Split, *, batch_size: int = 0) -> Features:
     """Computes the features of every example once. Args and Raises: as for `features_of`."""
-    model, processor, mesh = backbone.model, backbone.processor, backbone.mesh
+    processor, mesh = backbone.processor, backbone.mesh
     start = time.monotonic()
-    step, batch_size = inference.compile_step(
-        jax.jit(
-            lambda variables, images: model.apply(
-                variables, processor.normalise(images), train=False
-            ),
-            out_shardings=sharding.replicated(mesh),
-        ),
-        backbone.variables,
-        jax.ShapeDtypeStruct((*processor.size, 3), np.uint8),
-        mesh=mesh,
-        num_images=len(split),
-        batch_size=batch_size,
-    )
+    step, batch_size = compile_forward(backbone, num_images=len(split), batch_size=batch_size)
     batches = loader.eval_batches(
         split,
         global_batch_size=batch_size,
@@ -128,3 +131,17 @@ def extract(backbone: Backbone, split: Split, *, batch_size: int = 0) -> Feature
         len(split), split.name, progress.duration(time.monotonic() - start),
     )  # fmt: skip
     return found
+
+
+def compile_forward(
+    backbone: Backbone, *, num_images: int, batch_size: int = 0
+) -> tuple[Callable[[Any, jax.Array], jax.Array], int]:
+    """Compiles `backbone.forward` for one size of batch; see `inference.compile_step`."""
+    return inference.compile_step(
+        backbone.forward,
+        backbone.variables,
+        jax.ShapeDtypeStruct((*backbone.processor.size, 3), np.uint8),
+        mesh=backbone.mesh,
+        num_images=num_images,
+        batch_size=batch_size,
+    )

@@ -254,10 +254,20 @@ def score(heads: Linear, features: jax.Array, labels: jax.Array) -> tuple[jax.Ar
     """
 
     def of_head(head):
-        logits = features @ head.kernel.T + head.bias[None]  # (N, K)
+        logits = _logits(head, features)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(logits.argmax(axis=-1) == labels), jnp.mean(loss)
 
     shape = heads.bias.shape[:-1]
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(shape) :]), heads)
     return jax.tree.map(lambda found: found.reshape(shape), jax.lax.map(of_head, flat))
+
+
+@jax.jit
+def hits(heads: Linear, features: jax.Array, labels: jax.Array) -> jax.Array:
+    """Which examples each of several heads in a row, (S, ...), gets right, bool (S, N)."""
+    return jax.lax.map(lambda head: _logits(head, features).argmax(axis=-1) == labels, heads)
+
+
+def _logits(head: Linear, features: jax.Array) -> jax.Array:
+    return features @ head.kernel.T + head.bias[None]  # (N, K)

@@ -1,5 +1,6 @@
-"""Where metrics go: `metrics.jsonl` for programs, TensorBoard's event files for people."""
+"""Where metrics go: `metrics.jsonl` for programs, TensorBoard and Weights & Biases for people."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -12,6 +13,7 @@ import jax
 
 from vitcls.errors import NonFiniteLoss
 from vitcls.progress import Progress
+from vitcls.wandb_sender import WandbSender
 
 # tensorboardX imports torch where it is installed, for seconds and gigabytes; None stops that.
 _torch = sys.modules.setdefault("torch", None)
@@ -24,11 +26,61 @@ if _torch is None:
 log = logging.getLogger("vitcls")
 
 
+class JsonLines:
+    """`metrics.jsonl`, of which a restart forgets what came after the restored step."""
+
+    def __init__(self, workdir: Path, *, start_step: int, again: Sequence[str]):
+        _drop_lines(workdir / "metrics.jsonl", start_step, again)
+        self._file = (workdir / "metrics.jsonl").open("a")
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        line = {"step": step, "time": round(time.time(), 3), **scalars}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+
+class EventFiles:
+    """TensorBoard's, which are told of a restart."""
+
+    def __init__(self, workdir: Path, *, start_step: int):
+        # Not its SummaryWriter, whose thread a full disk ends, after which writing never returns.
+        self._events = EventsWriter(str(workdir / "events"))
+        restart = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+        self._add(start_step + 1, session_log=restart)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._add(step, summary=summary.scalar(name, value))
+        self._events.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._events.write_event(proto.event_pb2.Event(wall_time=time.time(), step=step, **what))
+
+    def __enter__(self) -> "EventFiles":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._events.close()
+
+
 class MetricWriter:
-    """Writes scalars to both; after a restart it forgets what came after the restored step."""
+    """Writes scalars to all of them; what comes after a restart takes the place of what was."""
 
     def __init__(
-        self, workdir: Path, *, start_step: int, again: Sequence[str] = (), is_main: bool = True
+        self,
+        workdir: Path,
+        *,
+        start_step: int,
+        again: Sequence[str] = (),
+        is_main: bool = True,
+        wandb_project: str = "",
+        config: dict[str, Any] | None = None,
     ):
         """Opens the files of a run.
 
@@ -37,52 +89,45 @@ class MetricWriter:
           start_step: The last step that counts; later lines are dropped.
           again: Splits whose evaluation at `start_step` will be done again.
           is_main: Whether this process writes at all.
+          wandb_project: Where to show them, too; "": nowhere.
+          config: What is shown there of how the run is made.
         """
-        self._is_main = is_main
+        self._skipped_path = workdir / "nonfinite.jsonl"
+        self._closing = contextlib.ExitStack()
+        self._sinks = []
         if not is_main:
             return
-        self._skipped_path = workdir / "nonfinite.jsonl"
         _drop_lines(self._skipped_path, start_step)
-        _drop_lines(workdir / "metrics.jsonl", start_step, again)
-        self._file = (workdir / "metrics.jsonl").open("a")
-        # Not its SummaryWriter, whose thread a full disk ends, after which writing never returns.
-        self._events = EventsWriter(str(workdir / "events"))
-        restart = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
-        self._add_event(start_step + 1, session_log=restart)
+        self._add(JsonLines(workdir, start_step=start_step, again=again))
+        self._add(EventFiles(workdir, start_step=start_step))
+        if wandb_project:
+            self._add(WandbSender(workdir, project=wandb_project, config=config))
+
+    def _add(self, sink: JsonLines | EventFiles | WandbSender) -> None:
+        self._sinks.append(self._closing.enter_context(sink))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        if not self._is_main:
-            return
-        line = {"step": step, "time": round(time.time(), 3), **scalars}
-        self._file.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
-            self._add_event(step, summary=summary.scalar(name, value))
         # A line is there for whoever follows the file, and after a kill. What a full disk does not
         # take is kept and written with the next line, or with the last.
-        try:
-            self._file.flush()
-            self._events.flush()
-        except OSError as error:
-            log.error("Metrics of step %d are kept in memory: %s.", step, error)
+        for sink in self._sinks:
+            try:
+                sink.write(step, scalars)
+            except OSError as error:
+                log.error("Metrics of step %d are kept in memory: %s.", step, error)
 
     def write_skipped(self, step: int, metrics: dict[str, Any], ids: list[str]) -> None:
         """Notes in `nonfinite.jsonl` a step that was skipped, and the images it was to learn."""
-        if not self._is_main:
+        if not self._sinks:
             return
         line = {"step": step, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"])}
         with self._skipped_path.open("a") as file:
             file.write(json.dumps(line | {"ids": ids}) + "\n")
 
-    def _add_event(self, step: int, **what: Any) -> None:
-        self._events.write_event(proto.event_pb2.Event(wall_time=time.time(), step=step, **what))
-
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._is_main:
-            self._file.close()
-            self._events.close()
+    def __exit__(self, *error) -> None:
+        self._closing.__exit__(*error)
 
 
 class LateMetrics:

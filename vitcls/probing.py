@@ -41,7 +41,7 @@ class Result(NamedTuple):
       method: Its name.
       chosen: The hyper-parameters, by name.
       validation_accuracy: Mean over seeds, where there are any.
-      test_accuracies: One for each seed.
+      test_hits: Which test examples are right, bool (S, N), a row for each seed.
       head: The linear head of raw features that is best on the held-out part, if it is linear.
       test_accuracy_of_head: The head's own.
     """
@@ -49,9 +49,14 @@ class Result(NamedTuple):
     method: str
     chosen: dict[str, Any]
     validation_accuracy: float
-    test_accuracies: list[float]
+    test_hits: np.ndarray
     head: heads.Linear | None = None
     test_accuracy_of_head: float | None = None
+
+    @property
+    def test_accuracies(self) -> list[float]:
+        """One for each seed."""
+        return self.test_hits.mean(axis=1).tolist()
 
 
 def probe(
@@ -114,16 +119,23 @@ def probe(
 
 def fit_all(parts: dict[str, Features], *, num_classes: int, num_epochs: int) -> list[Result]:
     """The results of all methods on "train", "validation" and "test"."""
-    scaling = heads.scaling_of(parts["train"].features)
-    scaled = {name: part._replace(features=scaling(part.features)) for name, part in parts.items()}
+    scaling, scaled = standardise(parts)
     results = [neighbours(parts, num_classes=num_classes)]
     for fit in (ridge, linear_probe):
         options = {"num_epochs": num_epochs} if fit is linear_probe else {}
         result = fit(scaled, num_classes=num_classes, **options)
         head = scaling.fold(result.head)
-        (accuracy,) = _accuracies(head, parts["test"])
+        accuracy = float(_hits(_in_a_row(head), parts["test"]).mean())
         results.append(result._replace(head=head, test_accuracy_of_head=accuracy))
     return results
+
+
+def standardise(parts: dict[str, Features]) -> tuple[heads.Scaling, dict[str, Features]]:
+    """Scales all parts so that the features of "train" have mean 0 and deviation 1."""
+    scaling = heads.scaling_of(parts["train"].features)
+    return scaling, {
+        name: part._replace(features=scaling(part.features)) for name, part in parts.items()
+    }
 
 
 def neighbours(parts: dict[str, Features], *, num_classes: int) -> Result:
@@ -132,28 +144,28 @@ def neighbours(parts: dict[str, Features], *, num_classes: int) -> Result:
     most = len(train.labels)
     tried = tuple(k for k in NUM_NEIGHBOURS if k < most) or (most,)
 
-    def accuracies(name: str, num_neighbours: tuple[int, ...]) -> np.ndarray:
+    def hits(name: str, num_neighbours: tuple[int, ...]) -> np.ndarray:  # (number of k, N)
         votes = heads.neighbour_votes(
             train.features, train.labels, parts[name].features,
             num_neighbours=num_neighbours, num_classes=num_classes,
         )  # fmt: skip
-        hits = np.asarray(votes).argmax(axis=-1) == parts[name].labels[:, None]
-        return hits.mean(axis=0)
+        return (np.asarray(votes).argmax(axis=-1) == parts[name].labels[:, None]).T
 
-    validation = accuracies("validation", tried)
+    validation = hits("validation", tried).mean(axis=1)
     best = int(validation.argmax())
-    test = accuracies("test", (tried[best],)).tolist()
+    test = hits("test", (tried[best],))
     return Result("knn", {"k": tried[best]}, float(validation[best]), test)
 
 
 def ridge(parts: dict[str, Features], *, num_classes: int) -> Result:
     """Ridge regression; the largest of the best regularisers is chosen."""
     found = heads.ridge(*parts["train"], regularisers=REGULARISERS[::-1], num_classes=num_classes)
-    validation = _accuracies(found, parts["validation"])
-    best = int(np.argmax(validation))
+    validation = _hits(found, parts["validation"]).mean(axis=1)
+    best = int(validation.argmax())
     head = jax.tree.map(lambda leaf: leaf[best], found)
     chosen = {"regulariser": REGULARISERS[::-1][best]}
-    return Result("ridge", chosen, validation[best], _accuracies(head, parts["test"]), head)
+    test = _hits(_in_a_row(head), parts["test"])
+    return Result("ridge", chosen, float(validation[best]), test, head)
 
 
 def linear_probe(parts: dict[str, Features], *, num_classes: int, num_epochs: int) -> Result:
@@ -182,7 +194,7 @@ def linear_probe(parts: dict[str, Features], *, num_classes: int, num_epochs: in
         "probe",
         {"lr": float(pairs[best, 0]), "weight_decay": float(pairs[best, 1])},
         float(accuracy[:, best].mean()),
-        _accuracies(of_seeds, parts["test"]),
+        _hits(of_seeds, parts["test"]),
         jax.tree.map(lambda leaf: leaf[seed], of_seeds),
     )
 
@@ -201,10 +213,14 @@ def _at_once(num_pairs: int, dim: int, num_classes: int) -> int:
     return int(-(-num_pairs // num_chunks))  # equal chunks
 
 
-def _accuracies(found: heads.Linear, part: Features) -> list[float]:
-    """Of one head or of several in a row."""
+def _hits(found: heads.Linear, part: Features) -> np.ndarray:
+    """Which examples several heads in a row get right, bool (S, N)."""
     as_float32 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), found)
-    return np.atleast_1d(heads.score(as_float32, *part)[0]).tolist()
+    return np.asarray(heads.hits(as_float32, *part))
+
+
+def _in_a_row(head: heads.Linear) -> heads.Linear:
+    return jax.tree.map(lambda leaf: leaf[None], head)
 
 
 def _summary(result: Result) -> dict[str, Any]:

@@ -11,6 +11,23 @@ from vitcls.config import default_config, parse_arg
 
 
 @dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a recipe gives; a config file's `EXPECTED` has one for each of its arguments.
+
+    Attributes:
+      accuracies: Those of runs that differ in nothing but the seed, one or more.
+      num_images: Images of the split.
+      source: Who measured them, and how.
+      split: Where.
+    """
+
+    accuracies: tuple[float, ...]
+    num_images: int
+    source: str
+    split: str = "test"
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """What depends on the data set.
 
@@ -49,8 +66,22 @@ ARCHS = {
     "WinKawaks/vit-small-patch16-224": "vit_s16",
     "microsoft/resnet-50": "resnet50",
 }
+# Whose accuracies the config files cite.
+_PUBLISHED = (
+    "google-research/vision_transformer's README, not measured here: in21k weights, 384 pixels, "
+    "batch 512, SGD, dropout 0, evaluated without the last incomplete batch"
+)
 # For any other data, such as folders: a start for some thousand images, as for Pets.
 OTHER = Schedule(500, 100, 0.003)
+
+
+def published(*, cifar10: float, cifar100: float, imagenet: float) -> dict[str, Expected]:
+    """Returns `EXPECTED` of a config file, from accuracies in that README."""
+    return {
+        "data=tfds:cifar10": Expected((cifar10,), 10_000, _PUBLISHED),
+        "data=tfds:cifar100": Expected((cifar100,), 10_000, _PUBLISHED),
+        "data=tfds:imagenet2012": Expected((imagenet,), 50_000, _PUBLISHED, "validation"),
+    }
 
 
 def fine_tune(arg: str, *, pretrained: str, image_size: int = 384, resize: int = 448) -> ConfigDict:

@@ -21,6 +21,7 @@ from vitcls import (
     sharding,
     step_folders,
     train_setup,
+    wandb_sender,
 )
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
@@ -68,6 +69,7 @@ def train_and_evaluate(
     # Mistakes first: a field, a data set or a checkpoint that does not fit stops here.
     check_config(config)
     optim.check_args(config.optim.name, dict(config.optim.args))
+    wandb_sender.check(config.log.wandb_project)
     train_split, eval_splits = train_setup.open_splits(config)
     begun = workdir if step_folders.has_steps(workdir / "checkpoints") else None
     files, model_config, processor = train_setup.open_model(
@@ -223,6 +225,8 @@ def train_and_evaluate(
                 *([select] if meta.get("lacks_score") else ()),
             ],
             is_main=is_main,
+            wandb_project=config.log.wandb_project,
+            config=config.to_dict(),
         ) as writer,
         Progress(
             start_step, total_steps, global_batch_size=config.train.global_batch_size

@@ -118,7 +118,8 @@ def test_damage_to_a_file_of_any_kind(damage, start, finished, undisturbed):
         (finished / "results.json").unlink()
         if "is damaged" in run.output():
             num_found += 1
-            assert f"damaged: {name}" in run.output() or "sha256.json" in run.output()
+            # A seal that is damaged itself may name a file that does not exist.
+            assert f"damaged: {name}" in run.output() or name == "sha256.json"
             (aside,) = (finished / "checkpoints").glob("*.corrupt-1")
             shutil.rmtree(aside)
         else:  # not part of the seal: of no consequence
@@ -138,8 +139,9 @@ def test_damage_to_all_checkpoints_never_starts_anew(start, finished, undisturbe
         run = start(finished)
         assert run.wait() == 74
         assert "All checkpoints in" in run.output() and "Put a sound copy" in run.output()
-    last = f"checkpoints/{runs.TOTAL_STEPS}"
-    shutil.copytree(undisturbed / last, finished / last)  # as it says
+    for step in (undisturbed / "checkpoints").iterdir():  # as it says: the last, and the best
+        if step.name.isdigit():
+            shutil.copytree(step, finished / "checkpoints" / step.name)
     assert start(finished).wait() == 0
     assert runs.results(finished) == runs.results(undisturbed)
 

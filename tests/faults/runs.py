@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ _MEASURED = {"time", "train/images_per_second", "train/waiting"}
 
 
 class Run:
-    """One start of the command on a workdir; its output goes to a file beside it."""
+    """One start of the command on a workdir, and what it says."""
 
     def __init__(self, workdir: Path, data_dir: str, *overrides: str, file_size: int | None = None):
         """Starts it.
@@ -40,20 +41,29 @@ class Run:
           file_size: Bytes beyond which no file can be written.
         """
         self.workdir = workdir
-        self._log = workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}.log")
-        self._log.touch()
+        self._said = b""
+        pipe = workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}.pipe")  # has no file size
+        os.mkfifo(pipe)
+        self._listener = threading.Thread(target=self._listen, args=[pipe], daemon=True)
+        self._listener.start()
         config = Path(__file__).with_name("tiny.py")
         flags = [f"--config={config}", f"--workdir={workdir}", f"--config.data.data_dir={data_dir}"]
         self._process = _CONTEXT.Process(
-            target=_main, args=([*flags, *overrides], str(self._log), file_size)
+            target=_main, args=([*flags, *overrides], str(pipe), file_size)
         )
         self._process.start()
         self.pid = self._process.pid
+
+    def _listen(self, pipe: Path) -> None:
+        with pipe.open("rb", buffering=0) as stream:
+            while part := stream.read(2**16):
+                self._said += part
 
     def wait(self, timeout: float = 300) -> int:
         """Returns the exit code, or minus the signal that ended it."""
         self._process.join(timeout)
         assert self._process.exitcode is not None, f"It hangs:\n{self.output()}"
+        self._listener.join(10)
         return self._process.exitcode
 
     def is_alive(self) -> bool:
@@ -64,7 +74,7 @@ class Run:
             os.kill(self.pid, number)
 
     def output(self) -> str:
-        return self._log.read_text()
+        return self._said.decode()
 
     def wait_for(self, condition: Callable[[], object]) -> bool:
         """Whether the condition came true before the run ended; looks a thousand times a second."""
@@ -78,9 +88,9 @@ class Run:
         return any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
 
 
-def _main(flags: Sequence[str], log: str, file_size: int | None) -> None:
+def _main(flags: Sequence[str], pipe: str, file_size: int | None) -> None:
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream.fileno())
+        os.dup2(os.open(pipe, os.O_WRONLY), stream.fileno())
     os.environ["XLA_FLAGS"] = ""  # one device
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if file_size is not None:
@@ -122,7 +132,7 @@ def assert_same(workdir: Path, undisturbed: Path) -> None:
     }
     steps = {path.name for path in (undisturbed / "checkpoints").iterdir()}
     kept = {name for name in left if name.startswith("checkpoints/")}
-    assert {f"checkpoints/{name}" for name in steps} == kept
+    assert kept == {f"checkpoints/{name}" for name in steps}, (kept, steps)
     assert left - kept == {
         path.name for path in undisturbed.iterdir() if not path.name.startswith("events.")
     }

@@ -8,7 +8,7 @@ interval over seeds; for each pair of groups a sentence, from tests that are pai
 corrected for their number. Runs that have not finished are listed, and left out.
 
 The comparison is printed as Markdown. With --output the folder gets comparison.md, comparison.html
-with pictures, and groups.csv, pairs.csv, runs.csv. Needs
+with pictures, the first of them as groups.png, too, and groups.csv, pairs.csv, runs.csv. Needs
 pip install -r requirements-analysis.txt.
 """
 
@@ -53,10 +53,13 @@ def main(directories: list[str]) -> None:
     if not _OUTPUT.value:
         return
     files = {"comparison.md": markdown, "comparison.html": comparison_page.to_html(found)}
-    for name, text in (files | comparison_page.to_csv(found)).items():
+    files |= comparison_page.to_csv(found)
+    contents = {name: text.encode("utf-8", errors="replace") for name, text in files.items()}
+    contents["groups.png"] = comparison_page.to_png(found)
+    for name, content in contents.items():
         with records.written_aside(output / name) as aside:
-            aside.write_text(text, encoding="utf-8", errors="replace")
-    print(f"-> {output}/comparison.html, comparison.md, groups.csv, pairs.csv, runs.csv")
+            aside.write_bytes(content)
+    print(f"-> {output}/comparison.html, comparison.md, groups.png, and groups, pairs, runs.csv")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """A comparison for people and for programs: Markdown, CSV, one HTML page."""
 
-import csv
-import html
-import io
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from vitcls.analysis import classification, figures, paired
+from vitcls.analysis import classification, figures, paired, tables
 from vitcls.analysis.comparison import LOWER_IS_BETTER, Comparison, Pair
 from vitcls.analysis.groups import Group, describe
 from vitcls.analysis.page import environment, shorten, visible
@@ -52,13 +50,13 @@ def summaries(found: Comparison) -> list[dict[str, Any]]:
 def to_markdown(found: Comparison) -> str:
     """The comparison as it is printed, too."""
     lines = [f"# {title(found)}", ""]
-    lines += [f"- {_plain(pair.sentence)}" for pair in found.pairs] or [_NOTHING, ""]
-    lines += ["", *(_plain(note) for note in found.notes)]
+    lines += [f"- {tables.plain(pair.sentence)}" for pair in found.pairs] or [_NOTHING, ""]
+    lines += ["", *(tables.plain(note) for note in found.notes)]
     rows = [
         [one["group"].name, describe(one["group"].fields), str(len(one["values"])), *_numbers(one)]
         for one in summaries(found)
     ]
-    lines += _table(_GROUPS, rows)
+    lines += tables.markdown(_GROUPS, rows)
     if found.pairs:
         head = [
             "pair",
@@ -69,10 +67,10 @@ def to_markdown(found: Comparison) -> str:
             "McNemar, by seed",
             "weighed",
         ]
-        lines += [*_table(head, [_cells(pair) for pair in found.pairs]), MODELLED]
+        lines += [*tables.markdown(head, [_cells(pair) for pair in found.pairs]), MODELLED]
     if found.left_out:
         lines += ["", "Not compared:", ""]
-        lines += [f"- {_plain(f'{path}: {why}')}" for path, why in found.left_out.items()]
+        lines += [f"- {tables.plain(f'{path}: {why}')}" for path, why in found.left_out.items()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
 
@@ -109,16 +107,6 @@ def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown and the HTML made of it show as it is, on one line."""
-    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(visible(text).replace("\n", " "), False))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
-    return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
-
-
 def to_csv(found: Comparison) -> dict[str, str]:
     """`runs.csv`, `groups.csv` and `pairs.csv`; numbers unrounded, unknown ones empty."""
     fields = list(found.groups[0].fields)
@@ -135,24 +123,13 @@ def to_csv(found: Comparison) -> dict[str, str]:
         one = pair.weighed
         numbers = [one.value, *one.interval(), one.p, pair.corrected] if one else [np.nan] * 5
         pairs.append([pair.a.name, pair.b.name, *numbers, pair.modelled, pair.sentence])
-    return {f"{name}.csv": _csv(rows) for name, rows in
+    return {f"{name}.csv": tables.to_csv(rows) for name, rows in
             (("runs", runs), ("groups", groups), ("pairs", pairs))}  # fmt: skip
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
-    table.writerows([["" if cell != cell else cell for cell in row] for row in rows])  # NaN
-    return file.getvalue()
 
 
 def to_html(found: Comparison) -> str:
     """The page; everything is in it, and no script."""
     rows = summaries(found)
-    dots = [
-        (shorten(visible(row["group"].label), 45), *(row[key] for key in
-         ("values", "mean", "low", "high"))) for row in rows
-    ]  # fmt: skip
     drawn = [pair for pair in found.pairs if pair.weighed][:_MOST_DOTS]
     differences = [
         (f"{pair.a.name} - {pair.b.name}", [], pair.weighed.value, *pair.weighed.interval())
@@ -174,7 +151,7 @@ def to_html(found: Comparison) -> str:
             for seed, i in zip(group.seeds, group.runs, strict=True)
         ],
         cells=[_cells(pair) for pair in found.pairs],
-        dots=Markup(figures.intervals("dots", dots, xlabel=f"{found.metric} on {found.split}")),
+        dots=Markup(figures.intervals("dots", _dots(rows), xlabel=_xlabel(found))),
         differences=Markup(
             figures.intervals("pairs", differences, zero=True,
                               xlabel=f"difference of {found.metric}, above 0: the first is better")
@@ -185,6 +162,22 @@ def to_html(found: Comparison) -> str:
         modelled=MODELLED,
         style=Markup(Path(__file__).with_name("report.css").read_text()),
     )  # fmt: skip
+
+
+def to_png(found: Comparison) -> bytes:
+    """The page's first picture: each run, and the mean of each group in its interval."""
+    return figures.intervals_png(_dots(summaries(found)), xlabel=_xlabel(found))
+
+
+def _dots(rows: Sequence[dict[str, Any]]) -> list[figures.Interval]:
+    return [
+        (textwrap.fill(visible(row["group"].label), 32, max_lines=2, placeholder=" …"),
+         *(row[key] for key in ("values", "mean", "low", "high"))) for row in rows
+    ]  # fmt: skip
+
+
+def _xlabel(found: Comparison) -> str:
+    return f"{found.metric} on {found.split}"
 
 
 def _curves(found: Comparison) -> list[tuple[str, Markup]]:

@@ -5,6 +5,7 @@ Text in a figure is escaped by matplotlib and never read as mathematics, whateve
 
 import base64
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,8 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image
+
+from vitcls.analysis.classification import Estimate
 
 # Drawn in this colour, and then given the page's colour of text.
 _INK = "#010203"
@@ -28,6 +31,7 @@ _STYLE = {
      "ytick.color", "grid.color"), _INK,
 )  # fmt: skip
 _MOST_POINTS = 400  # of a curve
+_MARGIN = 1.5  # by which an axis of costs is longer than they are, at both ends
 
 
 def _figure(width: float = 4.4, height: float = 3.0, rows: Sequence[int] = (1,)):
@@ -59,10 +63,11 @@ class _PlainNumbers(ticker.LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _scale_log(axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(_PlainNumbers())
-    axes.yaxis.set_minor_formatter(_PlainNumbers(minor_thresholds=(2, 0.6)))
+def _scale_log(axes, which: str = "y") -> None:
+    axes.set(**{f"{which}scale": "log"})
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
+    axis.set_major_formatter(_PlainNumbers())
+    axis.set_minor_formatter(_PlainNumbers(minor_thresholds=(2, 0.6)))
 
 
 def curves(
@@ -109,31 +114,104 @@ def risk_coverage(name: str, coverage: np.ndarray, risk: np.ndarray) -> str:
         return _svg(figure, name)
 
 
-def intervals(
-    name: str, rows: Sequence[tuple[str, Sequence[float], float, float, float]], *, xlabel: str,
-    zero: bool = False,
-) -> str:  # fmt: skip
+# (label, single values, mean, low, high); low and high are NaN where there is no interval.
+Interval = tuple[str, Sequence[float], float, float, float]
+
+
+def intervals(name: str, rows: Sequence[Interval], *, xlabel: str, zero: bool = False) -> str:
     """SVG of a line for each row, downwards: single values as rings, a dot within its interval.
 
     Args:
       name: Of the figure in the page.
-      rows: (label, single values, mean, low, high); low and high are NaN where there is no
-        interval.
+      rows: See above.
       xlabel: What the values are.
       zero: Whether to mark 0.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _figure(6.0, 0.9 + 0.28 * len(rows))
-        for i, (_, values, mean, low, high) in enumerate(rows):
-            axes.plot(values, [i] * len(values), "o", markersize=4, fillstyle="none", alpha=0.7,
-                      color=_COLORS[0])  # fmt: skip
-            axes.plot([low, high], [i, i], color=_COLORS[1], linewidth=1.5)
-            axes.plot([mean], [i], "o", markersize=5, color=_COLORS[1])
-        if zero:
-            axes.axvline(0, color=_INK, linestyle=":", linewidth=1)
-        axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
-        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-        return _svg(figure, name)
+        return _svg(_draw_intervals(rows, xlabel=xlabel, zero=zero), name)
+
+
+def intervals_png(rows: Sequence[Interval], *, xlabel: str) -> bytes:
+    """The same as a PNG file, black on white, for pages that are no HTML."""
+    file = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        _draw_intervals(rows, xlabel=xlabel, zero=False).savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
+def _draw_intervals(rows: Sequence[Interval], *, xlabel: str, zero: bool) -> Figure:
+    figure, (axes,) = _figure(6.0, 0.9 + 0.36 * len(rows))
+    for i, (_, values, mean, low, high) in enumerate(rows):
+        axes.plot(values, [i] * len(values), "o", markersize=4, fillstyle="none", alpha=0.7,
+                  color=_COLORS[0])  # fmt: skip
+        axes.plot([low, high], [i, i], color=_COLORS[1], linewidth=1.5)
+        axes.plot([mean], [i], "o", markersize=5, color=_COLORS[1])
+    if zero:
+        axes.axvline(0, color=_INK, linestyle=":", linewidth=1)
+    axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    return figure
+
+
+def accuracy_against_cost(
+    rows: Sequence[tuple[str, float, Estimate, bool]], *, xlabel: str, ylabel: str
+) -> dict[str, bytes]:
+    """A picture of candidates as dots within their intervals, as "png" and as "svg" files.
+
+    Args:
+      rows: (label, cost, accuracy, whether it is worse than the first), the first being the choice;
+        one of unknown cost, infinite, is not drawn.
+      xlabel: What the costs are; their axis is logarithmic.
+      ylabel: What the accuracies are.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure(6.4, 3.6 + 0.19 * len(rows))
+        styles = {
+            "the choice": dict(color=_COLORS[1], marker="D"),
+            "cannot be told apart from it": dict(color=_COLORS[0], marker="o"),
+            "worse": dict(color=_COLORS[0], marker="o", markerfacecolor="white", alpha=0.6),
+        }
+        names = list(styles)
+        lines = []
+        for i, x in enumerate(_side_by_side([row[1] for row in rows])):
+            label, _, accuracy, is_worse = rows[i]
+            lines.append(f"{i + 1}  {label}")
+            if math.isinf(x):
+                continue
+            ends = [[accuracy.value - accuracy.low], [accuracy.high - accuracy.value]]
+            style = styles[names[(2 if is_worse else 1) if i else 0]]
+            axes.errorbar([x], [accuracy.value], yerr=ends, capsize=2, linewidth=1, **style)
+            axes.annotate(f"{i + 1}", (x, accuracy.value), (5, 4), textcoords="offset points")
+        for name, style in styles.items():
+            axes.plot([], [], linestyle="", label=name, **style)
+        known = [row[1] for row in rows if math.isfinite(row[1])]
+        if known:
+            axes.set(xlim=(min(known) / _MARGIN, max(known) * _MARGIN))
+        _scale_log(axes, "x")
+        note = " (side by side where equal)" if len(set(known)) < len(known) else ""
+        axes.set(xlabel=xlabel + note, ylabel=ylabel)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(styles))
+        figure.supxlabel("\n".join(lines), x=0.02, ha="left", fontsize=8, linespacing=1.3)
+        return {suffix: _file(figure, suffix) for suffix in ("png", "svg")}
+
+
+def _side_by_side(costs: Sequence[float]) -> list[float]:
+    """The costs, those that are equal moved apart by a little on a logarithmic axis."""
+    known = [cost for cost in costs if math.isfinite(cost)] or [1.0]
+    span = math.log(max(known) / min(known)) + 2 * math.log(_MARGIN)
+    moved = []
+    for i, cost in enumerate(costs):
+        same = [j for j, other in enumerate(costs) if other == cost]
+        place = same.index(i) - (len(same) - 1) / 2
+        moved.append(cost * math.exp(place * min(0.02, 0.3 / len(same)) * span))
+    return moved
+
+
+def _file(figure: Figure, suffix: str) -> bytes:
+    file = io.BytesIO()
+    metadata = {"Date": None} if suffix == "svg" else {}
+    figure.savefig(file, format=suffix, dpi=150, metadata=metadata)
+    return file.getvalue()
 
 
 def heat_map(matrix: np.ndarray) -> str:

@@ -16,8 +16,10 @@ log = logging.getLogger("vitcls")
 NUM_SHOWN = 24
 _SIZE = 144  # pixels
 
-# RGB images of a split in, one picture for each out, such as where the network looked.
-Explain = Callable[[Sequence[Image.Image]], Sequence[Image.Image]]
+# RGB images and the class to explain of each -> the pictures to show of each, and what they are.
+Explain = Callable[
+    [Sequence[Image.Image], Sequence[int]], tuple[Sequence[Sequence[Image.Image]], str]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +53,44 @@ def least_certain(found: Predictions) -> np.ndarray:
     return np.argsort(found.probabilities.max(1), kind="stable")[:NUM_SHOWN]
 
 
-def tiles(
+def explained(
     found: Predictions,
     positions: np.ndarray,
     images: Sequence[Image.Image | None],
+    explain: Explain | None,
+) -> tuple[list[Sequence[Image.Image]], str]:
+    """The pictures of each image at `positions`, none of None, and what they are.
+
+    Whatever goes wrong, the images are worth showing without maps: it is only said.
+    """
+    plain = [[] if image is None else [image] for image in images]
+    rows = [row for row, image in enumerate(images) if image is not None]
+    if explain is None or not rows:
+        return plain, ""
+    predicted = found.logits[positions].argmax(1)[rows].tolist()
+    try:
+        pictures, said = explain([images[row] for row in rows], predicted)
+    except Exception as error:
+        log.warning("There are no explanation maps: %s", error)
+        return plain, f"There are no explanation maps: {_said(error)}"
+    shown = dict(zip(rows, pictures, strict=True))
+    return [shown.get(row, []) for row in range(len(images))], said
+
+
+def tiles(
+    found: Predictions,
+    positions: np.ndarray,
+    pictures: Sequence[Sequence[Image.Image]],
     class_names: Sequence[str],
-    *,
-    explain: Explain | None = None,
 ) -> list[Tile]:
-    """What to show of the images at `positions`, which `images` are, None where there is none."""
-    readable = [image for image in images if image is not None]
-    explained = iter(explain(readable) if explain and readable else ())
+    """What to show of the images at `positions`, of which there are these pictures, if any."""
     probabilities = found.probabilities
     shown = []
-    for position, image in zip(positions.tolist(), images, strict=True):
+    for position, own in zip(positions.tolist(), pictures, strict=True):
         predicted = int(found.logits[position].argmax())
-        pictures = [] if image is None else [image, *([next(explained)] if explain else [])]
         shown.append(
             Tile(
-                pictures=[figures.data_uri(picture, size=_SIZE) for picture in pictures],
+                pictures=[figures.data_uri(picture, size=_SIZE) for picture in own],
                 id=str(found.ids[position]),
                 label=class_names[found.labels[position]],
                 predicted=class_names[predicted],

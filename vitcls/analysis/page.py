@@ -64,7 +64,7 @@ def render(
       run: What there is to report.
       split: The split that the details are of; empty: the first there is.
       unknown: Confidence for images of none of the classes, float64 (M,).
-      explain: Makes a picture for each image of the galleries, to show beside it.
+      explain: Makes the pictures of each image of the galleries; None: the image itself.
 
     Raises:
       UserError: There are predictions, but none for `split`.
@@ -192,7 +192,8 @@ def _details(
     mistakes, unsure = gallery.worst_mistakes(found), gallery.least_certain(found)
     positions = np.concatenate([mistakes, unsure])
     images, note = gallery.open_images(run, split, found.ids[positions].tolist())
-    tiles = gallery.tiles(found, positions, images, names, explain=explain)
+    pictures, maps_note = gallery.explained(found, positions, images, explain)
+    tiles = gallery.tiles(found, positions, pictures, names)
     is_drawn = _MOST_CELLS < num_classes <= _MOST_PIXELS
     return {
         "num_images": len(found.labels),
@@ -210,7 +211,7 @@ def _details(
             | {column: values[k].item() for column, values in table.items()}
             for k in order.tolist()
         ],
-        "images_note": note,
+        "images_note": f"{note} {maps_note}".strip(),
         "mistakes": tiles[: len(mistakes)],
         "unsure": tiles[len(mistakes) :],
     }

@@ -107,6 +107,25 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
+def sign_flips(differences: np.ndarray) -> float:
+    """P of the exact test that differences are as likely above 0 as below it, whatever their sizes.
+
+    Fisher's randomisation test of pairs (1935, The Design of Experiments, section 21): the share of
+    all choices of signs whose sum is as far from 0. Of 1, 0 and -1 it is McNemar's test.
+
+    Args:
+      differences: Integers (N,).
+    """
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    chances = np.ones(1)  # of each sum over the positive ones
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        own = np.zeros(size * count + 1)
+        own[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, own)  # by FFT small chances would be noise
+    sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
+    return float(min(1.0, chances[np.abs(sums) >= abs(differences.sum())].sum()))
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """P values corrected for their number, in the same order (Holm 1979)."""
     corrected, largest = [1.0] * len(p), 0.0

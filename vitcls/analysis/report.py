@@ -3,8 +3,9 @@
   python -m vitcls.analysis.report runs/quickstart
 
 writes runs/quickstart/report.html: metrics with 95 % intervals, recipe and how to reproduce it,
-learning curves, confusion matrix, classes, calibration, mistakes and doubts with their images,
-augmented training images, speed, manifest. Of a run that was killed it shows what there is.
+learning curves, confusion matrix, classes, calibration, mistakes and doubts with their images and
+where the network looked, augmented training images, speed, manifest. Of a run that was killed it
+shows what there is.
 
 DIR is the workdir of a run, or a folder that vitcls.evaluate --output made. Needs
 pip install -r requirements-analysis.txt.
@@ -28,6 +29,9 @@ _UNKNOWN = flags.DEFINE_string(
     "Predictions for images of none of the classes, CSV of vitcls.predict or npz with logits: how "
     "well confidence tells them apart; empty: it is not measured.",
 )  # fmt: skip
+_EXPLAIN = flags.DEFINE_bool(
+    "explain", True, "Maps of where the network looked, beside the images; needs the checkpoint."
+)
 
 
 def main(directories: list[str]) -> None:
@@ -46,7 +50,7 @@ def main(directories: list[str]) -> None:
         raise UserError(f"--output={output} is a folder, or in none that exists; name a file.")
     # These import much: only once the flags are known to be right.
     try:
-        from vitcls.analysis import page, predictions, run
+        from vitcls.analysis import explaining, page, predictions, run
     except ModuleNotFoundError as error:
         raise UserError(
             f"Reports need {error.name}: pip install -r requirements-analysis.txt"
@@ -56,7 +60,12 @@ def main(directories: list[str]) -> None:
     unknown = predictions.read_confidence(Path(_UNKNOWN.value)) if _UNKNOWN.value else None
     for workdir in workdirs:
         output = Path(_OUTPUT.value or workdir / "report.html")
-        text = page.render(run.read_run(workdir), split=_SPLIT.value, unknown=unknown)
+        text = page.render(
+            run.read_run(workdir),
+            split=_SPLIT.value,
+            unknown=unknown,
+            explain=explaining.for_gallery(workdir) if _EXPLAIN.value else None,
+        )
         with records.written_aside(output) as aside:
             aside.write_text(text, encoding="utf-8")
         print(f"{workdir}: {len(text.encode()) / 1e6:.1f} MB -> {output}")

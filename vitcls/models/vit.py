@@ -312,6 +312,7 @@ class Attention(nn.Module):
         q = q[:, : self.num_outputs]  # (B, Q, A, d)
         self.sow("intermediates", "q", q)  # kept only when the caller makes the collection mutable
         self.sow("intermediates", "k", k)
+        self.sow("intermediates", "v", v)
         out = attention(q, k, v).reshape(x.shape[0], -1, config.width)  # (B, Q, D)
         return dense(config.width, name="output")(out)
 
@@ -425,7 +426,7 @@ class ViT(nn.Module):
         Returns:
           (B, K) float32 logits; with `num_classes=0` (B, D) pooled features (2 D for pools of two).
 
-          With `mutable=["intermediates"]` every layer also gives its attention's `q` and `k`,
+          With `mutable=["intermediates"]` every layer also gives its attention's `q`, `k` and `v`,
           (B, N, A, d); the last layer's q has only the tokens that the pool reads.
 
         Raises:

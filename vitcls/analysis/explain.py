@@ -1,0 +1,91 @@
+"""Shows where a network looks: maps over images, as pictures.
+
+  python -m vitcls.analysis.explain --checkpoint=runs/quickstart --images=photos --output=maps
+  python -m vitcls.analysis.explain --checkpoint=runs/quickstart --data=digits --num_images=20 \
+      --output=maps
+
+A picture has what the network saw of an image, cropped and resized, and beside it the same under
+the map: the brighter, the more a place has to do with the class. maps/explained.csv names for each
+picture its image, the likeliest class with its probability, and the class that is explained.
+
+  rollout           where the pooled tokens' attention comes from, through all layers; ViT only, and
+                    the same for every class
+  gradient_rollout  the same, of attention that speaks for the class; what a ViT gets by default
+  gradcam           Grad-CAM of the last features that have a place; what a ResNet gets
+
+The checkpoint is the workdir of a run (DIR, DIR@best, DIR@last or DIR@STEP), a folder in Hugging
+Face format, or a hub id, optionally with @REVISION. Needs pip install -r requirements-analysis.txt.
+"""
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
+_IMAGES = flags.DEFINE_string(
+    "images", "",
+    "A file; a folder, with all folders below it; a pattern in quotes, such as 'photos/**/*.jpg'; "
+    "or @FILE, which has one path per line, relative to FILE's folder.",
+)  # fmt: skip
+_DATA = flags.DEFINE_string(
+    "data", "", "Instead of --images a data set, such as digits, tfds:NAME or folder:PATH."
+)
+_SPLIT = flags.DEFINE_string("split", "test", "Split of --data; of tfds, also slices.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+)
+_NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", 0, "Images of --data, the first; 0: all.", lower_bound=0
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the pictures: new, or empty.")
+_METHOD = flags.DEFINE_enum(
+    "method", "", ["", "rollout", "gradient_rollout", "gradcam"],
+    "rollout|gradient_rollout|gradcam; empty: by the kind of network.",
+)  # fmt: skip
+_CLASS = flags.DEFINE_string(
+    "class", "", "Name or number of the class to explain; empty: the likeliest of each image."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
+)
+
+
+def main() -> None:
+    """Checks the flags, then explains."""
+    checkpoint, output = map(cli.required, (_CHECKPOINT, _OUTPUT))
+    if bool(_IMAGES.value) == bool(_DATA.value):
+        raise UserError("Name the images by --images or by --data, one of the two.")
+    if _NUM_IMAGES.value and not _DATA.value:
+        raise UserError("--num_images is of --data; of files, --images names those to take.")
+    if _CLASS.value and _METHOD.value == "rollout":
+        raise UserError(
+            f"--class={_CLASS.value} means nothing to --method=rollout, which is the same for "
+            "every class; use --method=gradient_rollout."
+        )
+    # These import jax: only once the flags are known to be right.
+    try:
+        from vitcls.analysis import explaining
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Pictures need {error.name}: pip install -r requirements-analysis.txt"
+        ) from error
+    from vitcls import prediction
+    from vitcls.data import sources
+
+    if _DATA.value:
+        split = sources.open_split(_DATA.value, _SPLIT.value, data_dir=_DATA_DIR.value or None)
+        found = explaining.split_sources(split, num=_NUM_IMAGES.value)
+    else:
+        found = explaining.file_sources(prediction.find_images(_IMAGES.value))
+    cli.keep_compiled_programs()
+    explainer = explaining.load(
+        checkpoint, num_images=len(found), method=_METHOD.value, batch_size=_BATCH_SIZE.value
+    )
+    num_bad = explaining.write(explainer, found, output, class_name=_CLASS.value)
+    bad = f", {num_bad} of them unreadable" if num_bad else ""
+    print(f"{len(found)} images{bad}, {explainer.method} -> {output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,225 @@
+"""Maps of where a checkpoint's network looks, for images from files, data sets and reports.
+
+B batch, H W pixels, K classes.
+"""
+
+import csv
+import dataclasses
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from vitcls import images as pixels_of
+from vitcls import inference, progress, records, sharding
+from vitcls.analysis import gallery, overlay, saliency
+from vitcls.data.split import Split
+from vitcls.errors import UserError, unknown
+from vitcls.pretrained import Processor
+
+log = logging.getLogger("vitcls")
+
+# The name of an image, and what returns its encoded bytes.
+Source = tuple[str, Callable[[], bytes]]
+
+_CAPTIONS = {
+    "rollout": "where attention comes from (attention rollout, whatever the class)",
+    "gradient_rollout": "where it looked for the class it predicted (gradient-weighted attention "
+    "rollout)",
+    "gradcam": "where it looked for the class it predicted (Grad-CAM)",
+}
+_COLUMNS = ("image", "label", "probability", "explained", "picture", "error")
+_NUM_LOGGED = 10  # unreadable images; the table has them all
+
+
+@dataclasses.dataclass(frozen=True)
+class Explainer:
+    """A network, on all devices, with one way to explain what it says."""
+
+    method: str
+    processor: Processor
+    variables: Any  # on every device of `mesh`
+    mesh: Mesh
+    step: Callable[[Any, Any], Any]  # compiled for batches of `batch_size`
+    batch_size: int
+
+    def __call__(
+        self, pixels: Sequence[np.ndarray], classes: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields of each image its map, float32 (H, W) as `saliency.maps`, and probabilities (K,).
+
+        Args:
+          pixels: uint8 (H, W, 3) each, as the processor makes them.
+          classes: The class to explain of each; negative: the likeliest.
+        """
+        size = self.batch_size
+        for first in range(0, len(pixels), size):
+            rows = np.stack(pixels[first : first + size])
+            asked = np.asarray(classes[first : first + size], np.int32)
+            batch = {
+                "image": np.pad(rows, [(0, size - len(rows)), (0, 0), (0, 0), (0, 0)]),
+                "class": np.pad(asked, (0, size - len(asked))),
+            }
+            found = self.step(self.variables, sharding.to_global(batch, self.mesh))
+            yield from zip(*(np.asarray(part)[: len(rows)] for part in found), strict=True)
+
+
+def load(
+    checkpoint: str | Path, *, num_images: int, method: str = "", batch_size: int = 0
+) -> Explainer:
+    """Loads and compiles.
+
+    Args:
+      checkpoint: As `pretrained.load` takes it.
+      num_images: How many there will be in all.
+      method: A name of `saliency.METHODS`; "": the one for this network.
+      batch_size: Images at a time over all devices; 0: chosen by their memory.
+
+    Raises:
+      UserError: no such checkpoint, one without classes, or a method that it has no use for.
+    """
+    model, variables, processor, mesh = inference.load_classifier(checkpoint)
+    method = saliency.choose_method(model, method)
+
+    def step(variables, batch):
+        images = processor.normalise(batch["image"])
+        found, logits = saliency.maps(model, variables, images, batch["class"], method=method)
+        return found, jax.nn.softmax(logits)
+
+    compiled, batch_size = inference.compile_step(
+        jax.jit(step, out_shardings=sharding.batch_sharding(mesh)),
+        variables,
+        {
+            "image": jax.ShapeDtypeStruct((*processor.size, 3), np.uint8),
+            "class": jax.ShapeDtypeStruct((), np.int32),
+        },
+        mesh=mesh,
+        num_images=num_images,
+        batch_size=batch_size,
+    )
+    return Explainer(method, processor, variables, mesh, compiled, batch_size)
+
+
+def for_gallery(checkpoint: str | Path) -> gallery.Explain:
+    """Returns what shows of each image the part that the network saw, and where it looked."""
+
+    def explain(
+        images: Sequence[Image.Image], classes: Sequence[int]
+    ) -> tuple[list[list[Image.Image]], str]:
+        explainer = load(checkpoint, num_images=len(images))
+        pixels = [explainer.processor.pixels(image) for image in images]
+        shown = [
+            [Image.fromarray(one), overlay.draw(one, heat)]
+            for one, (heat, _) in zip(pixels, explainer(pixels, classes), strict=True)
+        ]
+        what = _CAPTIONS[explainer.method]
+        return shown, f"Images as the network saw them; beside each, the brighter the more, {what}."
+
+    return explain
+
+
+def file_sources(paths: Sequence[str]) -> list[Source]:
+    """Image files."""
+    return [(path, Path(path).read_bytes) for path in paths]
+
+
+def split_sources(split: Split, *, num: int) -> list[Source]:
+    """The first `num` images of a split; 0: all."""
+
+    def reader(index: int) -> Callable[[], bytes]:
+        return lambda: split.read(index)[0]
+
+    return [(split.id(index), reader(index)) for index in range(len(split))[: num or None]]
+
+
+def class_index(name: str, names: Sequence[str]) -> int:
+    """The class that `--class` names, by its name or else its number; -1 for "".
+
+    Raises:
+      UserError: there is none.
+    """
+    if not name:
+        return -1
+    if name in names:
+        return list(names).index(name)
+    if name.isdecimal() and int(name) < len(names):
+        return int(name)
+    raise unknown("--class", name, names)
+
+
+def write(explainer: Explainer, sources: Sequence[Source], output: str, *, class_name: str) -> int:
+    """Writes a picture for each image, and `explained.csv` that says what is in them.
+
+    A picture has the part of the image that the network saw, and beside it the same under the map.
+    The folder appears when it is complete.
+
+    Args:
+      explainer: The network.
+      sources: The images.
+      output: The folder: new, or empty.
+      class_name: The class to explain; "": each image's likeliest.
+
+    Returns:
+      The number of images that cannot be read.
+
+    Raises:
+      UserError: the folder is in use, there is no such class, or no image can be read.
+    """
+    names = tuple(explainer.processor.id2label.values())
+    asked = class_index(class_name, names)
+    num_bad = 0
+    with (
+        records.folder_aside(output) as folder,
+        (folder / "explained.csv").open(
+            "w", encoding="utf-8", errors="surrogateescape", newline=""
+        ) as file,
+    ):
+        table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        table.writeheader()
+        numbered = enumerate(progress.track(sources, "explain"))
+        for chunk in iter(lambda: list(itertools.islice(numbered, explainer.batch_size)), []):
+            rows = [_read(explainer, source) for _, source in chunk]
+            readable = [pixels for pixels, _ in rows if pixels is not None]
+            found = explainer(readable, [asked] * len(readable))
+            for (number, (name, _)), (pixels, error) in zip(chunk, rows, strict=True):
+                if pixels is None:
+                    num_bad += 1
+                    if num_bad <= _NUM_LOGGED:
+                        log.warning("%s: %s", name, error)
+                    table.writerow({"image": name, "error": error})
+                    continue
+                heat, probabilities = next(found)
+                picture = f"{number:05}_{_file_name(name)}.png"
+                overlay.beside(pixels, overlay.draw(pixels, heat)).save(folder / picture)
+                likeliest = int(probabilities.argmax())
+                table.writerow({
+                    "image": name, "label": names[likeliest],
+                    "probability": str(probabilities[likeliest]), "picture": picture,
+                    "explained": "" if explainer.method == "rollout"
+                    else names[likeliest if asked < 0 else asked],
+                })  # fmt: skip
+        if num_bad == len(sources):
+            raise UserError(f"None of the {num_bad} images can be read, such as {name}: {error}")
+    return num_bad
+
+
+def _read(explainer: Explainer, source: Source) -> tuple[np.ndarray | None, str]:
+    """The pixels that the network sees, or None and why there are none."""
+    try:
+        return explainer.processor.pixels(pixels_of.decode(source[1]())), ""
+    except pixels_of.ImageError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"Cannot be read: {error.strerror}."
+
+
+def _file_name(name: str) -> str:
+    """The last part of an image's name, of letters that every file system has."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", Path(name).name)[-60:]

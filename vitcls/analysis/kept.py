@@ -1,0 +1,113 @@
+"""What runs came to, as small files that outlive them, and the page of results made of these."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitcls.analysis import groups, paired
+from vitcls.analysis.run import Run, read_run
+from vitcls.errors import UserError
+
+_HEAD = (
+    "recipe", "split", "images", "accuracy", "spread", "lowest to highest", "seeds", "steps",
+    "seconds", "where",
+)  # fmt: skip
+_ABOUT = """\
+# Results
+
+Made by `python -m vitcls.analysis.results docs/results` of the files in that folder; never typed.
+Each row is of runs that differ in nothing but the seed: the mean of their accuracies, the standard
+deviation over seeds, the range. Seconds are a mean, too, on a machine that may have had other work
+to do.
+"""
+
+
+def extract(directory: str) -> dict[str, Any]:
+    """Returns `{"runs": [...]}` of a workdir, or of a folder of them.
+
+    Raises:
+      UserError: One of them has not finished, or they are none.
+    """
+    return {"runs": [_extract(path) for path in groups.find([directory])]}
+
+
+def _extract(workdir: Path) -> dict[str, Any]:
+    run = read_run(workdir)
+    if why := groups.why_unfinished(run):
+        raise UserError(f"{workdir} cannot be kept: {why}. Run its command again, or move it away.")
+    return {
+        "command": _command(run),
+        "seed": run.config["train"]["seed"],
+        "results": {key: value for key, value in run.results.items() if key != "plan"},
+        "eval_splits": run.config["data"]["eval_splits"],
+        **{key: run.manifest.get(key) for key in ("git_commit", "versions", "devices")},
+    }
+
+
+def _command(run: Run) -> str:
+    """What was typed, without what is of one machine or one run: Python, workdir, seed."""
+    parts = [
+        part
+        for part in map(str, (run.manifest.get("command") or [])[1:])
+        if not re.match("--?(workdir|config.train.seed)=", part)
+    ]
+    return shlex.join(["python", *parts])
+
+
+def to_markdown(folder: Path) -> str:
+    """The page of all files in a folder.
+
+    Raises:
+      UserError: There are none, or one is damaged.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise UserError(f"{folder} has no results; add some with --add=WORKDIR.")
+    lines = [_ABOUT]
+    for path in paths:
+        try:
+            runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            rows = _rows(runs)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is not what vitcls.analysis.results wrote ({error!r}); add its runs again."
+            ) from error
+        cells = [_HEAD, ["---"] * len(_HEAD), *rows]
+        lines += [f"## {path.stem}", "", *(f"| {' | '.join(row)} |" for row in cells), ""]
+    return "\n".join(lines)
+
+
+def _rows(runs: list[dict[str, Any]]) -> list[list[str]]:
+    recipes: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        for split in run["eval_splits"]:
+            recipes.setdefault((run["command"], split), []).append(run)
+    rows = []
+    for (command, split), same in recipes.items():
+        metrics = [run["results"]["splits"][split] for run in same]
+        values = np.array([one["accuracy"] for one in metrics])
+        mean, spread, _, _ = paired.over_seeds(values)
+        rows.append([
+            f"`{command}`".replace("|", "\\|"), split, _all(one["num_examples"] for one in metrics),
+            f"{mean:.4f}", "–" if len(values) < 2 else f"{spread:.4f}",
+            f"{values.min():.4f} to {values.max():.4f}",
+            ", ".join(str(seed) for seed in sorted(run["seed"] for run in same)),
+            _all(run["results"]["step"] for run in same),
+            f"{np.mean([run['results']['seconds'] for run in same]):.0f}",
+            _all(_where(run) for run in same),
+        ])  # fmt: skip
+    return rows
+
+
+def _where(run: dict[str, Any]) -> str:
+    devices, versions, commit = run["devices"], run["versions"], str(run["git_commit"])[:8]
+    return f"{devices['count']} {devices['kind']}, jax {versions['jax']}, {commit}"
+
+
+def _all(values: Any) -> str:
+    """One value if all are the same."""
+    return ", ".join(dict.fromkeys(map(str, values)))

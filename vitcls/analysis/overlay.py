@@ -1,0 +1,36 @@
+"""A map of where a network looks, drawn over the image that it looks at."""
+
+import math
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+_SHORTEST = 224  # pixels of the longer side
+_SHARE = 0.6  # of the colours; the rest is the image, grey
+
+
+def draw(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
+    """Returns an RGB picture of the image's shape, at least 224 pixels wide or high.
+
+    Args:
+      pixels: uint8 (H, W, 3).
+      heat: float32 (H, W), from 0, dark, to 1, bright.
+    """
+    height, width = heat.shape
+    scale = math.ceil(_SHORTEST / max(height, width))
+    size = (width * scale, height * scale)
+    grey = Image.fromarray(pixels).convert("L").resize(size, Image.Resampling.NEAREST)
+    smooth = np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR))
+    colours = 255 * matplotlib.colormaps["inferno"](smooth)[..., :3]
+    mixed = _SHARE * colours + (1 - _SHARE) * np.asarray(grey)[..., None]
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def beside(pixels: np.ndarray, drawn: Image.Image) -> Image.Image:
+    """The image, enlarged as what `draw` returned, to the left of it."""
+    image = Image.fromarray(pixels).resize(drawn.size, Image.Resampling.NEAREST)
+    both = Image.new("RGB", (2 * drawn.width, drawn.height))
+    both.paste(image, (0, 0))
+    both.paste(drawn, (drawn.width, 0))
+    return both

@@ -1,0 +1,89 @@
+"""Trains a recipe and says whether it gives what it is expected to.
+
+  python -m vitcls.analysis.reproduce quickstart
+
+NAME is a file of configs/, or the path of another one, with its arguments if it takes any:
+quickstart:init=scratch. The file's EXPECTED says what was measured or published, and by whom.
+vitcls.main does the run; the same command continues it where it was interrupted. Any field can be
+set, for what a change does to the result:
+
+  python -m vitcls.analysis.reproduce quickstart --set=optim.lr=1.0 --workdir=runs/spoilt
+
+The answer is printed, and is in the workdir as reproduced.json. It is "inside" if the accuracy is
+where 95 of 100 runs are expected: in Student's t prediction interval of one more run, or, where one
+run is all that is known, in what other test images would do to both. So one sound run in twenty is
+outside: another --set=train.seed= tells chance from a mistake.
+
+Exit codes: 0 inside, 88 outside, otherwise those of vitcls.main, which has not ended.
+"""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Folder of the run; empty: runs/reproduce/NAME. A finished run is not repeated."
+)
+_SET = flags.DEFINE_multi_string(
+    "set", None, "FIELD=VALUE: a field of the config, as --config.FIELD=VALUE of vitcls.main."
+)  # fmt: skip
+
+_OUTSIDE = 88  # exit code
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main(names: list[str]) -> None:
+    """Checks the flags, trains, compares."""
+    if len(names) > 1:
+        raise UserError(f"{names[1]!r} is one NAME too many: a run is of one recipe.")
+    changes = _SET.value or []
+    for item in changes:
+        if not re.match(r"[a-z]\w*\.[\w.]+=", item):
+            raise UserError(f"--set={item} is not of the form FIELD=VALUE, such as optim.lr=0.001.")
+    from vitcls.analysis import expectation
+
+    config, expected = expectation.find(names[0])
+    folder = re.sub(r"[^\w.,=+-]+", "-", names[0].removesuffix(".py"))
+    workdir = Path(_WORKDIR.value or f"runs/reproduce/{folder}")
+    command = [sys.executable, "-m", "vitcls.main", f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--config.{item}" for item in changes]
+    print(shlex.join(["python", *command[1:]]), flush=True)
+    if code := _run(command):
+        sys.exit(code)
+    splits = json.loads((workdir / "results.json").read_text())["splits"]
+    if expected.split not in splits:
+        raise UserError(
+            f"The run has no {expected.split} accuracy, which is what is known: have "
+            f"{expected.split!r} in data.eval_splits."
+        )
+    accuracy, num_images = (splits[expected.split][key] for key in ("accuracy", "num_examples"))
+    is_inside, sentence = expectation.answer(expected, accuracy, num_images)
+    from vitcls import records
+
+    found = {"inside": is_inside, "answer": sentence, "expected": list(expected.accuracies)}
+    records.write_json(workdir / "reproduced.json", found | {"set": changes})
+    print(sentence)
+    if not is_inside:
+        sys.exit(_OUTSIDE)
+
+
+def _run(command: list[str]) -> int:
+    """Runs the command to its end; it gets the signals that we get, and each once."""
+    with subprocess.Popen(command, start_new_session=True) as process:
+        for number in _SIGNALS:
+            signal.signal(number, lambda number, frame: process.send_signal(number))
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments="NAME")

@@ -1,0 +1,99 @@
+r"""Which checkpoint to fine-tune: cheap heads on the features of each, beside what it costs.
+
+  python -m vitcls.analysis.select --data=folder:PATH --output=selected \
+      --candidates=google/vit-base-patch16-224-in21k,facebook/dinov2-small,runs/mine@best
+
+Every candidate sees every image once. On its features a linear probe and nearest neighbours are
+fitted, as vitcls.probe does. All images are of the training split: a part is held out and ranks the
+candidates, a tenth of the rest chooses hyper-parameters. The test split is never read.
+
+A table and a sentence are printed: the choice, the candidates that cannot be told apart from it,
+parameters, GFLOPs and images/s. OUTPUT gets them as selection.md and selection.csv, with
+accuracy against cost as selection.png and selection.svg. Features stay in OUTPUT/features: the same
+command continues where it was interrupted, and another one with more candidates computes only
+theirs. A candidate that cannot be read is listed with the reason.
+
+Needs pip install -r requirements-analysis.txt.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError
+
+_CANDIDATES = flags.DEFINE_list(
+    "candidates", None,
+    "Checkpoints, separated by commas: workdirs (DIR, DIR@best, DIR@last, DIR@STEP), Hugging Face "
+    "folders or hub ids; heads that they may have are not used.",
+)  # fmt: skip
+_DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
+)
+_TRAIN_SPLIT = flags.DEFINE_string(
+    "train_split", "train", "Split to fit, to choose and to rank on; of tfds, also slices."
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder for features, table and picture; those of an earlier call are replaced."
+)
+_HOLDOUT = flags.DEFINE_float("holdout", 0.2, "Share of the split that ranks, between 0 and 1.")
+_PER_CLASS = flags.DEFINE_integer(
+    "per_class", 0,
+    "Examples of every class to fit on, as few as fine-tuning will have; 0: all that remain.",
+    lower_bound=0,
+)  # fmt: skip
+_SEED = flags.DEFINE_integer("seed", 0, "Which examples are held out and taken.")
+_EPOCHS = flags.DEFINE_integer("epochs", 100, "Passes of the linear probe.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
+)
+
+
+def main() -> None:
+    """Checks the flags, then measures, prints and writes."""
+    names, data, output = map(cli.required, (_CANDIDATES, _DATA, _OUTPUT))
+    names = [name.strip() for name in names]
+    if not all(names):
+        raise UserError(f"--candidates={','.join(names)} has an empty name between its commas.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"--candidates names {twice[0]} twice; name every candidate once.")
+    if not 0 < _HOLDOUT.value < 1:
+        raise UserError(f"--holdout={_HOLDOUT.value} must be above 0 and below 1, such as 0.2.")
+    try:
+        from vitcls.analysis import selection, selection_page
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Selection needs {error.name}: pip install -r requirements-analysis.txt"
+        ) from error
+    from vitcls import records
+    from vitcls.data import sources
+
+    cli.keep_compiled_programs()
+    output = Path(output)
+    split = sources.open_split(data, _TRAIN_SPLIT.value, data_dir=_DATA_DIR.value or None)
+    parts = selection.divide(
+        split, holdout=_HOLDOUT.value, per_class=_PER_CLASS.value, seed=_SEED.value
+    )
+    records.make(output, flag="--output")
+    found = selection.select(
+        names,
+        parts,
+        folder=output / "features",
+        num_epochs=_EPOCHS.value,
+        batch_size=_BATCH_SIZE.value,
+    )
+    markdown = selection_page.to_markdown(found)
+    print(markdown)
+    files = {"md": markdown.encode(), "csv": selection_page.to_csv(found).encode()}
+    for suffix, content in (files | selection_page.to_pictures(found)).items():
+        with records.written_aside(output / f"selection.{suffix}") as aside:
+            aside.write_bytes(content)
+    print(f"-> {output}/selection.png, selection.svg, selection.md, selection.csv")
+
+
+if __name__ == "__main__":
+    cli.run(main)
