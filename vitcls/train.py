@@ -146,7 +146,7 @@ def train_and_evaluate(
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
         state = program.first_state(variables)
-    del variables  # the host's copy
+    del variables, reading  # the host's copy
     if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
         log.info("%s", memory_line(state))
