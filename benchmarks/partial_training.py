@@ -26,15 +26,14 @@ from typing import Any
 import jax
 
 from benchmarks import models
+from benchmarks.figures import positive, summary
 from benchmarks.train_step import (
     calls_per_window,
     chain,
     device_name,
     make_training,
-    positive,
     random_batch,
     random_variables,
-    summary,
 )
 from vitcls import adapt
 from vitcls.errors import UserError

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.figures import positive, summary
 from benchmarks.models import arch_config, make_model
 from benchmarks.train_step import (
     COPY_SIZE,
@@ -39,10 +40,8 @@ from benchmarks.train_step import (
     chain,
     device_name,
     make_training,
-    positive,
     random_batch,
     random_variables,
-    summary,
 )
 from vitcls import adapt, augment, heads
 from vitcls.errors import UserError

@@ -1,4 +1,4 @@
-"""The peer of `benchmarks.train_step`: the same training step in PyTorch.
+"""The peer of `benchmarks.train_step` and `.forward`: the same step in PyTorch.
 
 Runs in a process of its own, so that the thread pools and allocators of the two do not meet.
 B batch, H W pixels, K classes.
@@ -19,7 +19,7 @@ _runs: dict[str, Callable[[], Any]] = {}  # what `run` can repeat, filled by `st
 
 def start(
     library: str, config: dict[str, Any], *, device: str, dtype: str, batch_size: int, lr: float,
-    weight_decay: float, matmul_size: int,
+    weight_decay: float, matmul_size: int, is_training: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Builds the step in every variant worth trying and keeps the fastest.
 
@@ -32,6 +32,7 @@ def start(
       lr: Learning rate of AdamW.
       weight_decay: Its weight decay.
       matmul_size: Side of the square matrices whose product is the anchor.
+      is_training: Otherwise the step is a forward pass.
 
     Returns:
       What the report says of the peer.
@@ -49,7 +50,7 @@ def start(
         model = MODELS[library](config)
         step = make_step(
             model, config, mode=mode, channels_last=channels_last, device=device, dtype=dtype,
-            batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+            batch_size=batch_size, lr=lr, weight_decay=weight_decay, is_training=is_training,
         )  # fmt: skip
         variant = f"{mode or 'eager'}{', channels_last' if channels_last else ''}"
         warm_up_secs = repeat(step, 1)
@@ -89,19 +90,19 @@ def repeat(call: Callable[[], Any], num_calls: int) -> float:
 
 def make_step(
     model: torch.nn.Module, config: dict[str, Any], *, mode: str | None, channels_last: bool,
-    device: str, dtype: str, batch_size: int, lr: float, weight_decay: float,
+    device: str, dtype: str, batch_size: int, lr: float, weight_decay: float, is_training: bool,
 ) -> Callable[[], torch.Tensor]:  # fmt: skip
-    """Returns a function that trains on one batch of random uint8 images and returns the loss.
+    """Returns a function of one batch of random uint8 images that trains and returns the loss.
 
     Args:
       model: The network, (B, 3, H, W) -> logits (B, K).
       config: The fields of our network's config.
       mode: Of `torch.compile`; None: not compiled.
       channels_last: The memory layout of images and convolutions.
-      device, dtype, batch_size, lr, weight_decay: See `start`.
+      device, dtype, batch_size, lr, weight_decay, is_training: See `start`.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to(device, memory_format=layout).train()
+    model = model.to(device, memory_format=layout).train(is_training)
     images = torch.randint(0, 256, (batch_size, 3, *config["image_size"]), dtype=torch.uint8)
     images = images.to(device, memory_format=layout)
     labels = torch.randint(0, config["num_classes"], (batch_size,))
@@ -113,14 +114,18 @@ def make_step(
     )
 
     def loss_fn(images, targets):
-        flip = torch.rand(len(images), device=device) < 0.5
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if is_training:
+            flip = torch.rand(len(images), device=device) < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         with autocast():
             outputs = model((images.float() / 255 - 0.5) / 0.5)
         return functional.cross_entropy(getattr(outputs, "logits", outputs).float(), targets)
 
     if mode:
         loss_fn = torch.compile(loss_fn, mode=mode)
+
+    if not is_training:
+        return torch.inference_mode()(lambda: loss_fn(images, targets))
 
     def step():
         loss = loss_fn(images, targets)

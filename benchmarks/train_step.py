@@ -3,29 +3,26 @@
     python -m benchmarks.train_step --model=vit_b16 --image_size=224 --batch_size=8
 
 Ours is the step that training runs: uint8 images on the device, flip, normalisation, network and
-AdamW, compiled once with a donated state. The peer is the same in PyTorch. The limit is the fastest
-product of large matrices in the same dtype that either of them reaches: images per second if a step
-were nothing but its products. All take turns, so that a machine that slows down slows all of them.
-Compilation is reported apart. Before the turns, the loss and the norm of the gradient of our first
-step are compared with those in float32 at the highest precision; a difference beyond rounding ends
-it.
+AdamW, compiled once with a donated state. The peer is the same in PyTorch or Flax. The limit is the
+fastest product of large matrices in the same dtype that either of them reaches: images per second
+if a step were nothing but its products. All take turns, so that a machine that slows down slows all
+of them. Compilation is reported apart. Before the turns, the loss and the norm of the gradient of
+our first step are compared with those in float32 at the highest precision; a difference beyond
+rounding ends it.
 
-One device is used. Needs jax, flax, optax and numpy; the peer also torch, and transformers or timm.
+One device is used. Needs jax, flax, optax and numpy; the peer also torch, and transformers or timm;
+the Flax networks of transformers, on a CPU, an environment that benchmarks.make_peers makes.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import make_peers
+from benchmarks.figures import num_cpus, positive, processor_name, summary
 from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
+from benchmarks.peer_process import start_process
 from vitcls import adapt, augment, optim
 from vitcls import train_step as steps
 from vitcls.errors import UserError
@@ -52,12 +52,19 @@ TOLERANCE = 8
 Run = Callable[[int], float]  # number of calls -> the seconds they take
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, make_ours: Callable[..., Any], *, is_training: bool
+) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them.
+
+    Args:
+      args: Of the command line.
+      make_ours: See `make_ours`.
+      is_training: Whether its step trains; otherwise peer and limit are of a forward pass.
 
     Raises:
       UserError: an argument does not fit, or the peer is not installed.
-      ArithmeticError: loss or gradient are not those of the reference.
+      ArithmeticError: our numbers are not those of the reference.
     """
     config = arch_config(args.model, args.image_size)
     load_before = os.getloadavg()[0]
@@ -65,13 +72,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     matmul_size = 2048 if device.platform == "cpu" else 8192
 
     runs = {}
-    library, peer = peer_library(args.peer, device.platform), None
-    if library:  # first: a package that is missing is missed at once
-        call = start_process(args.peer)
+    (call, library), peer = start_peer(args.peer, device.platform), None
+    if call:  # first: a package that is missing is missed at once
         peer = call(
             "start", library, dataclasses.asdict(config), dtype=args.dtype, lr=LR,
             device="cpu" if device.platform == "cpu" else "cuda", batch_size=args.batch_size,
             weight_decay=WEIGHT_DECAY, matmul_size=matmul_size,
+            **({} if is_training else {"is_training": False}),
         )  # fmt: skip
         runs["peer"] = functools.partial(call, "run", "step")
         runs["peer_matmul"] = functools.partial(call, "run", "matmul")
@@ -94,7 +101,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, run in runs.items():
             rates[name].append(num_calls[name] / run(num_calls[name]))
 
-    gflop = 6e-9 * macs(published(config))
+    gflop_per_mac = 6e-9 if is_training else 2e-9
+    gflop = gflop_per_mac * macs(published(config))
     matmul_tflops = {
         name: summary(rates[name], 2e-12 * matmul_size**3)
         for name in ("matmul", "peer_matmul") if name in rates
@@ -116,12 +124,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": device_name(device),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "num_cpus": num_cpus(),
         "load_before": load_before,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in own_packages},
         "gflop_per_image": gflop,
-        "gflop_per_image_of_ours": 6e-9 * macs(config),
+        "gflop_per_image_of_ours": gflop_per_mac * macs(config),
         "ours": ours,
         "peer": peer,
         "ratio": peer
@@ -227,14 +235,14 @@ def check_numerics(
     Raises:
       ArithmeticError: a difference is more than `TOLERANCE` unit roundoffs of the products.
     """
-    # By default GPUs multiply float32 as TF32, TPUs as bfloat16.
-    of_float32 = {"cpu": 2.0**-24, "gpu": 2.0**-11, "tpu": 2.0**-8}[jax.default_backend()]
-    tolerance = TOLERANCE * (2.0**-8 if dtype == "bfloat16" else of_float32)
-    numerics = {"tolerance": tolerance}
+    tolerance, numerics = relative_tolerance(dtype), {}
     for name in ("loss", "grad_norm"):
         value, reference = float(found[name]), float(expected[name])
         difference = abs(value - reference) / abs(reference)
-        numerics[name] = {"value": value, "reference": reference, "difference": difference}
+        numerics[name] = {
+            "value": value, "reference": reference, "difference": difference,
+            "tolerance": tolerance,
+        }  # fmt: skip
         if not difference <= tolerance:  # a NaN too
             raise ArithmeticError(
                 f"The first step's {name} is {value} in {dtype}, but {reference} in float32 at the "
@@ -242,6 +250,13 @@ def check_numerics(
                 f"{tolerance:.1e} that rounding explains."
             )
     return numerics
+
+
+def relative_tolerance(dtype: str) -> float:
+    """Returns the largest relative difference that rounding of products in `dtype` explains."""
+    # By default GPUs multiply float32 as TF32, TPUs as bfloat16.
+    of_float32 = {"cpu": 2.0**-24, "gpu": 2.0**-11, "tpu": 2.0**-8}[jax.default_backend()]
+    return TOLERANCE * (2.0**-8 if dtype == "bfloat16" else of_float32)
 
 
 def chain(call: Callable[[Any], Any], carry: Any) -> Run:
@@ -267,49 +282,32 @@ def calls_per_window(run: Run, window_secs: float) -> int:
     return math.ceil(num_calls * window_secs / secs)
 
 
-def summary(values: list[float], scale: float = 1.0) -> dict[str, Any]:
-    """Returns the values, times `scale`, with their median and spread."""
-    values = [value * scale for value in values]
-    middle = statistics.median(values)
-    return {"median": middle, "min": min(values), "max": max(values), "windows": values}
+def start_peer(peer: str, platform: str) -> tuple[Callable[..., Any] | None, str | None]:
+    """Starts the process of a peer; returns what calls its functions, and whose network it has.
 
-
-def peer_library(peer: str, platform: str) -> str | None:
-    """Returns whose network the peer trains, or None for no peer."""
-    if peer == "auto" and platform == "tpu":
-        return None
-    if peer == "auto":
-        peer = "timm" if platform == "gpu" and importlib.util.find_spec("timm") else "torch"
-    return {"torch": "transformers", "timm": "timm", "none": None}[peer]
-
-
-def start_process(peer: str) -> Callable[..., Any]:
-    """Returns a function that calls those of `benchmarks.torch_peer`, by name, in a new process.
-
-    There the thread pools, allocators and libraries of PyTorch cannot meet those of JAX.
+    Raises:
+      UserError: there is no environment for it, or not on this platform.
     """
-    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    return lambda *args, **kwargs: pool.submit(_call_peer, peer, *args, **kwargs).result()
-
-
-def _call_peer(peer: str, function: str, *args, **kwargs) -> Any:
-    try:
-        torch_peer = importlib.import_module("benchmarks.torch_peer")
-        return getattr(torch_peer, function)(*args, **kwargs)
-    except ModuleNotFoundError as error:
+    if peer == "auto":
+        has_timm = platform == "gpu" and importlib.util.find_spec("timm")
+        peer = "none" if platform == "tpu" else "timm" if has_timm else "torch"
+    if peer == "none":
+        return None, None
+    if peer != "flax":
+        return start_process("benchmarks.torch_peer"), {"torch": "transformers"}.get(peer, peer)
+    if platform != "cpu":
+        raise UserError("--peer=flax is measured on a CPU only: set JAX_PLATFORMS=cpu.")
+    if not make_peers.PYTHON.exists():
         raise UserError(
-            f"--peer={peer} needs {error.name}, which is not installed: pip install {error.name}, "
-            "or use --peer=none."
-        ) from error
+            "--peer=flax needs an environment of its own, which this makes once: "
+            "python -m benchmarks.make_peers"
+        )
+    return start_process("benchmarks.flax_peer", python=make_peers.PYTHON), "transformers"
 
 
 def device_name(device: jax.Device) -> str:
     """Returns the name of the product; JAX calls every processor "cpu"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.platform != "cpu" or not cpuinfo.exists():
-        return device.device_kind
-    lines = dict(line.split("\t: ") for line in cpuinfo.read_text().splitlines() if "\t: " in line)
-    return lines.get("model name", device.device_kind)
+    return (device.platform == "cpu" and processor_name()) or device.device_kind
 
 
 def report(result: dict[str, Any]) -> str:
@@ -354,18 +352,22 @@ def report(result: dict[str, Any]) -> str:
         f"compilation: ours {ours['compile_secs']:.1f} s"
         + (f", first step of the peer {peer['warm_up_secs']:.1f} s" if peer else ""),
     ]
-    for name in ("loss", "grad_norm"):
+    for name, numbers in ours["numerics"].items():
         lines.append(
             "first {name}: {value:.6g}, float32 reference {reference:.6g}, relative "
-            "difference {difference:.1e}".format(name=name, **ours["numerics"][name])
+            "difference {difference:.1e}".format(name=name, **numbers)
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Reads the command line, measures, prints."""
+def run_command(
+    name: str, description: str, make_ours: Callable[..., Any], *, is_training: bool
+) -> None:
+    """Reads the command line, measures, prints: the command `benchmarks.NAME`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", default="vit_b16", help=f"{', '.join(NAMES)} (default: vit_b16)")
@@ -373,9 +375,11 @@ def main() -> None:
     add("--batch_size", type=positive(int), default=8, help="images in a step (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add(
-        "--peer", choices=("auto", "torch", "timm", "none"), default="auto",
-        help="torch: the network of transformers; timm: timm's; auto: timm on a GPU if it is "
-        "installed, otherwise torch (default: auto)",
+        "--peer", default="auto",
+        choices=("auto", "torch", "timm", "none", *(["flax"] if is_training else [])),
+        help="torch: the network of transformers in PyTorch; flax: in Flax, training only, see "
+        "benchmarks.make_peers; timm: timm's; auto: timm on a GPU if it is installed, otherwise "
+        "torch (default: auto)",
     )  # fmt: skip
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
@@ -387,7 +391,7 @@ def main() -> None:
     try:
         if args.json and not args.json.absolute().parent.is_dir():
             raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
-        result = measure(args)
+        result = measure(args, make_ours, is_training=is_training)
     except UserError as error:
         parser.error(str(error))  # exits with 2
     print(report(result))
@@ -395,16 +399,9 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    """Returns a parser of numbers above 0, for argparse."""
-
-    def parse(text: str):
-        if not 0 < kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse names it where `kind` cannot read the text
-    return parse
+def main() -> None:
+    """Measures the training step."""
+    run_command("train_step", __doc__, make_ours, is_training=True)
 
 
 if __name__ == "__main__":

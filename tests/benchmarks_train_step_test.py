@@ -13,11 +13,18 @@ import torch
 from imports_test import HEAVY, LIGHT
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import models, torch_peer, train_step
+from benchmarks import forward, make_peers, models, torch_peer, train_step
+from vitcls.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # Compiling is nearly all that a small run does.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAX = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not make_peers.PYTHON.exists(), reason="needs `python -m benchmarks.make_peers`"
+    ),
+]
 QUICK = ["--image_size=32", "--windows=2", "--window_secs=0.05"]
 
 
@@ -65,6 +72,8 @@ def test_our_vit_saves_the_last_layers_unread_tokens():
         ("vit_mu16", "none", "float32"),
         pytest.param("vit_mu16", "torch", "bfloat16", marks=pytest.mark.slow),
         pytest.param("resnet_mu", "none", "float32", marks=pytest.mark.slow),
+        pytest.param("vit_mu16", "flax", "float32", marks=FLAX),
+        pytest.param("resnet_mu", "flax", "bfloat16", marks=FLAX),
     ],
 )
 def test_a_run_measures_what_it_prints(model, peer, dtype, tmp_path):
@@ -116,7 +125,16 @@ def test_a_missing_peer_is_named(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('none', name='torch')")
     result = run("--model=vit_mu16", "--peer=torch", *QUICK, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2, result.stderr
-    assert "--peer=torch needs torch, which is not installed: pip install torch" in result.stderr
+    assert "The peer needs torch, which is not installed" in result.stderr
+    assert "-m pip install torch" in result.stderr
+
+
+def test_the_flax_peer_asks_for_its_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(make_peers, "PYTHON", tmp_path / "python")
+    with pytest.raises(UserError, match="python -m benchmarks.make_peers"):
+        train_step.start_peer("flax", "cpu")
+    with pytest.raises(UserError, match="on a CPU only: set JAX_PLATFORMS=cpu"):
+        train_step.start_peer("flax", "gpu")
 
 
 def test_a_difference_beyond_rounding_ends_the_run():
@@ -128,6 +146,26 @@ def test_a_difference_beyond_rounding_ends_the_run():
         train_step.check_numerics(close, expected, "float32")
     with pytest.raises(ArithmeticError, match="grad_norm is nan"):
         train_step.check_numerics(close | {"grad_norm": jnp.nan}, expected, "bfloat16")
+
+
+def test_logits_beyond_rounding_end_the_run():
+    expected = jnp.arange(6.0).reshape(2, 3)
+    assert forward.check_logits(expected * 1.01, expected, "bfloat16")["difference"] > 0.009
+    for wrong in (expected * 1.01, expected.at[0, 0].set(jnp.nan)):
+        with pytest.raises(ArithmeticError, match="away from those in float32"):
+            forward.check_logits(wrong, expected, "float32")
+
+
+@pytest.mark.slow
+def test_evaluation_is_measured_beside_torch(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    args = ["--model=vit_mu16", "--peer=torch", f"--json={path}", *QUICK]
+    monkeypatch.setattr(sys, "argv", ["forward", *args])
+    forward.main()
+    figures = json.loads(path.read_text())
+    config = models.published(models.arch_config("vit_mu16", 32))
+    assert figures["gflop_per_image"] == pytest.approx(2e-9 * models.macs(config))
+    assert f"{figures['peer']['images_per_second']['median']:.2f}" in capsys.readouterr().out
 
 
 def test_imports_are_light():

@@ -63,6 +63,7 @@ def run(
         keep_predictions=True,
         **kwargs,
     )
+    assert eval_step._cache_size() == 1  # the last batch, which is not full, too
     return metrics, predictions, split.labels()
 
 

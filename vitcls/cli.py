@@ -79,6 +79,9 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None and os.path.isabs(cache):
         folder = os.path.join(cache, "vitcls", "xla", _processor())
         jax.config.update("jax_compilation_cache_dir", folder)
+    # By default jax keeps only what took a second: the small programs of a start add up to more.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _processor() -> str:

@@ -56,7 +56,8 @@ def decode(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         _check_num_pixels(image.size[::-1])
         image.load()  # only this finds truncated files; `Image.verify` does not
-        return to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # else a copy, also of what is upright
+        return to_rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # its text has an address in memory
@@ -84,7 +85,7 @@ def _check_num_pixels(size: tuple[int, int]) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode to RGB, as `decode` says; raises `ImageError` for what has no 8 bits."""
+    """Returns an RGB image, as `decode` says; raises `ImageError` for what has no 8 bits."""
     if image.mode == "F":
         raise ImageError("The image has floating-point pixels; save it with 8 bits per channel.")
     if image.mode.startswith("I"):
@@ -93,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _high_byte(image: Image.Image) -> Image.Image:

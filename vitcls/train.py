@@ -1,5 +1,6 @@
 """Fine-tuning from start to end: set-up in order, then the loop, then the final evaluation."""
 
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -87,22 +88,22 @@ def train_and_evaluate(
     teacher = None
     if config.loss.teacher:
         teacher = open_teacher(config.loss.teacher, processor, dtype=config.model.dtype)
-    program = make_program(
-        config,
-        model_config,
-        processor,
-        mesh,
-        class_names=train_split.class_names,
-        class_counts=class_counts,
-        teacher=teacher,
-    )
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # reads while the program is traced
+        reading = files and pool.submit(
+            pretrained.read_variables, files, model_config, new_head=config.model.head == "new"
+        )
+        program = make_program(
+            config,
+            model_config,
+            processor,
+            mesh,
+            class_names=train_split.class_names,
+            class_counts=class_counts,
+            teacher=teacher,
+        )
+    variables = reading and reading.result()
     if config.train.micro_batch == 0:
         config.train.micro_batch = program.pass_size  # what was chosen; a continued run keeps it
-    variables = None
-    if files is not None:
-        variables = pretrained.read_variables(
-            files, model_config, new_head=config.model.head == "new"
-        )
 
     # The workdir: finished, begun with this config and data, or new, as is what never saved a step.
     is_main = jax.process_index() == 0
@@ -145,7 +146,7 @@ def train_and_evaluate(
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
         state = program.first_state(variables)
-    del variables  # the host's copy
+    del variables, reading  # the host's copy
     if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
         log.info("%s", memory_line(state))

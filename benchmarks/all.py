@@ -1,0 +1,222 @@
+"""Runs every benchmark of speed that this machine can, and writes one table.
+
+    python -m benchmarks.all --output=runs/performance
+
+Writes OUTPUT.md and OUTPUT.json. Training and evaluation are measured on a GPU where there is one;
+loading and start-up on the CPU. The most important come first: those that do not begin before
+`--minutes` are over, or lack a package, are listed with the reason. Each runs in a process of its
+own. `python -m benchmarks.make_peers` first lets the Flax networks of transformers take part.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import make_peers
+from benchmarks.figures import positive
+
+Row = tuple[str, ...]  # the columns below
+COLUMNS = ("what", "ours", "peer", "ours / peer", "limit", "share of the limit")
+
+
+class Job(NamedTuple):
+    """A benchmark of this folder, its arguments, and the packages without which it is skipped."""
+
+    name: str
+    args: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+
+
+def jobs(platform: str) -> list[Job]:
+    """Returns what to run on "cpu", "gpu" or "tpu", the most important first."""
+    if platform == "cpu":
+        sized, torch = ("--batch_size=8",), ("torch", "transformers")
+        steps = [
+            Job("train_step", ("--model=vit_b16", "--peer=torch", *sized), torch),
+            Job("train_step", ("--model=vit_b16", "--peer=flax", *sized), (".venv-peers",)),
+            Job("train_step", ("--model=resnet50", "--peer=torch", *sized), torch),
+            Job("train_step", ("--model=resnet50", "--peer=flax", *sized), (".venv-peers",)),
+            Job("forward", ("--model=vit_b16", "--peer=torch", *sized), torch),
+        ]
+    else:
+        sized = ("--batch_size=256", "--dtype=bfloat16")
+        names = ("vit_b16", "resnet50", "vit_s16", "vit_l16")
+        steps = [Job("train_step", (f"--model={name}", *sized)) for name in names]
+        steps.insert(1, Job("forward", ("--model=vit_b16", *sized)))
+    data = ("PIL", "grain", "orbax.checkpoint")
+    return [
+        *steps[:2],
+        Job("input_pipeline", (), (*data, "tensorflow", "torch")),
+        Job("startup", (), data),
+        *steps[2:],
+    ]
+
+
+def missing(job: Job) -> list[str]:
+    """Returns the packages that the job lacks."""
+    return [name for name in job.packages if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    if name == ".venv-peers":
+        return make_peers.PYTHON.exists()
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around a module
+        return False
+
+
+def run(job: Job, *, secs: float, windows: int) -> dict[str, Any] | str:
+    """Runs a job for at most `secs`; returns its figures, or why there are none."""
+    turns = f"--turns={windows}" if job.name == "startup" else f"--windows={windows}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        command = [
+            sys.executable, "-m", f"benchmarks.{job.name}", *job.args, turns, f"--json={path}",
+        ]  # fmt: skip
+        # A session of its own: what a benchmark starts ends with it.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            printed, _ = process.communicate(timeout=secs)
+        except subprocess.TimeoutExpired:
+            return "stopped: the time was over"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode:
+            return f"failed with exit code {process.returncode}, see its message"
+        print(printed, flush=True)
+        return json.loads(path.read_text())
+
+
+def step_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
+    """Rows of `train_step` and `forward`: images per second."""
+    ours, peer, limit = figures["ours"], figures["peer"], figures["limit"]
+    what = "training" if job.name == "train_step" else "evaluation"
+    label = (
+        f"{what}, {figures['model']}, {figures['image_size']} px, batch {figures['batch_size']}, "
+        f"{figures['dtype']}, images/s"
+    )
+    beside, ratio = "", ""
+    if peer:
+        beside = f"{_spread(peer['images_per_second'])} {peer['library']} {peer['variant']}"
+        ratio = _spread(figures["ratio"])
+    share = f"{ours['share_of_limit']:.0%}"
+    speed = _spread(ours["images_per_second"])
+    return [(label, speed, beside, ratio, _number(limit["images_per_second"]), share)]
+
+
+def input_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
+    """Rows of `input_pipeline`: images per second."""
+    speeds, ratios = figures["images_per_second"], figures["ratios"]
+    both = "both, one after the other"
+    limit, label = _number(speeds[both]["median"]), "JPEG files, 224 px, images/s"
+    ours, share = _spread(speeds["ours"]), f"{ratios[both]['median']:.0%}"
+    rows = []
+    for name, peer in figures["peers"].items():
+        beside = f"{_spread(speeds[name])} {peer['variant']}"
+        rows.append((label, ours, beside, _spread(ratios[name]), limit, share))
+    alone = speeds["crop and scale alone"]["median"]
+    share = f"{speeds['cache']['median'] / alone:.0%}"
+    cached = "decoded cache, 224 px, images/s", _spread(speeds["cache"])
+    return [*rows, (*cached, "", "", _number(alone), share)]
+
+
+def startup_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
+    """Rows of `startup`: seconds."""
+    label = f"start-up, {figures['model']}, batch {figures['batch_size']}, seconds"
+    return [
+        (f"{label}, {name}", _spread(figures["seconds"][name]), "", "", "", "")
+        for name in ("cold", "warm")
+    ]
+
+
+ROWS: dict[str, Callable[[Job, dict[str, Any]], list[Row]]] = {
+    "train_step": step_rows,
+    "forward": step_rows,
+    "input_pipeline": input_rows,
+    "startup": startup_rows,
+}
+
+
+def _spread(figures: dict[str, Any]) -> str:
+    low, high = _number(figures["min"]), _number(figures["max"])
+    return f"{_number(figures['median'])} ({low} to {high})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(results: list[tuple[Job, dict[str, Any] | str]]) -> str:
+    """Returns what was measured and what was not, as Markdown."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    devices, versions, reasons = [], {}, []
+    for job, figures in results:
+        if isinstance(figures, str):
+            reasons.append(f"- `{' '.join((job.name, *job.args))}`: {figures}")
+            continue
+        rows += ROWS[job.name](job, figures)
+        devices.append(f"{figures['device']} ({figures['num_cpus']} CPUs)")
+        peer = figures.get("peer") or {}
+        versions |= figures.get("versions", {}) | peer.get("versions", {})
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    about = [
+        "Median (lowest to highest) of the turns.",
+        f"Device: {', '.join(dict.fromkeys(devices)) or 'none'}.",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+    ]
+    return "\n".join(
+        [*lines, "", *about, *(["", "Not measured:", "", *reasons] if reasons else [])]
+    )
+
+
+def main() -> None:
+    """Runs all, prints each benchmark's figures as they come, writes the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.all",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="path of the files, without .md and .json")
+    add("--minutes", type=positive(float), default=9, help="time for all (default: 9)")
+    add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
+    args = parser.parse_args()
+    if not args.output.absolute().parent.is_dir():
+        parser.error(f"--output={args.output}: there is no folder {args.output.parent}.")
+    end, results = time.monotonic() + 60 * args.minutes, []
+    program = "import jax; print(jax.default_backend())"  # not here: it would take the GPU's memory
+    platform = subprocess.check_output([sys.executable, "-c", program], text=True).split()[-1]
+    for job in jobs(platform):
+        secs = end - time.monotonic()
+        if lacking := missing(job):
+            figures = f"not here: {', '.join(lacking)}"
+        elif secs <= 0:
+            figures = "the time was over"
+        else:
+            print(f"benchmarks.{job.name} {' '.join(job.args)}", flush=True)
+            figures = run(job, secs=secs, windows=args.windows)
+        results.append((job, figures))
+        # After each, so that nothing measured is lost.
+        args.output.with_suffix(".md").write_text(table(results) + "\n")
+        rows = [{"benchmark": job.name, "args": job.args, "figures": x} for job, x in results]
+        args.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
