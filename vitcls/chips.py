@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-import resource
 import re
+import resource
 from typing import Any
 
 from vitcls.errors import UserError, unknown
