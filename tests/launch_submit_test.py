@@ -264,7 +264,8 @@ def test_a_tpu_vm_refuses_a_second_start_and_stops_for_good_when_told(programs, 
         tpu(max_restarts=2)
     os.kill(int(log.with_suffix(".pid").read_text()), signal.SIGTERM)
     wait_for(lambda: "Ended with 75.\n" in log.read_text())
-    assert "again" not in log.read_text() and not log.with_suffix(".pid").exists()
+    wait_for(lambda: not log.with_suffix(".pid").exists())
+    assert "again" not in log.read_text()
 
 
 # The command

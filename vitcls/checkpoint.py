@@ -381,8 +381,15 @@ def _is_finite(leaf: jax.Array) -> jax.Array:
 def _all_finite(tree: PyTree) -> bool:
     """Whether all is finite of which this process has the first copy."""
     # One by one: a program for all leaves would take a second to compile, and the loop waits.
-    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
-    return all(jax.device_get([_is_finite(s.data) for s in shards if s.replica_id == 0]))
+    copies = [copy for leaf in jax.tree.leaves(tree) for copy in _first_copies(leaf)]
+    return all(jax.device_get([_is_finite(copy) for copy in copies]))
+
+
+def _first_copies(leaf: jax.Array | np.ndarray) -> list[jax.Array | np.ndarray]:
+    """The parts of an array that this process has, without what another device has, too."""
+    if isinstance(leaf, np.ndarray):
+        return [leaf]
+    return [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
 
 
 def _score(metrics: dict[str, float]) -> float:

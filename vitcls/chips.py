@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import resource
 from typing import Any
 
 from vitcls.errors import UserError, unknown
@@ -113,9 +112,6 @@ def open_topology(topology: str) -> list[Any]:
 
 def prepare_environment() -> None:
     """Has libtpu compile without a TPU, and without a search for one; before jax is imported."""
-    # libtpu recurses along a network: on ResNet-50 more deeply than the usual 8 MB hold.
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)
-    resource.setrlimit(resource.RLIMIT_STACK, (most, most))
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
