@@ -66,7 +66,7 @@ def default_config() -> ConfigDict:
     # Shorter side in pixels before cropping, in evaluation (central crop) and for "resmall";
     # 0: evaluate as the checkpoint's preprocessing says.
     c.data.resize = 0
-    # Threads that read and decode, per process.
+    # Threads that read and decode, per process; of more than two for each processor, two are used.
     c.data.num_threads = 8
     # Worker processes beside the training process; 0: threads only, which is mostly enough.
     c.data.num_workers = 0
