@@ -1,6 +1,6 @@
 """How much of its speed training keeps when it reads real images, and when it is a loop at all.
 
-    python -m benchmarks.real_data --arch=vit_ti4 --image_size=32 --batch_size=64
+    python -m benchmarks.real_data --arch=vit_ti4 --image_size=32 --batch_size=16
 
 Three in turn, all with the step that training runs: the step alone, on one batch that lies on the
 device; the same step in training's loop, which fetches the metrics of the step before; and the loop
@@ -153,7 +153,7 @@ def main() -> None:
     add = parser.add_argument
     add("--arch", default="vit_ti4", help="network, as model.arch (default: vit_ti4)")
     add("--image_size", type=positive(int), default=32, help="height and width (default: 32)")
-    add("--batch_size", type=positive(int), default=64, help="images in a step (default: 64)")
+    add("--batch_size", type=positive(int), default=16, help="images in a step (default: 16)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add("--threads", type=positive(int), default=8, help="data.num_threads (default: 8, as there)")
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
