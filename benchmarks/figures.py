@@ -1,6 +1,7 @@
 """What benchmarks do with what they measured: the host, medians and spread, lines of a table."""
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -8,6 +9,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vitcls.errors import UserError
 
 
 def host() -> dict[str, Any]:
@@ -44,6 +47,31 @@ def line(label: str, figures: dict[str, Any], *, width: int, digits: int = 2) ->
     """Returns a line of a table from a `summary`: label, median, lowest and highest."""
     spread = f"{figures['min']:.{digits}f} - {figures['max']:.{digits}f}"
     return f"{label:{width}}{figures['median']:10.{digits}f}{spread:>22}"
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    report: Callable[[dict[str, Any]], str],
+) -> None:
+    """Reads the command line, measures, prints, and writes what `--json` asks for.
+
+    Args:
+      parser: Has all other arguments.
+      measure: Arguments -> all figures.
+      report: Figures -> text for people.
+    """
+    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    args = parser.parse_args()
+    try:
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
+        result = measure(args)
+    except UserError as error:
+        parser.error(str(error))  # exits with 2
+    print(report(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def positive(kind: type) -> Callable[[str], Any]:

@@ -16,7 +16,6 @@ import argparse
 import concurrent.futures
 import functools
 import importlib.metadata
-import json
 import math
 import platform
 import tempfile
@@ -28,12 +27,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import jpegs
-from benchmarks.figures import host, line, num_cpus, positive, summary
+from benchmarks.figures import host, line, num_cpus, positive, run_command, summary
 from benchmarks.input_peer import pull
 from benchmarks.peer_process import start_process
 from vitcls import images
 from vitcls.data import cache, loader, sources
-from vitcls.errors import UserError
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 BATCH_SIZE = 32
@@ -156,6 +154,12 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure_in_folder(args: argparse.Namespace) -> dict[str, Any]:
+    """As `measure`, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(args, Path(folder))
+
+
 def main() -> None:
     """Reads the command line, measures, prints."""
     parser = argparse.ArgumentParser(
@@ -180,18 +184,7 @@ def main() -> None:
     )  # fmt: skip
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
-    add("--json", type=Path, help="file to write all figures to")
-    args = parser.parse_args()
-    try:
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(args, Path(folder))
-    except UserError as error:
-        parser.error(str(error))  # exits with 2
-    print(report(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    run_command(parser, measure_in_folder, report)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,13 @@ state among them, and its temporaries.
 
 import argparse
 import functools
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from benchmarks import models
-from benchmarks.figures import positive, summary
+from benchmarks.figures import positive, run_command, summary
 from benchmarks.train_step import (
     calls_per_window,
     chain,
@@ -158,15 +156,7 @@ def main() -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
-    add("--json", type=Path, help="file to write all figures to")
-    args = parser.parse_args()
-    try:
-        result = measure(args)
-    except UserError as error:
-        parser.error(str(error))  # exits with 2
-    print(report(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    run_command(parser, measure, report)
 
 
 if __name__ == "__main__":

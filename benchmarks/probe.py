@@ -21,18 +21,16 @@ import dataclasses
 import functools
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.figures import positive, summary
+from benchmarks.figures import positive, run_command, summary
 from benchmarks.models import arch_config, make_model
 from benchmarks.train_step import (
     COPY_SIZE,
@@ -44,7 +42,6 @@ from benchmarks.train_step import (
     random_variables,
 )
 from vitcls import adapt, augment, heads
-from vitcls.errors import UserError
 
 PAIRS = list(itertools.product(np.geomspace(1e-4, 1.0, 10), (0.0, 1e-4, 1e-3, 1e-2)))
 SEEDS = range(5)
@@ -274,6 +271,11 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of one of the two, as `--json` writes them."""
+    return measure_cached(args) if args.model else measure_sweep(args)
+
+
 def main() -> None:
     """Reads the command line, measures, prints."""
     parser = argparse.ArgumentParser(
@@ -297,17 +299,9 @@ def main() -> None:
         help="cpu: seconds of the processor, for one that is shared with other work; start it on "
         "one core then, with taskset -c 0 (default: wall)",
     )  # fmt: skip
-    add("--json", type=Path, help="file to write all figures to")
-    args = parser.parse_args()
-    try:
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
-        result = measure_cached(args) if args.model else measure_sweep(args)
-    except UserError as error:
-        parser.error(str(error))  # exits with 2
-    print(report(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    run_command(
+        parser, lambda args: measure_cached(args) if args.model else measure_sweep(args), report
+    )
 
 
 if __name__ == "__main__":

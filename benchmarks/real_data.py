@@ -12,7 +12,6 @@ which no batch was ready. One process, all of its devices.
 import argparse
 import functools
 import importlib.metadata
-import json
 import math
 import platform
 import tempfile
@@ -24,11 +23,10 @@ from typing import Any
 import jax
 
 from benchmarks import jpegs
-from benchmarks.figures import host, line, positive, summary
+from benchmarks.figures import host, line, positive, run_command, summary
 from vitcls import sharding, train_setup
 from vitcls.config import check_config, default_config
 from vitcls.data import loader
-from vitcls.errors import UserError
 from vitcls.program import make_program
 
 NUM_IMAGES = 512
@@ -143,6 +141,12 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
+def measure_in_folder(args: argparse.Namespace) -> dict[str, Any]:
+    """As `measure`, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(args, Path(folder))
+
+
 def main() -> None:
     """Reads the command line, measures, prints."""
     parser = argparse.ArgumentParser(
@@ -158,18 +162,7 @@ def main() -> None:
     add("--threads", type=positive(int), default=8, help="data.num_threads (default: 8, as there)")
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
-    add("--json", type=Path, help="file to write all figures to")
-    args = parser.parse_args()
-    try:
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(args, Path(folder))
-    except UserError as error:
-        parser.error(str(error))  # exits with 2
-    print(report(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    run_command(parser, measure_in_folder, report)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import jpegs
-from benchmarks.figures import host, line, positive, summary
-from vitcls.errors import UserError
+from benchmarks.figures import host, line, positive, run_command, summary
 
 NUM_STEPS = 4  # the first, and steady ones
 NUM_IMAGES = 64
@@ -124,6 +123,12 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure_in_folder(args: argparse.Namespace) -> dict[str, Any]:
+    """As `measure`, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(args, Path(folder))
+
+
 def main() -> None:
     """Reads the command line, measures, prints."""
     parser = argparse.ArgumentParser(
@@ -136,18 +141,7 @@ def main() -> None:
     add("--image_size", type=positive(int), default=224, help="height and width (default: 224)")
     add("--batch_size", type=positive(int), default=8, help="images in a step (default: 8)")
     add("--turns", type=positive(int), default=3, help="turns of each (default: 3)")
-    add("--json", type=Path, help="file to write all figures to")
-    args = parser.parse_args()
-    try:
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(args, Path(folder))
-    except UserError as error:
-        parser.error(str(error))  # exits with 2
-    print(report(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    run_command(parser, measure_in_folder, report)
 
 
 if __name__ == "__main__":

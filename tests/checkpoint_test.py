@@ -146,6 +146,22 @@ def limit_file_size(size: int) -> tuple[int, int]:
     return limits
 
 
+def test_a_write_that_fails_behind_is_told_beside_the_error_that_ends_the_run(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    large = {"params": {"kernel": jax.random.normal(jax.random.key(0), (256, 256))}}
+    limits = limit_file_size(2**16)
+    try:
+        with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, large, meta={}, score=None)
+            _ = 1 / 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "The checkpoint of step 1 in" in caplog.text and "could not be saved" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 def test_a_write_that_fails_behind_is_survived_and_its_failure_surfaces(
     tmp_path, monkeypatch, caplog
 ):

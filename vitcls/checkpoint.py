@@ -112,8 +112,7 @@ class Checkpoints:
             if error_type is None:
                 self.wait()
             else:
-                with contextlib.suppress(Exception):
-                    self._manager.wait_until_finished()
+                self._finish_alone()
         finally:
             self._manager.close()
             if not self._read_only and jax.process_index() == 0:
@@ -255,6 +254,19 @@ class Checkpoints:
         if self._saving is not None and self._attempt(self._manager.wait_until_finished):
             self._deletion.join()
             self._saving = self._failure = None
+
+    def _finish_alone(self) -> None:
+        """As `_finish`, without a word from other processes; a failure is only logged."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            log.error(
+                "The checkpoint of step %d in %s could not be saved: %s",
+                self._saving, self._directory, error,
+            )  # fmt: skip
+        self._deletion.join()
 
     def _attempt(self, part: Callable[[], None]) -> bool:
         """Does a part of a save; whether it went well, in all processes.
