@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.figures import positive, run_command
+from benchmarks.figures import host, positive, run_command
 from benchmarks.models import NAMES, arch_config, make_model
 from vitcls import checkpoint, seal, step_folders
 from vitcls import train_step as steps
@@ -122,7 +122,7 @@ def report(result: dict[str, Any]) -> str:
             text += f", {middle / statistics.median(secs[limit]):.1f} x {beside}"
         return text
 
-    lines = [f"load {result['load_before']:.1f} before, {os.cpu_count()} CPUs"]
+    lines = [f"load {result['load_before']:.1f} before, {result['num_cpus']} CPUs"]
     if saving := result["saving"]:
         secs = saving["secs"]
         lines += [
@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them."""
     if args.directory and not args.directory.is_dir():
         raise UserError(f"--directory={args.directory} is no folder.")
-    result = {"model": args.model, "load_before": os.getloadavg()[0], "saving": None}
+    result = host() | {"model": args.model, "saving": None}
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         if args.model != "none":
             result["saving"] = measure_saving(args.model, Path(folder), args.turns)
