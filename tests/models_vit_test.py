@@ -201,16 +201,11 @@ def test_attention_head_by_head_is_that_of_all_heads():
         return value, pull(out)
 
     expected = value_and_gradients(vit._attend, jnp.float32)
-    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 5e-2)):
+    for dtype, atol in ((jnp.float32, 1e-6), (jnp.bfloat16, 5e-2)):
         found = value_and_gradients(vit._attend_head_by_head, dtype)
         assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(
-                np.asarray(a, np.float32), b, rtol=tolerance, atol=tolerance
-            ),
-            found,
-            expected,
-        )
+        found = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), found, expected)
 
 
 def test_only_tpus_attend_head_by_head():
@@ -227,6 +222,21 @@ def test_only_tpus_attend_head_by_head():
     )
     assert scores_of_one.search(tpu) and not all_scores.search(tpu)
     assert "stablehlo.while" not in cpu and all_scores.search(cpu)
+
+
+def test_three_products_are_the_thirds_of_one():
+    arrays = [
+        np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        for shape in ((2, 7, 8), (8, 12), (12,))
+    ]
+    for bias in (arrays[2], None):
+        found, expected = (
+            jax.value_and_grad(lambda *args, f=f: sum((y**2).sum() for y in f(*args)), (0, 1))(
+                *arrays[:2], bias
+            )
+            for f in (vit._three_products, vit._one_product)
+        )
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
 
 
 def test_gelu_is_the_exact_one():

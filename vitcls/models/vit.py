@@ -312,6 +312,38 @@ def _prepend(token: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.concatenate([token, tokens], axis=1)
 
 
+class Thirds(nn.Dense):
+    """A dense layer whose output is three arrays side by side: (B, N, D) -> 3 x (B, N, E).
+
+    TPUs make each by a product of its own, as they can then write it in the order that attention
+    reads, and copy no parts of a larger one.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return jax.lax.platform_dependent(
+            x, kernel, bias, tpu=_three_products, default=_one_product
+        )
+
+
+def _one_product(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, ...]:
+    y = x @ kernel
+    # Split, not indexed: the gradients are then concatenated instead of padded and added.
+    return tuple(jnp.split(y if bias is None else y + bias[None, None], 3, axis=-1))
+
+
+def _three_products(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    kernels = jnp.split(kernel, 3, axis=-1)
+    if bias is None:
+        return tuple(x @ part for part in kernels)
+    return tuple(x @ a + b[None, None] for a, b in zip(kernels, jnp.split(bias, 3), strict=True))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; only the first `num_outputs` tokens ask (None: all do)."""
 
@@ -324,17 +356,16 @@ class Attention(nn.Module):
         config = self.config
         # For a square kernel, such as each third of the fused one, this is Glorot's initializer.
         init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
-        qkv = dense(3 * config.width, use_bias=config.qkv_bias, name="qkv")(x)  # (B, N, 3 D)
+        options = dict(dtype=self.dtype, kernel_init=init)
+        qkv = Thirds(3 * config.width, use_bias=config.qkv_bias, name="qkv", **options)(x)
         heads = (*x.shape[:2], config.num_heads, config.width // config.num_heads)
-        # Split, not indexed: the gradients are then concatenated instead of padded and added.
-        q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))  # (B, N, A, d)
+        q, k, v = (part.reshape(heads) for part in qkv)  # (B, N, A, d)
         q = q[:, : self.num_outputs]  # (B, Q, A, d)
         self.sow("intermediates", "q", q)  # kept only when the caller makes the collection mutable
         self.sow("intermediates", "k", k)
         self.sow("intermediates", "v", v)
         out = attention(q, k, v).reshape(x.shape[0], -1, config.width)  # (B, Q, D)
-        return dense(config.width, name="output")(out)
+        return nn.Dense(config.width, name="output", **options)(out)
 
 
 class Mlp(nn.Module):
