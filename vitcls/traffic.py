@@ -186,8 +186,11 @@ def _stored(shapes: str, body: list[Instruction], computations: Computations) ->
     by_name = {one.name: one for one in body}
     root = next(one for one in body if one.is_root)
     results = [by_name[name] for name in root.operands()] if root.opcode == "tuple" else [root]
+    arrays = list(_ARRAY.finditer(shapes))
+    if len(arrays) != len(results):  # the result of an exchange between devices, itself a tuple
+        return _in_memory(shapes)
     stored = _Bytes()
-    for array, result in zip(_ARRAY.finditer(shapes), results, strict=True):
+    for array, result in zip(arrays, results, strict=True):
         while result.opcode in ("bitcast", "copy"):
             result = by_name[result.operands()[0]]
         if result.opcode == "dynamic-update-slice" and not _is_near(array):
