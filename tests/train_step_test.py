@@ -507,6 +507,34 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(probe_steps):
     assert [int(n) - int(m) for (_, n), (_, m) in zip(*counts, strict=True)].count(1) >= 1
 
 
+def test_an_update_is_in_place_on_cpu_and_a_selection_elsewhere():
+    tx = optax.adamw(0.1)
+    params = {"w": jnp.full((64, 512), 0.5)}
+
+    def update(old, gradient):
+        updates, opt_state = tx.update(gradient, old["opt_state"], old["params"])
+        return {"params": optax.apply_updates(old["params"], updates), "opt_state": opt_state}
+
+    old = {"params": params, "opt_state": tx.init(params)}
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def call(condition, old, gradient):
+        return steps.update_if(condition, functools.partial(update, gradient=gradient), old)
+
+    gradient = jax.tree.map(jnp.sin, params)
+    traced = call.trace(True, old, gradient)
+    lowered, elsewhere = (traced.lower(lowering_platforms=(name,)) for name in ("cpu", "cuda"))
+    branches = [x.as_text().count("stablehlo.case") for x in (lowered, elsewhere)]
+    assert branches[0] == branches[1] + 1
+    assert not re.search(r"f32\[64,512\]\S* copy\(", lowered.compile().as_text())
+    expected = jax.device_get((old, update(old, gradient)))
+    for condition in (False, True):
+        result = call(condition, jax.tree.map(jnp.copy, old), gradient)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6), result, expected[condition]
+        )
+
+
 def test_a_gradient_that_overflows_is_skipped_though_its_loss_is_finite():
     def loss_fn(params, frozen, batch_stats, images, targets, weights, keys):
         return 1e-30 * jnp.exp(params["w"]) ** 2, (jnp.ones(()), {})

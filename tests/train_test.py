@@ -203,6 +203,21 @@ def test_a_finished_run_says_so_and_can_be_lengthened(config, tmp_path, capsys):
     assert train.train_and_evaluate(config, tmp_path)["step"] == 4
 
 
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_the_step_compiles_once_in_a_new_and_in_a_continued_run(
+    config, tmp_path, caplog, num_devices
+):
+    # It compiles while the weights are read: what it is then called with must find the result.
+    devices = jax.devices()[:num_devices]
+    for total_steps in (2, 3):
+        config.train.total_steps = total_steps
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("DEBUG", logger="jax"):
+            train.train_and_evaluate(config, tmp_path, devices=devices)
+        assert caplog.text.count("Finished tracing train_step") == 1
+        assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1
+
+
 def test_a_workdir_of_another_config_is_refused(config, tmp_path):
     config.train.total_steps = 2
     train.train_and_evaluate(config, tmp_path)

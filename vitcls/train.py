@@ -88,20 +88,19 @@ def train_and_evaluate(
     teacher = None
     if config.loss.teacher:
         teacher = open_teacher(config.loss.teacher, processor, dtype=config.model.dtype)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # reads while the program is traced
-        reading = files and pool.submit(
-            pretrained.read_variables, files, model_config, new_head=config.model.head == "new"
-        )
-        program = make_program(
-            config,
-            model_config,
-            processor,
-            mesh,
-            class_names=train_split.class_names,
-            class_counts=class_counts,
-            teacher=teacher,
-        )
-    variables = reading and reading.result()
+    background = concurrent.futures.ThreadPoolExecutor(1)
+    reading = files and background.submit(
+        pretrained.read_variables, files, model_config, new_head=config.model.head == "new"
+    )
+    program = make_program(
+        config,
+        model_config,
+        processor,
+        mesh,
+        class_names=train_split.class_names,
+        class_counts=class_counts,
+        teacher=teacher,
+    )
     if config.train.micro_batch == 0:
         config.train.micro_batch = program.pass_size  # what was chosen; a continued run keeps it
 
@@ -135,6 +134,10 @@ def train_and_evaluate(
             records.write_json(workdir / "manifest.json", records.manifest(mesh, used, files))
             (workdir / "skipped.jsonl").unlink(missing_ok=True)
 
+    is_trained = start_step < config.train.total_steps
+    compiling = is_trained and background.submit(program.lower().compile)
+    background.shutdown(wait=False)  # it ends when these two are done
+
     # Where the weights come from: 1. the workdir, 2. the pretrained checkpoint, 3. random.
     if start_step:
         state = checkpoint.restore_state(
@@ -145,8 +148,8 @@ def train_and_evaluate(
             records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
-        state = program.first_state(variables)
-    del variables, reading  # the host's copy
+        state = program.first_state(reading and reading.result())
+    del reading  # the host's copy
     if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
         log.info("%s", memory_line(state))
@@ -249,6 +252,8 @@ def train_and_evaluate(
         if meta.get("lacks_score"):  # a signal ended the evaluation that the last save was due for
             checkpoints.add_score(start_step, selection_score(start_step))
         watchdog.expect("compile")
+        if compiling:
+            compiling.result()  # what `train_step` is called with was lowered: it finds the result
         stop.is_all_saved = True
         for step in range(start_step + 1, total_steps + 1):
             profile(step - start_step - 1, state)

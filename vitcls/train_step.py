@@ -260,14 +260,6 @@ def make_train_step(
         weight_sum = jnp.where(weight_sum > 0, weight_sum, 1.0)
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
         loss, grad_norm = loss_sum / weight_sum, optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = update_ema(
-                ema, {"params": params, "batch_stats": batch_stats}, state.step, ema_decay
-            )
-        new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         skips = count_skips(state.skips, is_finite)
         step_metrics = {
@@ -276,10 +268,37 @@ def make_train_step(
             "lr": schedule(num_updates),
             "skips": skips,
         }
-        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
-        return state.replace(step=state.step + 1, skips=skips), step_metrics
+
+        def update(old):
+            updates, opt_state = tx.update(grads, old["opt_state"], old["params"])
+            averaged = {
+                "params": optax.apply_updates(old["params"], updates),
+                "batch_stats": batch_stats,
+            }
+            ema = old["ema"]
+            if ema is not None:
+                ema = update_ema(ema, averaged, state.step, ema_decay)
+            return averaged | {"opt_state": opt_state, "ema": ema}
+
+        old = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "ema")}
+        new = update_if(is_finite, update, old)
+        return state.replace(step=state.step + 1, skips=skips, **new), step_metrics
 
     return train_step
+
+
+def update_if(condition: jax.Array, update: Callable[[PyTree], PyTree], old: PyTree) -> PyTree:
+    """Returns `update(old)` where the condition, bool (), holds, otherwise `old`."""
+
+    def branch(old):
+        return jax.lax.cond(condition, update, lambda old: old, old)
+
+    def select(old):
+        return jax.tree.map(lambda new, old: jnp.where(condition, new, old), update(old), old)
+
+    # On CPU a branch updates in place; a selection reads the optimizer's moments once more, for
+    # which XLA copies them first. A GPU's host would have to wait for a branch's condition.
+    return jax.lax.platform_dependent(old, cpu=branch, default=select)
 
 
 def count_skips(skips: dict[str, jax.Array], is_finite: jax.Array) -> dict[str, jax.Array]:
