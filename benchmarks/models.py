@@ -79,7 +79,9 @@ def _macs(jaxpr: Any) -> int:
         else:
             # The bodies of `jit` and its like. A loop's would have to count once per round.
             assert eqn.primitive.name not in ("scan", "while")
-            bodies = (getattr(param, "jaxpr", param) for param in eqn.params.values())
+            # Of what depends on the platform the last one: the default.
+            params = [*eqn.params.values(), *eqn.params.get("branches", ())[-1:]]
+            bodies = (getattr(param, "jaxpr", param) for param in params)
             total += sum(_macs(body) for body in bodies if hasattr(body, "eqns"))
             continue
         total += per_output * eqn.outvars[0].aval.size

@@ -16,7 +16,8 @@ LEVELS = [
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
-    | {"distributed", "watchdog", "contact_sheet", "chips", "collectives", "footprint"},
+    | {"distributed", "watchdog", "contact_sheet", "chips", "hlo", "collectives"}
+    | {"traffic", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},
     {"teacher", "program", "train_setup", "train"},
     {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing", "choices"}

@@ -179,18 +179,6 @@ def test_patch_embedding_is_a_convolution():
     np.testing.assert_allclose(tokens, expected.reshape(4, 6, 16), atol=1e-5)
 
 
-def test_attention_is_scaled_dot_product_attention():
-    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 7, 3, 8)).astype(np.float32)
-    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)):
-        args = [x.astype(dtype) for x in (q[:, :4], k, v)]
-        out = jax.jit(vit.attention)(*args)
-        assert out.dtype == dtype
-        expected = jax.jit(jax.nn.dot_product_attention)(*args)
-        np.testing.assert_allclose(
-            np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=tolerance
-        )
-
-
 def test_gelu_is_the_exact_one():
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     exact = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()]

@@ -208,7 +208,10 @@ def with_lora(apply: Callable[..., Any]) -> Callable[..., Any]:
             return y
         a, b, scale = (layer.get_variable("params", name) for name in LORA)
         x, a, b = nn.dtypes.promote_dtype(args[0], scale * a, b, dtype=layer.dtype)
-        return y + x @ a @ b
+        low_rank = x @ a @ b
+        if isinstance(y, tuple):  # of q, k and v, which share A
+            return tuple(map(jnp.add, y, jnp.split(low_rank, len(y), axis=-1)))
+        return y + low_rank
 
     def applied(*args, **kwargs):
         with nn.intercept_methods(add_low_rank):

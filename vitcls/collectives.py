@@ -7,17 +7,10 @@ import math
 import re
 from typing import Any
 
+from vitcls import hlo
+
 _KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
-# `%name (parameters) -> type {` or `ENTRY %name ...` opens a computation.
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
-# `%name = shapes opcode(operands), attributes`.
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+[0-9][a-z0-9]*|pred)\[([0-9,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
-    r"|branch_computations=\{([^}]*)\}"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _TILED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
@@ -37,12 +30,12 @@ def find_collectives(text: str, *, num_devices: int, num_passes: int) -> list[di
       the whole array, before it is scattered or after it is gathered, in one execution; and
       `times`, how often it is executed.
     """
-    computations, entry = _read_computations(text)
-    times = _executions(computations, entry, num_passes)
+    computations, entry = hlo.read_computations(text)
+    times = hlo.executions(computations, entry, num_passes)
     sums: dict[tuple[Any, ...], int] = {}
     channels = set()
     for name, instructions in computations.items():
-        for shapes, opcode, rest in instructions:
+        for _, _, shapes, opcode, rest in instructions:
             kind = opcode.removesuffix("-start")
             if kind not in _KINDS or not times.get(name):
                 continue
@@ -65,46 +58,13 @@ def find_collectives(text: str, *, num_devices: int, num_passes: int) -> list[di
             "dtype": dtype,
             "devices": devices,
             "elements": elements,
-            "bytes": elements * _itemsize(dtype),
+            "bytes": elements * hlo.itemsize(dtype),
             "times": count,
         }
         for (kind, dtype, devices, count), elements in sums.items()
         if devices > 1
     ]
     return sorted(found, key=lambda one: -one["bytes"] * one["times"])
-
-
-def _read_computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """Returns (shapes, opcode, rest) of all instructions by computation, and the first's name."""
-    computations, entry, current = {}, "", []
-    for line in text.splitlines():
-        if opened := _COMPUTATION.match(line):
-            current = computations[opened[2]] = []
-            entry = opened[2] if opened[1] else entry
-        elif instruction := _INSTRUCTION.match(line):
-            current.append(instruction.groups())
-    return computations, entry
-
-
-def _executions(computations: dict, entry: str, num_passes: int) -> dict[str, int]:
-    """How often each computation is executed; of branches, each as if it were taken."""
-    times: dict[str, int] = {}
-
-    def execute(name: str, count: int) -> None:
-        times[name] = times.get(name, 0) + count
-        for _, opcode, rest in computations.get(name, ()):
-            if opcode.endswith(("-update", "-done")):  # names the computation that -start executes
-                continue
-            inner = count
-            if opcode == "while":
-                trips = _TRIPS.search(rest)
-                inner *= int(trips[1]) if trips else num_passes
-            for called, branches in _CALLED.findall(rest):
-                for one in [called] if called else branches.split(","):
-                    execute(one.strip().lstrip("%"), inner)
-
-    execute(entry, 1)
-    return times
 
 
 def _arrays(shapes: str, kind: str, *, is_start: bool) -> list[tuple[str, int]]:
@@ -129,8 +89,3 @@ def _group_size(rest: str, num_devices: int) -> int:
         sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", named[2]))
     return num_devices
-
-
-def _itemsize(dtype: str) -> float:
-    """Bytes of an element: the first number of f32, bf16, u8, s4, f8e4m3fn are its bits."""
-    return 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) / 8

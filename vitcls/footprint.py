@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vitcls import chips
+from vitcls import chips, traffic
 from vitcls.collectives import find_collectives
 from vitcls.data.memory import available_memory
 from vitcls.parameters import bytes_per_device
@@ -25,7 +25,8 @@ def analyse(lowered: jax.stages.Lowered, *, num_devices: int, num_passes: int) -
     """Compiles a step and returns its figures, of one device and one step.
 
     The compiler counts a loop's inside once: what it counts is multiplied by the number of passes,
-    but for the reading and writing of arguments and results.
+    but for the reading and writing of arguments and results. Of a TPU the bytes are those between
+    chip and memory, see `traffic`; the compiler's also count its fast memory's.
 
     Returns:
       `arguments`, `temporaries`, `results` (that reuse no argument's memory) and `program` in
@@ -41,19 +42,24 @@ def analyse(lowered: jax.stages.Lowered, *, num_devices: int, num_passes: int) -
         found = _NEEDED.search(str(error))
         return {"refused": found and float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")}
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    accessed = cost.get("bytes accessed", 0.0)
-    inside = max(accessed - outside, 0)
+    text = compiled.as_text()
+    flops = cost.get("flops", 0.0) * num_passes
+    if traffic.is_tiled(text):
+        flops += traffic.repeated_flops(text, num_passes=num_passes)
+        found = traffic.find_traffic(text, num_passes=num_passes)
+        accessed = sum((one.read + one.written) * one.times for one in found)
+    else:
+        accessed = cost.get("bytes accessed", 0.0)
+        outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        accessed = max(accessed - outside, 0) * num_passes + min(accessed, outside)
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
-        "flops": cost.get("flops", 0.0) * num_passes,
-        "bytes_accessed": inside * num_passes + min(accessed, outside),
-        "collectives": find_collectives(
-            compiled.as_text(), num_devices=num_devices, num_passes=num_passes
-        ),
+        "flops": flops,
+        "bytes_accessed": accessed,
+        "collectives": find_collectives(text, num_devices=num_devices, num_passes=num_passes),
     }
 
 

@@ -17,9 +17,6 @@ No weights are needed, nor data: what data on this machine would tell, flags tel
 field of the config can be overridden, as for vitcls.main.
 """
 
-import os
-import resource
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -64,7 +61,6 @@ def main() -> None:
     topology = cli.required(_TOPOLOGY)
     if topology != "local":
         chips.parse_topology(topology)
-        _enlarge_stack()
         chips.prepare_environment()
     import json
 
@@ -89,18 +85,6 @@ def main() -> None:
     print(json.dumps(plan, indent=2) if _JSON.value else format_plan(plan))
     if _OUTPUT.value:
         records.write_json(Path(_OUTPUT.value), plan)
-
-
-def _enlarge_stack() -> None:
-    """Starts the command anew with as much stack as is allowed, if it has less.
-
-    libtpu recurses along a network, on ResNet-50 more deeply than the usual 8 MB hold, and dies of
-    a segmentation fault. A running process keeps the room for its stack that it was given.
-    """
-    limit, most = resource.getrlimit(resource.RLIMIT_STACK)
-    if limit != most:
-        resource.setrlimit(resource.RLIMIT_STACK, (most, most))
-        os.execv(sys.executable, sys.orig_argv)
 
 
 if __name__ == "__main__":

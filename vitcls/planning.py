@@ -40,6 +40,7 @@ log = logging.getLogger("vitcls")
 
 # Of the memory that a TPU's compiler has: it places everything itself, and fragments are few.
 _TPU_SHARE = 0.95
+_COUNTING = 2  # to be raised when `footprint` counts otherwise: figures kept before are then left
 _MATMUL_SIZE, _COPY_SIZE = 2048, 2**26  # of what is measured on devices that no table knows
 
 
@@ -222,7 +223,8 @@ def _analyse(
     cache = jax.config.jax_compilation_cache_dir
     if where.topology == "local" or cache is None:
         return analyse(lowered)
-    key = f"{jax.__version__} {where.devices[0].client.platform_version} {where.topology} {passes}"
+    compiler = where.devices[0].client.platform_version
+    key = f"{_COUNTING} {jax.__version__} {compiler} {where.topology} {passes}"
     digest = hashlib.sha256(f"{key}\n{lowered.as_text()}".encode()).hexdigest()
     path = Path(cache) / "plans" / f"{digest}.json"
     if path.exists():

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError, unknown
+from vitcls.models.attention import Thirds, attention
 from vitcls.models.remat import call_layer
 
 # width, depth, mlp width, heads. S, B, L, H: Dosovitskiy et al. 2021, table 1, and Steiner et al.
@@ -184,24 +185,6 @@ def vit_config(name: str, *, num_classes: int, image_size: tuple[int, int]) -> V
     return config.resized(image_size)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scaled dot-product attention, its softmax in float32; the one place to swap the kernel.
-
-    Args:
-      q: (B, Q, A, d) queries.
-      k: (B, N, A, d) keys.
-      v: (B, N, A, d) values.
-
-    Returns:
-      (B, Q, A, d), in the dtype of `q`.
-    """
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first: a seventh off a CPU step
-    q = q * q.shape[-1] ** -0.5
-    scores = jnp.einsum("baqd,band->baqn", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("baqn,band->baqd", weights, v).swapaxes(1, 2)
-
-
 def dropout(
     x: jax.Array, keys: jax.Array | None, *, site: int, rate: float, shape: tuple[int, ...]
 ) -> jax.Array:
@@ -304,17 +287,16 @@ class Attention(nn.Module):
         config = self.config
         # For a square kernel, such as each third of the fused one, this is Glorot's initializer.
         init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
-        qkv = dense(3 * config.width, use_bias=config.qkv_bias, name="qkv")(x)  # (B, N, 3 D)
+        options = dict(dtype=self.dtype, kernel_init=init)
+        qkv = Thirds(3 * config.width, use_bias=config.qkv_bias, name="qkv", **options)(x)
         heads = (*x.shape[:2], config.num_heads, config.width // config.num_heads)
-        # Split, not indexed: the gradients are then concatenated instead of padded and added.
-        q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))  # (B, N, A, d)
+        q, k, v = (part.reshape(heads) for part in qkv)  # (B, N, A, d)
         q = q[:, : self.num_outputs]  # (B, Q, A, d)
         self.sow("intermediates", "q", q)  # kept only when the caller makes the collection mutable
         self.sow("intermediates", "k", k)
         self.sow("intermediates", "v", v)
         out = attention(q, k, v).reshape(x.shape[0], -1, config.width)  # (B, Q, D)
-        return dense(config.width, name="output")(out)
+        return nn.Dense(config.width, name="output", **options)(out)
 
 
 class Mlp(nn.Module):
