@@ -54,12 +54,15 @@ def jobs(platform: str) -> list[Job]:
         names = ("vit_b16", "resnet50", "vit_s16", "vit_l16")
         steps = [Job("train_step", (f"--model={name}", *sized)) for name in names]
         steps.insert(1, Job("forward", ("--model=vit_b16", *sized)))
+        if platform == "gpu":
+            flash = ("--model=vit_b16", "--attention=cudnn", "--peer=none", *sized)
+            steps.insert(1, Job("train_step", flash))
     data = ("PIL", "grain", "orbax.checkpoint")
     return [
-        *steps[:2],
+        *steps[:3],
         Job("input_pipeline", (), (*data, "tensorflow", "torch")),
         Job("startup", (), data),
-        *steps[2:],
+        *steps[3:],
         Job("real_data", (), data),
         Job("checkpoint", ("--model=vit_b16",), data),
         Job("probe", ("--dim=768", "--window_secs=1")),
@@ -113,7 +116,7 @@ def step_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
     what = "training" if job.name == "train_step" else "evaluation"
     label = (
         f"{what}, {figures['model']}, {figures['image_size']} px, batch {figures['batch_size']}, "
-        f"{figures['dtype']}, images/s"
+        f"{figures['dtype']}, {figures['attention']}, images/s"
     )
     beside, ratio = "", ""
     if peer:

@@ -28,7 +28,9 @@ from vitcls import augment
 from vitcls import train_step as steps
 
 
-def make_ours(config: Config, *, dtype: str, batch_size: int) -> tuple[Run, dict[str, Any]]:
+def make_ours(
+    config: Config, *, dtype: str, batch_size: int, attention: str
+) -> tuple[Run, dict[str, Any]]:
     """Compiles our evaluation step, checks its logits, returns it and what there is to say of it.
 
     Raises:
@@ -41,13 +43,13 @@ def make_ours(config: Config, *, dtype: str, batch_size: int) -> tuple[Run, dict
         augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
 
-    def make(dtype: str):
-        return jax.jit(steps.make_eval_step(normalise, make_model(config, dtype).apply))
+    def make(dtype: str, **kwargs):
+        return jax.jit(steps.make_eval_step(normalise, make_model(config, dtype, **kwargs).apply))
 
     with jax.default_matmul_precision("highest"):
         expected = make("float32")(variables, batch)[1]["logits"]
     begin = time.perf_counter()
-    compiled = make(dtype).lower(variables, batch).compile()
+    compiled = make(dtype, attention=attention).lower(variables, batch).compile()
     compile_secs = time.perf_counter() - begin
     found = compiled(variables, batch)[1]["logits"]
     # The sums of each batch are fetched, as an evaluation does.

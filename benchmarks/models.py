@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls.errors import unknown
+from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
 
 NUM_CLASSES = 1000
@@ -33,10 +33,17 @@ def arch_config(name: str, image_size: int) -> Config:
     raise unknown("architecture --model", name, NAMES)
 
 
-def make_model(config: Config, dtype: str) -> nn.Module:
-    """Returns our network, without dropout, and with BatchNorm trained."""
-    kind = resnet.ResNet if config.family == "resnet" else vit.ViT
-    return kind(config, jnp.dtype(dtype))
+def make_model(config: Config, dtype: str, *, attention: str = "xla") -> nn.Module:
+    """Returns our network, without dropout, and with BatchNorm trained.
+
+    Raises:
+      UserError: a ResNet is asked for another attention.
+    """
+    if config.family != "resnet":
+        return vit.ViT(config, jnp.dtype(dtype), attention=attention)
+    if attention != "xla":
+        raise UserError(f"--attention={attention}: a ResNet has none; leave the flag out.")
+    return resnet.ResNet(config, jnp.dtype(dtype))
 
 
 def published(config: Config) -> Config:

@@ -38,6 +38,7 @@ from benchmarks.peer_process import start_process
 from vitcls import adapt, augment, optim
 from vitcls import train_step as steps
 from vitcls.errors import UserError
+from vitcls.models.attention import KERNELS, check_cudnn
 
 # A rate at which random labels are not learnt while we measure: vanishing gradients would end as
 # denormal numbers, which some processors compute slowly.
@@ -67,6 +68,8 @@ def measure(
     config = arch_config(args.model, args.image_size)
     load_before = os.getloadavg()[0]
     device = jax.devices()[0]
+    if args.attention == "cudnn":
+        check_cudnn(device, args.dtype)
     matmul_size = 2048 if device.platform == "cpu" else 8192
 
     runs = {}
@@ -80,7 +83,9 @@ def measure(
         )  # fmt: skip
         runs["peer"] = functools.partial(call, "run", "step")
         runs["peer_matmul"] = functools.partial(call, "run", "matmul")
-    runs["ours"], ours = make_ours(config, dtype=args.dtype, batch_size=args.batch_size)
+    runs["ours"], ours = make_ours(
+        config, dtype=args.dtype, batch_size=args.batch_size, attention=args.attention
+    )
     if peer and peer["num_params"] != ours["num_params"]:
         raise UserError(
             f"--model={args.model} has {peer['num_params']} parameters in {library}, "
@@ -121,6 +126,7 @@ def measure(
         "image_size": args.image_size,
         "batch_size": args.batch_size,
         "dtype": args.dtype,
+        "attention": args.attention,
         "device": device_name(device),
         "num_cpus": num_cpus(),
         "load_before": load_before,
@@ -140,13 +146,15 @@ def measure(
     }
 
 
-def make_ours(config: Config, *, dtype: str, batch_size: int) -> tuple[Run, dict[str, Any]]:
+def make_ours(
+    config: Config, *, dtype: str, batch_size: int, attention: str
+) -> tuple[Run, dict[str, Any]]:
     """Compiles our step, checks its numbers, and returns it with what there is to say of it.
 
     Raises:
       ArithmeticError: see `check_numerics`.
     """
-    model = make_model(config, dtype)
+    model = make_model(config, dtype, attention=attention)
     variables = random_variables(config)
     state, train_step = make_training(model, variables)
     batch = jax.device_put(random_batch(config, batch_size))
@@ -372,6 +380,10 @@ def run_step_command(
     add("--image_size", type=positive(int), default=224, help="height and width (default: 224)")
     add("--batch_size", type=positive(int), default=8, help="images in a step (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    add(
+        "--attention", choices=KERNELS, default="xla",
+        help="what computes ours, as model.attention (default: xla)",
+    )  # fmt: skip
     add(
         "--peer", default="auto",
         choices=("auto", "torch", "timm", "none", *(["flax"] if is_training else [])),

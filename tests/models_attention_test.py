@@ -1,10 +1,15 @@
+"""Attention by every kernel: the same numbers; who is asked for it where."""
+
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from vitcls.errors import UserError
 from vitcls.models import attention
 
 
@@ -50,6 +55,62 @@ def test_only_tpus_attend_head_by_head():
     )
     assert scores_of_one.search(tpu) and not all_scores.search(tpu)
     assert "stablehlo.while" not in cpu and all_scores.search(cpu)
+
+
+@pytest.mark.parametrize("num_tokens", [7, 8])
+def test_attention_of_padded_tokens_is_that_without(num_tokens):
+    arrays = np.random.default_rng(0).normal(size=(4, 2, num_tokens, 3, 8)).astype(np.float32)
+    padded = functools.partial(attention._attend_padded, implementation="xla")
+    results = []
+    for attend in (padded, attention.attention):
+        value, pull = jax.vjp(jax.jit(attend), *arrays[:3])
+        results.append((value, pull(arrays[3])))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *results)
+
+
+@pytest.mark.parametrize("num_tokens", [196, 197])
+def test_cudnn_is_asked_forwards_and_backwards(num_tokens, monkeypatch):
+    """What is lowered for a GPU, as jax would where it finds cuDNN 9.12 and an H100."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    found = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
+    monkeypatch.setattr(cudnn, "cuda_versions", found)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: float(least) <= 9)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda other: other == "9.0")
+    q = jax.ShapeDtypeStruct((2, num_tokens, 3, 64), jnp.bfloat16)
+
+    def loss(q, k, v):
+        out = attention.attention(q, k, v, kernel="cudnn")
+        assert out.shape == q.shape
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, q, q)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    called = re.findall(r"custom_call @(__cudnn\S+?)\(", text)
+    assert sorted(called) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    last = jax.ShapeDtypeStruct((2, 1, 3, 64), jnp.bfloat16)  # of the last layer one token asks
+    text = jax.jit(loss).trace(last, q, q).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn" not in text
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "message"),
+    [
+        ("cpu", None, "bfloat16", "needs an NVIDIA GPU .* and here is it; use xla"),
+        ("gpu", "7.5", "bfloat16", "compute capability 8.0 or more"),
+        ("gpu", "gfx942", "bfloat16", "needs an NVIDIA GPU"),
+        ("gpu", "9.0", "float32", "computes in bfloat16, not in float32; set model.dtype"),
+        ("gpu", "9.0", "bfloat16", None),
+    ],
+)
+def test_cudnn_is_refused_where_it_cannot_be(platform, capability, dtype, message):
+    device = types.SimpleNamespace(platform=platform, device_kind="it")
+    if capability:
+        device.compute_capability = capability
+    if message is None:
+        return attention.check_cudnn(device, dtype)
+    with pytest.raises(UserError, match=message):
+        attention.check_cudnn(device, dtype)
 
 
 def test_three_products_are_the_thirds_of_one():

@@ -422,6 +422,16 @@ def test_a_resnet_refuses_what_it_does_not_have(config, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+def test_attention_that_this_machine_does_not_have_is_refused(config, tmp_path):
+    config.model.attention = "cudnn"
+    with pytest.raises(UserError, match="needs an NVIDIA GPU .* and here is cpu; use xla"):
+        train.train_and_evaluate(config, tmp_path)
+    config.model.update(arch="resnet_mu", dropout=0.0, drop_path=0.0)
+    with pytest.raises(UserError, match="model.attention='cudnn': a ResNet has no attention"):
+        train.train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize("crop", ["inception", "resmall", "none"])
 def test_every_crop_trains(config, tmp_path, crop):
     config.data.crop = crop

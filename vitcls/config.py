@@ -116,6 +116,9 @@ def default_config() -> ConfigDict:
     # such saving) keeps all, "dots" the results of products and convolutions, "full" a layer's
     # input only. Up to rounding the result is the same. For accelerators: on CPU it saves nothing.
     c.model.remat = "none"
+    # Of a ViT: what computes attention. "xla", or "cudnn": flash attention on NVIDIA's GPUs, in
+    # bfloat16, which keeps no scores in memory. Up to rounding the result is the same.
+    c.model.attention = "xla"
     # Of a ViT: dropout rate of the token stream.
     c.model.dropout = 0.0
     # Of a ViT: stochastic depth, the rate at which the last block's branches are dropped, rising
@@ -301,6 +304,7 @@ _CHOICES = {
     "model.head": ("new", "keep"),
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("xla", "cudnn"),
     "model.remat": REMATS,
     "optim.schedule": ("cosine", "linear", "constant", "step"),
     "loss.name": ("cross_entropy", "focal", "sigmoid"),

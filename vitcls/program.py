@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from vitcls import adapt, augment, footprint, losses, optim, pretrained, sharding
 from vitcls import train_step as steps
 from vitcls.errors import UserError
+from vitcls.models.attention import check_cudnn
 from vitcls.teacher import Teacher
 
 PyTree = Any
@@ -201,8 +202,11 @@ def _make_program(
         drop_path_rate=config.model.drop_path,
         patch_dropout_rate=config.model.patch_dropout,
         train_batch_norm=config.model.batch_norm == "train",
+        attention=config.model.attention,
         remat=config.model.remat,
     )
+    if config.model.attention == "cudnn":
+        check_cudnn(mesh.devices.flat[0], config.model.dtype)
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     init = functools.partial(
         model.init, init_key, jnp.zeros((1, *config.data.image_size, 3)), train=False

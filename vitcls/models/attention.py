@@ -9,11 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitcls.errors import UserError
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+KERNELS = ("xla", "cudnn")  # who computes attention
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: str = "xla") -> jax.Array:
     """Scaled dot-product attention, its softmax in float32; the one place to swap the kernel.
 
     Args:
+      kernel: "xla", or "cudnn" for flash attention on NVIDIA's GPUs, which keeps no scores; of
+        bfloat16 arrays, and used only where all tokens ask.
       q: (B, Q, A, d) queries.
       k: (B, N, A, d) keys.
       v: (B, N, A, d) values.
@@ -21,6 +27,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
       (B, Q, A, d), in the dtype of `q`.
     """
+    if kernel == "cudnn" and q.shape == k.shape:
+        return _attend_padded(q, k, v, implementation="cudnn")
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first: a seventh off a CPU step
     q = q * q.shape[-1] ** -0.5
     if q.shape[2] == 1:  # of one query the scores are few
@@ -30,11 +38,45 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return out.swapaxes(1, 2)
 
 
+def check_cudnn(device: jax.Device, dtype: str) -> None:
+    """Raises `UserError` where the device cannot compute attention by "cudnn", or not in `dtype`.
+
+    `jax.nn.dot_product_attention` takes 16-bit floats, and compute capability 8.0 or more.
+    """
+    capability = getattr(device, "compute_capability", "0")  # of NVIDIA's GPUs, such as "9.0"
+    if device.platform != "gpu" or not capability[:1].isdigit() or float(capability) < 8:
+        raise UserError(
+            "cudnn (model.attention) needs an NVIDIA GPU of compute capability 8.0 or more, and "
+            f"here is {device.device_kind}; use xla."
+        )
+    if dtype != "bfloat16":
+        raise UserError(
+            f"cudnn (model.attention) computes in bfloat16, not in {dtype}; set model.dtype to it, "
+            "or use xla."
+        )
+
+
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """(..., Q, d), (..., N, d), (..., N, d) -> (..., Q, d); the queries are scaled."""
     scores = jnp.einsum("...qd,...nd->...qn", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("...qn,...nd->...qd", weights, v)
+
+
+def _attend_padded(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str) -> jax.Array:
+    """`attention` of (B, N, A, d) by `jax.nn`, which trains with cuDNN on even N only (jax 0.10).
+
+    One more token makes an odd number even; lengths mask it, and it is left out of the result.
+    """
+    num_tokens, lengths = q.shape[1], None
+    if num_tokens % 2:
+        lengths = jnp.full(q.shape[:1], num_tokens, jnp.int32)
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        q, k, v,
+        query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation,
+    )  # fmt: skip
+    return out[:, :num_tokens]
 
 
 def _attend_head_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -276,10 +276,14 @@ def _prepend(token: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; only the first `num_outputs` tokens ask (None: all do)."""
+    """Multi-head self-attention; only the first `num_outputs` tokens ask (None: all do).
+
+    For `kernel` see `attention`.
+    """
 
     config: ViTConfig
     dtype: jnp.dtype
+    kernel: str
     num_outputs: int | None = None
 
     @nn.compact
@@ -295,7 +299,8 @@ class Attention(nn.Module):
         self.sow("intermediates", "q", q)  # kept only when the caller makes the collection mutable
         self.sow("intermediates", "k", k)
         self.sow("intermediates", "v", v)
-        out = attention(q, k, v).reshape(x.shape[0], -1, config.width)  # (B, Q, D)
+        out = attention(q, k, v, kernel=self.kernel)  # (B, Q, A, d)
+        out = out.reshape(x.shape[0], -1, config.width)  # (B, Q, D)
         return nn.Dense(config.width, name="output", **options)(out)
 
 
@@ -330,12 +335,15 @@ class Layer(nn.Module):
     index: int  # place in the encoder
     dropout_rate: float
     drop_path_rate: float  # of this layer
+    attention: str
     num_outputs: int | None = None  # compute only the first of the tokens
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         norm = functools.partial(_layer_norm, self.config, self.dtype)
-        attend = Attention(self.config, self.dtype, self.num_outputs, name="attention")
+        attend = Attention(
+            self.config, self.dtype, self.attention, self.num_outputs, name="attention"
+        )
         attended = attend(norm(name="layernorm_before")(x))
         x = x[:, : self.num_outputs] + self._regularized(attended, keys, "attention")
         mapped = Mlp(self.config, self.dtype, name="mlp")(norm(name="layernorm_after")(x))
@@ -359,6 +367,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
     dropout_rate: float
     drop_path_rate: float  # of the last layer; rises linearly from 0 at the first
+    attention: str
     remat: str
 
     @nn.compact
@@ -374,6 +383,7 @@ class Encoder(nn.Module):
                 index,
                 self.dropout_rate,
                 self.drop_path_rate * index / max(depth - 1, 1),
+                self.attention,
                 num_outputs=POOLS[self.config.pool] or None if last else None,
                 name=f"layer_{index}",
             )
@@ -392,6 +402,7 @@ class ViT(nn.Module):
     dropout_rate: float = 0.0  # of the embeddings and of every branch
     drop_path_rate: float = 0.0  # of the last layer; linear in depth from 0 at the first
     patch_dropout_rate: float = 0.0  # see `drop_patches`
+    attention: str = "xla"  # or "cudnn": who computes it, see `attention`
     remat: str = "none"  # or a key of `remat.POLICIES`: what each layer keeps to go backwards
 
     @nn.compact
@@ -433,7 +444,7 @@ class ViT(nn.Module):
         if config.pre_norm:
             x = _layer_norm(config, self.dtype, name="layernorm_pre")(x)
         x = dropout(x, keys, site=0, rate=self.dropout_rate, shape=x.shape[1:])
-        options = (self.dropout_rate, self.drop_path_rate, self.remat)
+        options = (self.dropout_rate, self.drop_path_rate, self.attention, self.remat)
         x = Encoder(config, self.dtype, *options, name="encoder")(x, keys)
         norm = _layer_norm(config, jnp.float32, name="layernorm") if config.final_norm else _float32
         x = pool(x, norm, config)

@@ -172,6 +172,7 @@ def make_model(
     drop_path_rate: float = 0.0,
     patch_dropout_rate: float = 0.0,
     train_batch_norm: bool = True,
+    attention: str = "xla",
     remat: str = "none",
 ) -> nn.Module:
     """The network that `config` describes; see `ViT` and `ResNet` for the arguments.
@@ -189,6 +190,10 @@ def make_model(
             raise UserError(
                 f"model.patch_dropout={patch_dropout_rate}: a ResNet has no patches; it must be 0."
             )
+        if attention != "xla":
+            raise UserError(
+                f"model.attention={attention!r}: a ResNet has no attention; leave it at 'xla'."
+            )
         return ResNet(config, dtype=dtype, train_batch_norm=train_batch_norm, remat=remat)
     if not train_batch_norm:
         raise UserError(
@@ -200,6 +205,7 @@ def make_model(
         dropout_rate=dropout_rate,
         drop_path_rate=drop_path_rate,
         patch_dropout_rate=patch_dropout_rate,
+        attention=attention,
         remat=remat,
     )
 
