@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError
+from vitcls.models.dense import Dense, affine
 
 KERNELS = ("xla", "cudnn")  # who computes attention
 
@@ -90,7 +91,7 @@ def _attend_head_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.lax.map(lambda head: attend(*head), heads).swapaxes(0, 1)
 
 
-class Thirds(nn.Dense):
+class Thirds(Dense):
     """A dense layer whose output is three arrays side by side: (B, N, D) -> 3 x (B, N, E).
 
     TPUs make each by a product of its own, as they can then write it in the order that attention
@@ -107,16 +108,11 @@ class Thirds(nn.Dense):
 
 def _one_product(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, ...]:
     # Split, not indexed: the gradients are then concatenated instead of padded and added.
-    return tuple(jnp.split(_dense(x, kernel, bias), 3, axis=-1))
+    return tuple(jnp.split(affine(x, kernel, bias), 3, axis=-1))
 
 
 def _three_products(
     x: jax.Array, kernel: jax.Array, bias: jax.Array | None
 ) -> tuple[jax.Array, ...]:
     biases = [None] * 3 if bias is None else jnp.split(bias, 3)
-    return tuple(map(_dense, [x] * 3, jnp.split(kernel, 3, axis=-1), biases))
-
-
-def _dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    y = x @ kernel
-    return y if bias is None else y + bias[None, None]
+    return tuple(map(affine, [x] * 3, jnp.split(kernel, 3, axis=-1), biases))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from vitcls.errors import UserError, unknown
 from vitcls.models.attention import Thirds, attention
+from vitcls.models.dense import Dense
 from vitcls.models.remat import call_layer
 
 # width, depth, mlp width, heads. S, B, L, H: Dosovitskiy et al. 2021, table 1, and Steiner et al.
@@ -250,7 +251,7 @@ class Embeddings(nn.Module):
         # A convolution whose stride is its size, as one product: (B, H, W, 3) -> (B, h w, p q 3).
         patches = images[:, : h * p, : w * q].astype(self.dtype).reshape(batch, h, p, w, q, 3)
         patches = patches.swapaxes(2, 3).reshape(batch, h * w, p * q * 3)
-        embed = nn.Dense(
+        embed = Dense(
             config.width, dtype=self.dtype, use_bias=config.patch_bias, name="patch_embedding"
         )
         tokens = embed(patches)
@@ -301,7 +302,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "v", v)
         out = attention(q, k, v, kernel=self.kernel)  # (B, Q, A, d)
         out = out.reshape(x.shape[0], -1, config.width)  # (B, Q, D)
-        return nn.Dense(config.width, name="output", **options)(out)
+        return Dense(config.width, name="output", **options)(out)
 
 
 class Mlp(nn.Module):
@@ -314,7 +315,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
         init = nn.initializers.xavier_uniform()
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=init)
         if config.mlp == "swiglu":  # Shazeer 2020, arXiv:2002.05202: gate and values in one product
             gate, values = jnp.split(dense(2 * config.mlp_dim, name="intermediate")(x), 2, axis=-1)
             x = jax.nn.silu(gate) * values
@@ -451,7 +452,7 @@ class ViT(nn.Module):
         if config.num_classes == 0:
             return x
         # A zero kernel: the first loss is ln K, and the first gradient leaves the backbone alone.
-        head = functools.partial(nn.Dense, config.num_classes, kernel_init=nn.initializers.zeros)
+        head = functools.partial(Dense, config.num_classes, kernel_init=nn.initializers.zeros)
         if config.pool != "cls_dist":
             return head(name="classifier")(x)
         cls, dist = jnp.split(x, 2, axis=-1)
