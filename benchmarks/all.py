@@ -4,8 +4,9 @@
 
 Writes OUTPUT.md and OUTPUT.json. Training and evaluation are measured on a GPU where there is one;
 loading and start-up on the CPU. The most important come first: those that do not begin before
-`--minutes` are over, or lack a package, are listed with the reason. Each runs in a process of its
-own. `python -m benchmarks.make_peers` first lets the Flax networks of transformers take part.
+`--minutes` are over, or lack a package, are listed with the reason. On two cores all takes about 25
+minutes. Each runs in a process of its own. `python -m benchmarks.make_peers` first lets the Flax
+networks of transformers take part.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import make_peers
-from benchmarks.figures import positive
+from benchmarks.figures import positive, summary
 
 Row = tuple[str, ...]  # the columns below
 COLUMNS = ("what", "ours", "peer", "ours / peer", "limit", "share of the limit")
@@ -59,6 +60,9 @@ def jobs(platform: str) -> list[Job]:
         Job("input_pipeline", (), (*data, "tensorflow", "torch")),
         Job("startup", (), data),
         *steps[2:],
+        Job("real_data", (), data),
+        Job("checkpoint", ("--model=vit_b16",), data),
+        Job("probe", ("--dim=768", "--window_secs=1")),
     ]
 
 
@@ -78,11 +82,12 @@ def _is_installed(name: str) -> bool:
 
 def run(job: Job, *, secs: float, windows: int) -> dict[str, Any] | str:
     """Runs a job for at most `secs`; returns its figures, or why there are none."""
-    turns = f"--turns={windows}" if job.name == "startup" else f"--windows={windows}"
+    turns = "--turns" if job.name in ("startup", "checkpoint") else "--windows"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
         command = [
-            sys.executable, "-m", f"benchmarks.{job.name}", *job.args, turns, f"--json={path}",
+            sys.executable, "-m", f"benchmarks.{job.name}", *job.args,
+            f"{turns}={windows}", f"--json={path}",
         ]  # fmt: skip
         # A session of its own: what a benchmark starts ends with it.
         process = subprocess.Popen(
@@ -144,11 +149,51 @@ def startup_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
     ]
 
 
+def real_data_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
+    """Rows of `real_data`: images per second; the limit is the step alone."""
+    alone, fixed, real = figures["images_per_second"].values()
+    label = f"{figures['arch']}, {figures['image_size']} px, batch {figures['batch_size']}"
+    share = f"{figures['loop / step alone']['median']:.1%}"
+    return [
+        (f"training's loop, {label}, images/s", _spread(fixed), "", "", _number(alone["median"]),
+         share),
+        (f"... with real images, waiting {figures['waiting']['median']:.1%}", _spread(real),
+         f"{_spread(fixed)} the loop on one batch", _spread(figures["real / one batch"]), "", ""),
+    ]  # fmt: skip
+
+
+def checkpoint_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
+    """Rows of `checkpoint`: seconds; the limit is what the same bytes take without it."""
+    secs = {name: summary(values) for name, values in figures["saving"]["secs"].items()}
+    label = f"checkpoint, {figures['model']} with AdamW, seconds"
+    return [
+        (f"{label}, {what}", _spread(secs[name]), "", "", _number(secs[limit]["median"]),
+         f"{secs[limit]['median'] / secs[name]['median']:.0%}")
+        for what, name, limit in (("held up", "save", "copy"), ("behind", "behind", "write"))
+    ]  # fmt: skip
+
+
+def probe_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
+    """Rows of `probe`: seconds."""
+    seconds = figures["seconds"]
+    label = (
+        f"linear probes, {figures['trials']} trials, {figures['dim']} features, "
+        f"{figures['classes']} classes, seconds"
+    )
+    beside = f"{_spread(seconds['separate'])} one trial after the other"
+    ratio = _spread(summary([1 / x for x in figures["ratio"]["windows"]]))
+    limit, share = _number(figures["limit"]["seconds"]), f"{figures['share_of_limit']:.0%}"
+    return [(label, _spread(seconds["ours"]), beside, ratio, limit, share)]
+
+
 ROWS: dict[str, Callable[[Job, dict[str, Any]], list[Row]]] = {
     "train_step": step_rows,
     "forward": step_rows,
     "input_pipeline": input_rows,
     "startup": startup_rows,
+    "real_data": real_data_rows,
+    "checkpoint": checkpoint_rows,
+    "probe": probe_rows,
 }
 
 

@@ -13,7 +13,6 @@ whose checkpoint says step 1 000 000; both take turns. Needs the digits data set
 """
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -31,9 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.figures import host, positive, run_command
 from benchmarks.models import NAMES, arch_config, make_model
 from vitcls import checkpoint, seal, step_folders
 from vitcls import train_step as steps
+from vitcls.errors import UserError
 
 EARLY, LATE = 10, 1_000_000
 
@@ -121,7 +122,7 @@ def report(result: dict[str, Any]) -> str:
             text += f", {middle / statistics.median(secs[limit]):.1f} x {beside}"
         return text
 
-    lines = [f"load {result['load_before']:.1f} before, {os.cpu_count()} CPUs"]
+    lines = [f"load {result['load_before']:.1f} before, {result['num_cpus']} CPUs"]
     if saving := result["saving"]:
         secs = saving["secs"]
         lines += [
@@ -138,8 +139,21 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns all figures, as `--json` writes them."""
+    if args.directory and not args.directory.is_dir():
+        raise UserError(f"--directory={args.directory} is no folder.")
+    result = host() | {"model": args.model, "saving": None}
+    with tempfile.TemporaryDirectory(dir=args.directory) as folder:
+        if args.model != "none":
+            result["saving"] = measure_saving(args.model, Path(folder), args.turns)
+        resumed = args.data_dir and measure_resuming(args.data_dir, Path(folder), args.turns)
+        result["resuming"] = resumed or None
+    return result
+
+
 def main() -> None:
-    """Parses arguments, measures, prints."""
+    """Reads the command line, measures, prints."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.checkpoint",
         description=__doc__,
@@ -149,22 +163,8 @@ def main() -> None:
     add("--model", choices=[*NAMES, "none"], default="vit_b16", help="none: no saving is measured")
     add("--data_dir", default="", help="folder with prepared digits; empty: no resume is measured")
     add("--directory", type=Path, help="where to write; default: a temporary folder")
-    add("--turns", type=int, default=5, help="turns of each (default: 5)")
-    add("--json", type=Path, help="file to write all figures to")
-    args = parser.parse_args()
-    if args.turns < 1:
-        parser.error(f"--turns={args.turns} must be 1 or more")
-    if args.directory and not args.directory.is_dir():
-        parser.error(f"--directory={args.directory} is no folder")
-    result = {"model": args.model, "load_before": os.getloadavg()[0], "saving": None}
-    with tempfile.TemporaryDirectory(dir=args.directory) as folder:
-        if args.model != "none":
-            result["saving"] = measure_saving(args.model, Path(folder), args.turns)
-        resumed = args.data_dir and measure_resuming(args.data_dir, Path(folder), args.turns)
-        result["resuming"] = resumed or None
-    print(report(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    add("--turns", type=positive(int), default=5, help="turns of each (default: 5)")
+    run_command(parser, measure, report)
 
 
 if __name__ == "__main__":

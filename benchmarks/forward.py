@@ -22,7 +22,7 @@ from benchmarks.train_step import (
     random_batch,
     random_variables,
     relative_tolerance,
-    run_command,
+    run_step_command,
 )
 from vitcls import augment
 from vitcls import train_step as steps
@@ -78,7 +78,7 @@ def check_logits(found: jax.Array, expected: jax.Array, dtype: str) -> dict[str,
 
 def main() -> None:
     """Measures the evaluation step."""
-    run_command("forward", __doc__, make_ours, is_training=False)
+    run_step_command("forward", __doc__, make_ours, is_training=False)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.figures import positive, run_command, summary
+from benchmarks.figures import num_cpus, positive, run_command, summary
 from benchmarks.models import arch_config, make_model
 from benchmarks.train_step import (
     COPY_SIZE,
@@ -223,7 +223,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "clock": args.clock,
         "device": device_name(jax.devices()[0]),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "num_cpus": num_cpus(),
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")},
@@ -299,9 +299,7 @@ def main() -> None:
         help="cpu: seconds of the processor, for one that is shared with other work; start it on "
         "one core then, with taskset -c 0 (default: wall)",
     )  # fmt: skip
-    run_command(
-        parser, lambda args: measure_cached(args) if args.model else measure_sweep(args), report
-    )
+    run_command(parser, measure, report)
 
 
 if __name__ == "__main__":

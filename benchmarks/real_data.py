@@ -6,7 +6,9 @@ Three in turn, all with the step that training runs: the step alone, on one batc
 device; the same step in training's loop, which fetches the metrics of the step before; and the loop
 with images from JPEG files, decoded once and kept in memory (`data.cache=ram`), cropped and scaled
 anew in every epoch. The last is also what training's line calls waiting: the share of the time in
-which no batch was ready. One process, all of its devices.
+which no batch was ready. Some steps of the loop on one batch are traced, which tells what passes
+between two of them, where the trace says which step an operation belongs to. One process, all of
+its devices.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import jax
 
 from benchmarks import jpegs
 from benchmarks.figures import host, line, positive, run_command, summary
+from benchmarks.trace import gap_share
 from vitcls import sharding, train_setup
 from vitcls.config import check_config, default_config
 from vitcls.data import loader
@@ -31,6 +34,7 @@ from vitcls.program import make_program
 
 NUM_IMAGES = 512
 SCALE = 0.15  # of the sides of ImageNet's images: 66 pixels on average
+MOST_TRACED = 40  # steps: a trace has a line for every operation
 PRIMED = 12  # steps before the first turn: compiles, and fills the cache
 
 
@@ -104,6 +108,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             secs = time.perf_counter() - begin
             rates[name].append(num_steps * args.batch_size / secs)
         waiting.append(waited / secs)  # of the last, that with real images
+    with jax.profiler.trace(folder / "trace"):
+        runs["loop, one batch"](min(num_steps, MOST_TRACED))
     alone, fixed, real = rates.values()
     packages = ("jax", "flax", "optax", "grain", "Pillow")
     return before | {
@@ -118,11 +124,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "loop / step alone": summary([a / b for a, b in zip(fixed, alone, strict=True)]),
         "real / one batch": summary([a / b for a, b in zip(real, fixed, strict=True)]),
         "waiting": summary(waiting),
+        "between steps": gap_share(folder / "trace", "jit_train_step"),
     }
 
 
 def report(result: dict[str, Any]) -> str:
     """Returns the figures as text for people."""
+    gap = result["between steps"]
     return "\n".join(
         [
             f"{result['device']}, {result['num_cpus']} CPUs, load {result['load_before']:.1f} "
@@ -136,6 +144,7 @@ def report(result: dict[str, Any]) -> str:
                 line(name, result[name], width=28, digits=3)
                 for name in ("loop / step alone", "real / one batch", "waiting")
             ),
+            *([f"{'between two steps':28}{gap:>10.2%}"] if gap is not None else []),
             f"The step was compiled {result['num_compilations']} time(s); no implicit transfers.",
         ]
     )

@@ -19,13 +19,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -34,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import make_peers
-from benchmarks.figures import num_cpus, positive, processor_name, summary
+from benchmarks.figures import num_cpus, positive, processor_name, run_command, summary
 from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
 from benchmarks.peer_process import start_process
 from vitcls import adapt, augment, optim
@@ -360,7 +358,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_command(
+def run_step_command(
     name: str, description: str, make_ours: Callable[..., Any], *, is_training: bool
 ) -> None:
     """Reads the command line, measures, prints: the command `benchmarks.NAME`."""
@@ -383,25 +381,19 @@ def run_command(
     )  # fmt: skip
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
-    add("--json", type=Path, help="file to write all figures to")
-    args = parser.parse_args()
-    if args.peer != "none":  # on a GPU it needs what JAX would reserve; read at JAX's first use
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
-    jax.config.update("jax_enable_compilation_cache", False)  # for the time that compiling takes
-    try:
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
-        result = measure(args, make_ours, is_training=is_training)
-    except UserError as error:
-        parser.error(str(error))  # exits with 2
-    print(report(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+    def measure_beside_peer(args: argparse.Namespace) -> dict[str, Any]:
+        if args.peer != "none":  # on a GPU it needs what JAX would reserve; read at its first use
+            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
+        jax.config.update("jax_enable_compilation_cache", False)  # for the time of compiling
+        return measure(args, make_ours, is_training=is_training)
+
+    run_command(parser, measure_beside_peer, report)
 
 
 def main() -> None:
     """Measures the training step."""
-    run_command("train_step", __doc__, make_ours, is_training=True)
+    run_step_command("train_step", __doc__, make_ours, is_training=True)
 
 
 if __name__ == "__main__":
