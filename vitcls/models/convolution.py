@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitcls.models.dense import affine
+
 
 def convolve(x: jax.Array, kernel: jax.Array, strides, *args, **kwargs) -> jax.Array:
     """`jax.lax.conv_general_dilated`, of which a kernel of one pixel is a product of matrices.
@@ -24,11 +26,11 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, *args, **kwargs) -> jax.A
 @jax.custom_vjp
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(B, h, w, C), (C, D) -> (B, h, w, D)."""
-    return x @ kernel
+    return affine(x, kernel, None)
 
 
 def _product_forwards(x: jax.Array, kernel: jax.Array):
-    return x @ kernel, (x, kernel)
+    return affine(x, kernel, None), (x, kernel)
 
 
 def _product_backwards(saved, gradient: jax.Array):
@@ -36,7 +38,7 @@ def _product_backwards(saved, gradient: jax.Array):
     by_kernel = jax.lax.platform_dependent(
         x, gradient, cpu=_kernel_gradient_on_cpu, default=_kernel_gradient
     )
-    return gradient @ kernel.T, by_kernel.astype(kernel.dtype)
+    return affine(gradient, kernel.T, None), by_kernel.astype(kernel.dtype)
 
 
 _product.defvjp(_product_forwards, _product_backwards)
