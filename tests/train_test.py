@@ -235,6 +235,18 @@ def test_a_mistake_does_not_claim_the_workdir(config, tmp_path):
     assert train.train_and_evaluate(config, tmp_path)["step"] == 1
 
 
+def test_a_damaged_checkpoint_does_not_claim_the_workdir(config, tmp_path):
+    config.train.total_steps = 1
+    train.train_and_evaluate(config, tmp_path / "a")
+    pretrained.save(tmp_path / "model", *pretrained.load(tmp_path / "a"))
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config.model.update(arch="", pretrained=str(tmp_path / "model"))
+    with pytest.raises(UserError, match="model.safetensors"):
+        train.train_and_evaluate(config, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_passes_and_remat_may_change_on_continuing(config, tmp_path, monkeypatch, caplog):
     """A run of two passes and layers computed again, then of neither, is the run of neither."""
     monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)

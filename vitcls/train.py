@@ -103,6 +103,8 @@ def train_and_evaluate(
     )
     if config.train.micro_batch == 0:
         config.train.micro_batch = program.pass_size  # what was chosen; a continued run keeps it
+    lowered = program.lower()  # traced while the weights are read
+    variables = reading and reading.result()
 
     # The workdir: finished, begun with this config and data, or new, as is what never saved a step.
     is_main = jax.process_index() == 0
@@ -135,7 +137,7 @@ def train_and_evaluate(
             (workdir / "skipped.jsonl").unlink(missing_ok=True)
 
     is_trained = start_step < config.train.total_steps
-    compiling = is_trained and background.submit(program.lower().compile)
+    compiling = is_trained and background.submit(lowered.compile)  # while data get ready
     background.shutdown(wait=False)  # it ends when these two are done
 
     # Where the weights come from: 1. the workdir, 2. the pretrained checkpoint, 3. random.
@@ -148,8 +150,8 @@ def train_and_evaluate(
             records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
-        state = program.first_state(reading and reading.result())
-    del reading  # the host's copy
+        state = program.first_state(variables)
+    del variables, reading  # the host's copy
     if is_main:
         log.info("%s", parameter_table(state.params, state.frozen, state.batch_stats))
         log.info("%s", memory_line(state))
