@@ -56,13 +56,13 @@ def jobs(platform: str) -> list[Job]:
         steps.insert(1, Job("forward", ("--model=vit_b16", *sized)))
         if platform == "gpu":
             flash = ("--model=vit_b16", "--attention=cudnn", "--peer=none", *sized)
-            steps.insert(1, Job("train_step", flash))
+            steps.insert(2, Job("train_step", flash))
     data = ("PIL", "grain", "orbax.checkpoint")
     return [
-        *steps[:3],
+        *steps[:2],
         Job("input_pipeline", (), (*data, "tensorflow", "torch")),
         Job("startup", (), data),
-        *steps[3:],
+        *steps[2:],
         Job("real_data", (), data),
         Job("checkpoint", ("--model=vit_b16",), data),
         Job("probe", ("--dim=768", "--window_secs=1")),
@@ -116,7 +116,8 @@ def step_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
     what = "training" if job.name == "train_step" else "evaluation"
     label = (
         f"{what}, {figures['model']}, {figures['image_size']} px, batch {figures['batch_size']}, "
-        f"{figures['dtype']}, {figures['attention']}, images/s"
+        f"{figures['dtype']}{'' if figures['attention'] == 'xla' else ', ' + figures['attention']}"
+        ", images/s"
     )
     beside, ratio = "", ""
     if peer:

@@ -76,12 +76,12 @@ def test_the_table_has_figures_and_reasons():
             "versions": {"x": "1"},
         },
         "ratio": summary(2.0), "limit": {"images_per_second": 4.0}, "model": "vit_b16",
-        "image_size": 224, "batch_size": 8, "dtype": "float32", "device": "cpu", "num_cpus": 2,
-        "versions": {"jax": "0"},
+        "image_size": 224, "batch_size": 8, "dtype": "float32", "attention": "cudnn",
+        "device": "cpu", "num_cpus": 2, "versions": {"jax": "0"},
     }  # fmt: skip
     train, _, *others = everything.jobs("cpu")
     text = everything.table([(train, step), (others[0], "not here: torch")])
-    assert "| 2 (2 to 2) | 1 (1 to 1) x y | 2 (2 to 2) | 4 | 50% |" in text
+    assert "float32, cudnn, images/s | 2 (2 to 2) | 1 (1 to 1) x y | 2 (2 to 2) | 4 | 50% |" in text
     assert "Versions: jax 0, x 1." in text
     assert "- `input_pipeline`: not here: torch" in text
 
