@@ -48,7 +48,7 @@ $(VENV)/.installed: requirements.txt | check-python
 # torch first and alone: its CPU build is a tenth of the CUDA build that PyPI has for Linux, but not
 # every machine reaches the index that serves it. The second line then keeps what the first got.
 $(VENV)/.installed-dev: requirements-dev.txt requirements-hf.txt requirements-analysis.txt \
-  requirements-wandb.txt $(VENV)/.installed
+  requirements-heif.txt requirements-wandb.txt $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV), once: 1 GB on disk."
 	@$(PIP_INSTALL) --retries 1 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu \
 	  $$(grep '^torch==' requirements-dev.txt) || $(INSTALL_FAILED)

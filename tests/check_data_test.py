@@ -116,14 +116,22 @@ def test_classes_that_cannot_be_learned_are_problems(root):
     assert "test: 1 classes without images: ant" in data_checks.format_report(report)
     (root / "test/dog").mkdir()
     picture(99).save(root / "test/dog/1.png")
-    assert check(root)["problems"] == ["test: other classes than train, or in another order: dog."]
+    (problem,) = check(root)["problems"]
+    assert "'test' has other classes than 'train': [] are missing, ['dog'] are new" in problem
 
 
 def test_data_that_cannot_be_opened_are_reported_with_the_rest(root):
+    (root / "train/empty").mkdir()
+    report = check(root)
+    assert list(report["splits"]) == ["test"]
+    assert "train: no images in 1 of 4 classes: empty" in report["problems"][0]
+    (root / "train/empty").rmdir()
+    # Nothing is learned from a split that only measures: a folder without images does no harm.
     (root / "test/empty").mkdir()
     report = check(root)
-    assert list(report["splits"]) == ["train"]
-    assert "test: no images in 1 of 4 classes: empty" in report["problems"][0]
+    assert report["problems"] == []
+    assert "Not used: empty, without images." in report["splits"]["test"]["found"]
+    assert report["splits"]["test"]["found"] in data_checks.format_report(report)
     (problem,) = check(root / "nowhere")["problems"]
     assert "nowhere does not exist" in problem
     assert data_checks.format_report(check(root / "nowhere"))

@@ -119,8 +119,64 @@ def test_fingerprints_name_the_content_not_the_place(root, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("column", "values", "splits"),
+    [
+        ("data set", ["train", "test"], ["train", "test"]),
+        ("Set", ["Training", "Testing"], ["train", "test"]),
+        ("is_valid", ["False", "True"], ["train", "validation"]),
+        ("anything", ["TRAIN", "VAL"], ["train", "validation"]),
+    ],
+)
+def test_columns_of_splits_are_recognised(root, column, values, splits):
+    rows = [f"{name},{name[0]},{values[row % 2]}" for row, name in enumerate(all_files(root))]
+    path = write_csv(root, f"image,label,{column}", *rows)
+    assert sources.split_names(f"csv:{path}") == splits
+    opened = [open_csv(path, split) for split in splits]
+    assert [ids(split) for split in opened] == [all_files(root)[::2], all_files(root)[1::2]]
+    assert f"Splits by column {column!r}: {', '.join(splits)}. 18 images of 3" in opened[0].found
+
+
+def test_a_list_without_splits_says_which_columns_it_looked_at(root):
+    rows = [f"{name},{name[0]},5,x" for name in all_files(root)]
+    path = write_csv(root, "image,label,width,note", *rows)
+    found = open_csv(path).found
+    assert found.startswith("No column of splits among width, note: a fifth of every class is 'te")
+
+
+def test_splits_are_chosen_or_left_to_us(root):
+    rows = [f"{name},{name[0]},{row % 3}" for row, name in enumerate(all_files(root))]
+    path = write_csv(root, "image,label,fold", *rows)
+    with pytest.raises(
+        UserError, match="'fold' seems to divide the images, but its values 0, 1, 2"
+    ):
+        open_csv(path)
+    assert sources.split_names(f"csv:{path}?split=fold") == ["0", "1", "2"]
+    assert ids(open_csv(f"{path}?split=fold", "1")) == all_files(root)[1::3]
+    assert sources.split_names(f"csv:{path}?split=") == ["train", "test"]
+    assert len(open_csv(f"{path}?split=")) + len(open_csv(f"{path}?split=", "test")) == 35
+
+
+def test_numbers_with_a_point_are_numbers(root):
+    rows = [f"{name},{number % 12}.0" for number, name in enumerate(all_files(root))]
+    split = open_csv(write_csv(root, "image,label", *rows))
+    assert split.class_names == tuple(map(str, range(12)))
+
+
+@pytest.mark.parametrize("label", ["nan", "NaN", "NA", "N/A", "None", "null", "-1", "<NA>"])
+def test_labels_that_stand_for_none_are_not_classes(root, label):
+    rows = [f"{name},{name[0]}" for name in all_files(root)]
+    path = write_csv(root, "image,label", *rows[:-1], f"{all_files(root)[-1]},{label}")
+    with pytest.raises(UserError, match=f"line 36: label '{label}' stands for a missing one. Take"):
+        open_csv(path)
+
+
+@pytest.mark.parametrize(
     ("lines", "message"),
     [
+        (
+            ["image,label,split", "cat/00.png,a,train", "cat/01.png,b,Train"],
+            "column 'split' has 'Train', 'train', which differ in case only",
+        ),
         (["a,b", "x,y"], "has no column called image, image_path.* but a, b; say which one is the"),
         (["path,filename,label", "x,y,z"], "'path', 'filename' could all be the image; choose one"),
         (["image,label"], "labels.csv lists no images"),
@@ -157,7 +213,7 @@ def test_sources_that_cannot_be_read_are_named(root, tmp_path):
         open_csv(tmp_path / "nowhere.csv")
     with pytest.raises(UserError, match="animals cannot be read: Is a directory"):
         open_csv(root)
-    with pytest.raises(UserError, match="00.png is no CSV file in UTF-8"):
+    with pytest.raises(UserError, match="00.png is not a CSV file in UTF-8"):
         open_csv(root / "cat/00.png")
     path = write_csv(root, "image,label", "cat/00.png,a")
     with pytest.raises(UserError, match="Unknown column of .*'labl'. Did you mean 'label'"):

@@ -196,6 +196,113 @@ def test_divided_folder_has_no_other_split(class_root):
         open_folder(class_root, "val")
 
 
+@pytest.mark.parametrize(
+    ("folders", "offered"),
+    [
+        ({"Training": "train", "Testing": "test"}, ["test", "train"]),
+        ({"TRAIN": "train", "Validation": "validation"}, ["train", "validation"]),
+        ({"train_set": "train", "test-images": "test"}, ["test", "train"]),
+        (
+            {"trainset": "train", "testset": "test", "valset": "val"},
+            ["test", "train", "validation"],
+        ),
+        ({"train2017": "train", "val2017": "val"}, ["train", "validation"]),
+        ({"01_train": "train", "02_test": "test"}, ["train", "test"]),
+        ({"seg_train": "train", "seg_test": "test"}, ["test", "train"]),
+        ({"TrainImages": "training", "TestImages": "testing"}, ["test", "train"]),
+        ({"train": "train", "val": "validation", "extra": "extra"}, ["extra", "train", "val"]),
+    ],
+)
+def test_usual_spellings_of_splits_are_recognised(tmp_path, folders, offered):
+    for folder in folders:
+        write(tmp_path, f"{folder}/cat/1.png", f"{folder}/dog/1.png", f"{folder}/dog/2.png")
+    assert sources.split_names(f"folder:{tmp_path}") == offered
+    for folder, split in folders.items():
+        opened = open_folder(tmp_path, split)
+        assert (opened.name, opened.class_names) == (split, ("cat", "dog"))
+        assert ids(opened) == [
+            f"{folder}/{name}" for name in ("cat/1.png", "dog/1.png", "dog/2.png")
+        ]
+        assert ids(open_folder(tmp_path, folder)) == ids(opened)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["train_a/cat/1.png", "test_b/cat/1.png"], "test_b, train_a look like splits, but"),
+        (["x_train/cat/1.png", "x_train/dog/1.png"], "x_train look like splits"),
+        (["cats_train/1.png", "cats_test/1.png"], "cats_test, cats_train without classes"),
+        (["cat/train/1.png", "cat/test/1.png", "dog/train/1.png", "dog/test/1.png"],
+         "the classes are divided into test, train. Put the images into SPLIT/CLASS"),
+        (["train/cat/1.png", "train/dog/1.png", "bus/1.png"],
+         "train has folders and looks like a split, but bus have images and look like classes"),
+        (["pets/train/cat/1.png", "pets/test/cat/1.png"], "try folder:.*/pets"),
+    ],
+)  # fmt: skip
+def test_what_looks_like_splits_is_not_divided_anew(tmp_path, paths, message):
+    write(tmp_path, *paths)
+    with pytest.raises(UserError, match=message):
+        open_folder(tmp_path)
+
+
+def test_two_folders_of_one_role_are_told_apart(tmp_path):
+    for folder in ("train", "Training", "test1", "test2"):
+        write(tmp_path, f"{folder}/cat/1.png", f"{folder}/dog/1.png")
+    assert ids(open_folder(tmp_path))[0] == "train/cat/1.png"
+    with pytest.raises(UserError, match="'test' could be 'test1', 'test2': name one of them"):
+        open_folder(tmp_path, "test")
+    assert ids(open_folder(tmp_path, "test2"))[0] == "test2/cat/1.png"
+
+
+def test_a_folder_of_the_splits_name_inside_it_is_seen_through(tmp_path):
+    for name in ("sea", "ice"):
+        write(tmp_path, f"seg_train/seg_train/{name}/1.png", f"seg_test/seg_test/{name}/1.png")
+    train = open_folder(tmp_path)
+    assert train.class_names == ("ice", "sea")
+    assert ids(train)[0] == "seg_train/seg_train/ice/1.png"
+
+
+def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path):
+    for number in range(11):
+        write(tmp_path, f"train/{number}/a.png", f"train/{number}/b.png")
+    train = open_folder(tmp_path)
+    assert train.class_names == tuple(map(str, range(11)))
+    assert train.labels().tolist() == np.repeat(np.arange(11), 2).tolist()
+    assert ids(train)[-1] == "train/10/b.png"
+
+
+def test_a_measuring_split_may_lack_classes(tmp_path, caplog):
+    for name in ("cat", "dog", "emu"):
+        write(tmp_path, *(f"train/{name}/{number}.png" for number in range(5)))
+    write(tmp_path, "test/emu/1.png", "test/dog/notes.txt")
+    config = default_config()
+    config.data.source = f"folder:{tmp_path}"
+    config.eval.select_split = ""
+    train, evaluated = train_setup.open_splits(config)
+    assert evaluated["test"].class_names == train.class_names
+    assert evaluated["test"].labels().tolist() == [2]
+    assert "Split 'test' has no images of 2 of the 3 classes: cat, dog." in caplog.text
+    config.data.train_split, config.data.eval_splits = "test", ("train",)
+    with pytest.raises(UserError, match="has other classes than 'test'"):
+        train_setup.open_splits(config)
+
+
+def test_what_was_found_is_said_in_one_line(split_root, class_root, caplog):
+    caplog.set_level("INFO", "vitcls")
+    assert open_folder(split_root).found in caplog.text
+    assert open_folder(split_root, "val").found == (
+        f"Splits: train, val. 2 images of 2 classes in {split_root}/val."
+    )
+    assert "4 images of 2 classes in" in open_folder(split_root).found
+    assert "Not used: 1 file .txt (not images) in dog." in open_folder(split_root).found
+    assert open_folder(class_root).found == (
+        "No split folders: a fifth of every class is 'test'. 35 images of 3 classes in "
+        f"{class_root}."
+    )
+    write(split_root, "docs/readme.txt")
+    assert "Not used: docs, without classes." in open_folder(split_root).found
+
+
 # --- batches --------------------------------------------------------------------------------------
 
 

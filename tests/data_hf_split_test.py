@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitcls import train_setup
+from vitcls.config import default_config
 from vitcls.data import hf_split, sources
 from vitcls.errors import UserError
 
@@ -147,6 +149,116 @@ def test_labels_without_names_are_names(monkeypatch):
     assert open_hf("x").labels().tolist() == [1, 0, 1, 2]
     in_memory(monkeypatch, train=make_table(6, label=datasets.Value("int64")), test=make_table(3))
     assert open_hf("x").class_names == ("0", "1", "2")
+
+
+def test_every_split_has_its_own_numbers_of_the_classes(tmp_path):
+    train = make_table(9)
+    test = make_table(6, label=datasets.ClassLabel(names=["bee", "ant", "cat"]))
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
+    opened = {split: open_hf(tmp_path / "saved", split) for split in ("train", "test")}
+    for split, names in (("train", NAMES), ("test", ["bee", "ant", "cat"])):
+        one = opened[split]
+        assert one.class_names == tuple(NAMES)  # the first split's, then what others add
+        assert [one.class_names[label] for label in one.labels()] == names * (len(one) // 3)
+    fewer = make_table(2, label=datasets.ClassLabel(names=["bee", "ant"]))
+    datasets.DatasetDict(train=train, test=fewer).save_to_disk(tmp_path / "fewer")
+    assert open_hf(tmp_path / "fewer", "test").class_counts().tolist() == [0, 1, 1]
+
+
+def test_a_split_without_labels_does_not_keep_others_from_being_used(monkeypatch):
+    table = make_table(6).remove_columns("label")
+    for kind, labels in ((datasets.Value("string"), NAMES), (datasets.Value("int64"), [0, 1, 2])):
+        train = table.add_column("label", labels * 2).cast_column("label", kind)
+        in_memory(monkeypatch, train=train, test=table)
+        assert len(open_hf("x")) == 6
+        with pytest.raises(
+            UserError, match="hf:x: split 'test' has no column that could be the la"
+        ):
+            open_hf("x", "test")
+
+
+def test_columns_may_differ_from_split_to_split(monkeypatch):
+    test = make_table(3).rename_columns({"image": "picture", "label": "species"})
+    in_memory(monkeypatch, train=make_table(6), test=test)
+    assert [open_hf("x", "test").read(row) for row in range(3)] == [
+        open_hf("x").read(row) for row in range(3)
+    ]
+    named = make_table(3).remove_columns("label").add_column("label", ["bee", "cat", "bee"])
+    in_memory(monkeypatch, train=make_table(6), test=named)
+    assert open_hf("x", "test").class_names == ("bee", "cat")
+    config = default_config()
+    config.data.source, config.eval.select_split = "hf:x", ""
+    train, evaluated = train_setup.open_splits(config)
+    assert train.class_names == tuple(NAMES)
+    assert evaluated["test"].labels().tolist() == [2, 0, 2]
+
+
+def test_numbers_written_as_texts_are_in_the_order_of_their_values(monkeypatch):
+    labels = [str(row % 11) for row in range(22)]
+    table = make_table(22).remove_columns("label").add_column("label", labels)
+    in_memory(monkeypatch, train=table, test=table)
+    assert open_hf("x").class_names == tuple(map(str, range(11)))
+    floats = make_table(6).remove_columns("label").add_column("label", [0.0, 1.0] * 3)
+    in_memory(monkeypatch, train=floats, test=floats)
+    assert open_hf("x").class_names == ("0", "1")
+
+
+@pytest.mark.parametrize("missing", ["nan", "None", "NA"])
+def test_texts_that_stand_for_no_label_are_not_classes(monkeypatch, missing):
+    labels = ["a", "b", "a", "b", "a", missing]
+    table = make_table(6).remove_columns("label").add_column("label", labels)
+    in_memory(monkeypatch, train=table, test=table)
+    with pytest.raises(
+        UserError, match=f"rows with the label '{missing}', which stands for a miss"
+    ):
+        open_hf("x")
+
+
+def test_splits_of_other_spellings_are_found(monkeypatch):
+    in_memory(monkeypatch, Training=make_table(6), Test=make_table(3))
+    assert sources.split_names("hf:x") == ["train", "test"]
+    train = open_hf("x")
+    assert (train.name, train.id(0), len(train)) == ("train", "Training/0", 6)
+    assert len(open_hf("x", "test")) == 3
+
+
+def test_a_column_of_splits_is_used(monkeypatch):
+    splits = (["train", "train", "test"] * 3, datasets.Value("string"))
+    in_memory(monkeypatch, train=make_table(9, part=splits))
+    assert sources.split_names("hf:x") == ["train", "test"]
+    train, test = open_hf("x"), open_hf("x", "test")
+    assert [train.id(row) for row in range(6)] == [f"train/{row}" for row in (0, 1, 3, 4, 6, 7)]
+    assert [test.id(row) for row in range(3)] == [f"train/{row}" for row in (2, 5, 8)]
+    assert "Splits by column 'part': train, test. 3 images of 3" in test.found
+    flags = ([False, False, True] * 3, datasets.Value("bool"))
+    in_memory(monkeypatch, train=make_table(9, is_valid=flags))
+    assert sources.split_names("hf:x") == ["train", "validation"]
+    folds = ([0, 1, 2] * 3, datasets.Value("int64"))
+    in_memory(monkeypatch, train=make_table(9, fold=folds))
+    with pytest.raises(UserError, match="column 'fold' seems to divide the images, but its values"):
+        open_hf("x")
+    assert len(open_hf("x?split=fold", "2")) == 3
+    assert len(open_hf("x?split=")) + len(open_hf("x?split=", "test")) == 9
+    with pytest.raises(UserError, match="Unknown column of hf:x 'flod'. Did you mean 'fold'"):
+        open_hf("x?split=flod")
+    in_memory(monkeypatch, train=make_table(6), test=make_table(3))
+    with pytest.raises(UserError, match="it has the splits train, test; a column is for data with"):
+        open_hf("x?split=note")
+
+
+def test_folders_whose_file_names_would_lose_rows_are_refused(tmp_path):
+    for row, name in enumerate(["my_train_set", "cat", "dog", "train"] * 3):
+        path = tmp_path / "images" / f"{'ab'[row % 2]}/{name}_{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(row))
+    with pytest.raises(
+        UserError, match="6 of 12 files are in none of the splits train, such as a/d"
+    ):
+        open_hf(tmp_path / "images")
+    (tmp_path / "images/README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: '*/*.png'\n---\n"
+    )
+    assert len(open_hf(tmp_path / "images")) + len(open_hf(tmp_path / "images", "test")) == 12
 
 
 def test_columns_are_named_where_several_could_be_meant(monkeypatch):

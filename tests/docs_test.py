@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import recognised
+
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def test_what_is_recognised_is_what_the_code_says():
+    text = recognised.PAGE.read_text()
+    assert recognised.page(text) == text, "run python -m tests.recognised"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,44 +127,6 @@ def test_the_order_of_classes_does_not_matter(evaluated, split, tmp_path):
     metrics, predictions = evaluation.evaluate_checkpoint(permuted, split, batch_size=8)
     assert metrics == pytest.approx(evaluated[0], abs=1e-6)
     assert (np.array(order)[predictions["labels"]] == evaluated[1]["labels"]).all()
-
-
-@pytest.mark.parametrize(
-    ("model_names", "by", "expected"),
-    [
-        (NAMES, "name", [2, 4, 0]),
-        (CLASSES, "name", [0, 1, 2]),
-        (("bee", "cat", "ant"), "index", [0, 1, 2]),
-    ],
-)
-def test_classes_are_matched(model_names, by, expected):
-    assert evaluation.match_classes(CLASSES, model_names, by=by).tolist() == expected
-
-
-def test_equal_lists_match_although_names_repeat():
-    cranes = ("crane", "eel", "crane")  # as in ImageNet: the bird and the machine
-    assert evaluation.match_classes(cranes, cranes, by="name").tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("class_names", "model_names", "by", "message"),
-    [
-        (("n01", "bee"), ("ant", "bee"), "name",
-         "--labels=name cannot match 1 of the data's classes, such as 'n01', to exactly one of the "
-         "checkpoint's: the data has 2 ('n01', 'bee'); the checkpoint has 2 ('ant', 'bee'). If "),
-        (("a",), tuple("xbcdefgh"), "name",
-         "the checkpoint has 8 ('x', 'b', 'c', 'd', 'e', ...). If they are the same in the same "
-         "order under other names, use --labels=index"),
-        (("crane",), ("crane", "eel", "crane"), "name", "cannot match 1 of the data's classes"),
-        (("eel", "eel"), ("eel", "fox"), "name", "cannot match 2 of the data's classes"),
-        (("a", "b"), ("a", "b", "c"), "index",
-         "--labels=index needs the same number of classes: the data has 2 ('a', 'b'); the "
-         "checkpoint has 3 ('a', 'b', 'c'). Use --labels=name."),
-    ],
-)  # fmt: skip
-def test_classes_that_do_not_match_are_shown(class_names, model_names, by, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        evaluation.match_classes(class_names, model_names, by=by)
 
 
 def test_examples_without_a_label_are_refused(checkpoint, split, monkeypatch):

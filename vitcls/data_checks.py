@@ -17,7 +17,7 @@ from PIL import Image
 
 from vitcls import sharding, train_setup
 from vitcls.contact_sheet import contact_sheet
-from vitcls.data import loader, sources
+from vitcls.data import classes, loader, sources
 from vitcls.data.files_split import show
 from vitcls.data.skipped import Skipped
 from vitcls.data.survey import Facts, find_duplicates, survey
@@ -58,12 +58,16 @@ def check(
             # Sorting is stable: "train" comes first, if there is one.
             found = sources.split_names(source, data_dir=data_dir)
             names = sorted(found, key=lambda name: name != "train")
-        for name in names:
+    except UserError as error:
+        problems.append(str(error))
+    for name in names:
+        try:
             split = sources.open_split(source, name, data_dir=data_dir)
             split.labels()  # of records, this reads them: some may have none
             splits[name] = split
-    except UserError as error:
-        problems.append(str(error))
+        except UserError as error:
+            if str(error) not in problems:
+                problems.append(str(error))
     num_threads = 2 * (os.cpu_count() or 1)
     facts = {name: survey(split, num_threads=num_threads) for name, split in splits.items()}
     for name, split in splits.items():
@@ -100,12 +104,10 @@ def _classes(splits: list[sources.Split]) -> list[str]:
     if len(counts) - len(empty) < 2:
         problems.append(f"{train.name}: there must be images of two classes or more.")
     for split in splits[1:]:
-        if split.class_names != train.class_names:
-            other = sorted(set(split.class_names) ^ set(train.class_names))
-            problems.append(
-                f"{split.name}: other classes than {train.name}, or in another order: "
-                f"{show(other)}."
-            )
+        try:
+            classes.align(train, split)
+        except UserError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -117,6 +119,7 @@ def _describe(split: sources.Split, facts: list[Facts]) -> Report:
         return [split.id(index) for index, one in enumerate(facts) if chosen(one)]
 
     return {
+        "found": split.found,
         "num_examples": len(split),
         "counts": dict(zip(split.class_names, counts.tolist(), strict=True)),
         # None where a class has no images.
@@ -203,7 +206,8 @@ def format_report(report: Report) -> str:
         ):
             if found:
                 lines.append(f"{name}: {len(found)} {what}: {show(found)}")
-    return "\n".join([*lines, *_duplicate_lines(report["duplicates"])])
+    lines += _duplicate_lines(report["duplicates"])
+    return "\n".join([*lines, *(f"{name}: {one['found']}" for name, one in splits.items())])
 
 
 def _range(quantiles: Mapping[str, int]) -> str:

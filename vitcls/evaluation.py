@@ -3,7 +3,6 @@
 B batch, N images, K classes.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,11 @@ from jax.sharding import Mesh
 
 from vitcls import inference, metrics, pretrained, progress, sharding
 from vitcls import train_step as steps
-from vitcls.data import loader
+from vitcls.data import classes, loader
 from vitcls.data.skipped import Skipped
 from vitcls.data.split import Split
-from vitcls.errors import UserError
 
 Batch = dict[str, np.ndarray]
-
-_MOST_SHOWN = 5  # class names in a message
 
 
 def evaluate(
@@ -117,7 +113,7 @@ def make_evaluator(
       processor: How its images are prepared; it names the K classes.
       split: The examples.
       mesh: The devices.
-      labels: How the split's classes are found among the checkpoint's, see `match_classes`.
+      labels: How the split's classes are found among the checkpoint's, see `classes.match`.
       batch_size: Images at a time over all devices; 0: chosen by their memory.
       tta: "flip": see `train_step.over_mirror_images`; or "none".
       skipped: As for `loader.eval_batches`.
@@ -130,7 +126,7 @@ def make_evaluator(
       UserError: the classes do not match.
     """
     names = tuple(processor.id2label.values())
-    positions = match_classes(split.class_names, names, by=labels)
+    positions = classes.match(split.class_names, names, by=labels)
     apply = steps.over_mirror_images(model.apply) if tta == "flip" else model.apply
     eval_step = steps.make_eval_step(processor.normalise, apply)
 
@@ -168,40 +164,3 @@ def make_evaluator(
         )  # fmt: skip
 
     return evaluate_variables
-
-
-def match_classes(
-    class_names: tuple[str, ...], model_names: tuple[str, ...], *, by: str
-) -> np.ndarray:
-    """Returns where each class of the data is among those of the model, integers.
-
-    Args:
-      class_names: The data's.
-      model_names: The model's, which may have more.
-      by: "name", or "index": the data's classes are the model's, in its order.
-
-    Raises:
-      UserError: they do not match; shows both.
-    """
-    both = f"{_show('the data has', class_names)}; {_show('the checkpoint has', model_names)}."
-    if by == "index" and len(class_names) != len(model_names):
-        raise UserError(
-            f"--labels=index needs the same number of classes: {both} Use --labels=name."
-        )
-    if by == "index" or class_names == model_names:
-        return np.arange(len(class_names))
-    counts, own = Counter(model_names), Counter(class_names)
-    unclear = [name for name in class_names if counts[name] != 1 or own[name] != 1]
-    if unclear:
-        raise UserError(
-            f"--labels=name cannot match {len(unclear)} of the data's classes, such as "
-            f"{unclear[0]!r}, to exactly one of the checkpoint's: {both} If they are the same in "
-            "the same order under other names, use --labels=index; otherwise choose other data or "
-            "another checkpoint."
-        )
-    return np.array([model_names.index(name) for name in class_names])
-
-
-def _show(whose: str, names: tuple[str, ...]) -> str:
-    listed = ", ".join(map(repr, names[:_MOST_SHOWN]))
-    return f"{whose} {len(names)} ({listed}{', ...' if len(names) > _MOST_SHOWN else ''})"

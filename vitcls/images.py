@@ -12,7 +12,7 @@ image's shape: the same box applies to a smaller copy of the image.
 
 import io
 import math
-import os
+import re
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -27,6 +27,16 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+try:  # an optional package
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    HAS_HEIF = True
+except ImportError:
+    HAS_HEIF = False
+HEIF_ADVICE = "pip install -r requirements-heif.txt"
+_HEIF = re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the sides
 
@@ -61,15 +71,16 @@ def decode(data: bytes) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # its text has an address in memory
+        if is_heif(data):
+            raise ImageError(f"HEIC needs a package: {HEIF_ADVICE}.") from error
         raise ImageError("Not a readable image: cannot identify its format.") from error
     except Exception as error:  # damaged files raise nearly any type from Pillow's plug-ins
         raise ImageError(f"Not a readable image: {error}.") from error
 
 
-def has_image_suffix(path: str) -> bool:
-    """Whether a file of this name should be an image that `decode` can read."""
-    suffix = os.path.splitext(path)[1].lower()
-    return Image.registered_extensions().get(suffix) in Image.OPEN
+def is_heif(first_bytes: bytes) -> bool:
+    """Whether a file that begins so is in the format of Apple's photographs."""
+    return bool(_HEIF.match(first_bytes))
 
 
 def _check_num_pixels(size: tuple[int, int]) -> None:

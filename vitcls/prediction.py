@@ -7,7 +7,6 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
-import glob
 import itertools
 import json
 import logging
@@ -22,6 +21,7 @@ import numpy as np
 
 from vitcls import images, inference, progress, records, sharding
 from vitcls import train_step as steps
+from vitcls.data import image_files
 from vitcls.errors import UserError
 
 log = logging.getLogger("vitcls")
@@ -42,29 +42,29 @@ def find_images(source: str) -> list[str]:
         folder. Hidden files are taken only where they are named.
 
     Raises:
-      UserError: there is nothing.
+      UserError: there is nothing, or a folder may not be listed.
     """
     source = os.path.expanduser(source)
     if source.startswith("@"):
         paths = _read_list(Path(source[1:]).expanduser())
     elif os.path.isdir(source):
-        inside = _match(os.path.join(glob.escape(source), "**"))
-        paths = [path for path in inside if images.has_image_suffix(path)]
+        listing = image_files.list_images(source, is_strict=False)
+        paths = [os.path.join(source, path) for path, _ in listing.images]
+        if listing.unused:
+            log.warning(
+                "%s: %d images. Not used: %s.",
+                source, len(paths), image_files.describe_unused(listing.unused),
+            )  # fmt: skip
     elif os.path.exists(source):  # also a file with the name of a pattern, such as "a[1].jpg"
         paths = [source]
     else:
-        paths = _match(source)
+        paths = image_files.match_pattern(source)
     if not paths:
         raise UserError(
             f"--images={source} names no images; give a file, a folder with images, a pattern in "
             "quotes such as 'photos/**/*.jpg', or @list.txt with one path per line."
         )
     return paths
-
-
-def _match(pattern: str) -> list[str]:
-    found = glob.glob(pattern, recursive=True)
-    return sorted(path for path in found if not os.path.isdir(path))
 
 
 def _read_list(path: Path) -> list[str]:

@@ -60,15 +60,14 @@ def main() -> None:
         )
     # These import jax: only once the flags are known to be right.
     from vitcls import probing, records
-    from vitcls.data import sources
-    from vitcls.train_setup import check_same_classes
+    from vitcls.data import classes, sources
 
     cli.keep_compiled_programs()
     train, test = (
         sources.open_split(data, name, data_dir=_DATA_DIR.value or None)
         for name in (_TRAIN_SPLIT.value, _SPLIT.value)
     )
-    check_same_classes(train, test)
+    test = classes.align(train, test)
     train, validation = sources.hold_out(train, _HOLDOUT.value, seed=_SEED.value)
     if _PER_CLASS.value:
         train = sources.take_per_class(train, _PER_CLASS.value, seed=_SEED.value)

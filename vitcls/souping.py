@@ -55,7 +55,7 @@ def make(
       alpha: Of "wise": the point on the line; None: the best of ALPHAS.
       metric: What chooses, a name in `config.SELECT_METRICS`.
       on_error: An image that cannot be decoded: "raise"; "skip" lists it in the folder.
-      labels: See `evaluation.match_classes`.
+      labels: See `classes.match`.
       batch_size: Images at a time over all devices; 0: chosen by their memory.
       **selection: See `ingredients.open_selection`.
 

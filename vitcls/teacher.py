@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcls import parameters, pretrained
+from vitcls.data import classes
 from vitcls.errors import UserError
-from vitcls.evaluation import match_classes
 
 PyTree = Any
 
@@ -49,7 +49,7 @@ def open_teacher(
     """
     model, variables, processor = pretrained.load(checkpoint, image_size=student.size, dtype=dtype)
     try:
-        positions = match_classes(
+        positions = classes.match(
             tuple(student.id2label.values()), tuple(processor.id2label.values()), by="name"
         )
     except UserError as error:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
 from vitcls.config import check_num_steps, flatten, parse_fold, read_class_weights
-from vitcls.data import sources
+from vitcls.data import classes, sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
@@ -54,8 +54,7 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
     for name in [config.eval.select_split, *data.eval_splits]:
         if name and name not in evaluated:
             evaluated[name] = keep(open_split(name))
-    for split in evaluated.values():
-        check_same_classes(train, split)
+    evaluated = {name: classes.align(train, split) for name, split in evaluated.items()}
     if config.eval.select_split:
         _check_apart(evaluated, config.eval.select_split, data.eval_splits)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
@@ -64,18 +63,6 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
             "classes; use 'accuracy'."
         )
     return train, evaluated
-
-
-def check_same_classes(train: sources.Split, other: sources.Split) -> None:
-    """Raises `UserError` unless labels mean the same in both."""
-    if train.class_names == other.class_names:
-        return
-    missing = sorted(set(train.class_names) - set(other.class_names))
-    added = sorted(set(other.class_names) - set(train.class_names))
-    raise UserError(
-        f"Split {other.name!r} has other classes than {train.name!r}: {missing[:5]} are missing, "
-        f"{added[:5]} are new. Labels would not mean the same; give both the same classes."
-    )
 
 
 def _check_apart(
@@ -164,10 +151,11 @@ def _check_kept_head(
             f"model.head='keep' keeps {model_config.num_classes} classes, but the data has "
             f"{len(class_names)}; use model.head='new'."
         )
-    if set(kept) == set(class_names) and kept != class_names:
+    if moved := classes.find_moved(class_names, kept):
         raise UserError(
-            "model.head='keep': the checkpoint has the data's classes in another order: "
-            f"{kept[:5]} ... there, {class_names[:5]} ... in the data."
+            "model.head='keep': the checkpoint has the data's classes in another order, such as "
+            f"{moved[0]!r}: {kept[:5]} ... there, {class_names[:5]} ... in the data. Use "
+            "model.head='new'."
         )
     if kept != class_names:
         log.warning(

@@ -1,7 +1,8 @@
 """Images listed in a CSV file: `csv:PATH`, or `csv:PATH?image=COLUMN&label=COLUMN&split=COLUMN`.
 
 The first line has the names of the columns, in any case; those that are not given in the source are
-found by the names in `_COLUMNS`. Paths are relative to the file's folder. Labels are names of
+found by the names in `COLUMNS`, and the column of splits also by its values. `split=` with nothing
+behind it divides the images anew. Paths are relative to the file's folder. Labels are names of
 classes, ordered as text; or, if all are whole numbers, numbers of classes from 0 on. Within a class
 images are ordered by path, as in a folder: the order of the lines means nothing.
 """
@@ -15,18 +16,24 @@ import stat
 from collections.abc import Collection
 from typing import NamedTuple
 
+import numpy as np
+
+from vitcls.data import classes, split_names
 from vitcls.data.files_split import NUM_THREADS, FilesSplit, divide, show
 from vitcls.data.split import Split
 from vitcls.errors import StorageError, UserError, unknown
 
-_COLUMNS = {
+# Usual names of columns, in lower case; those of splits are in `vitcls.data.split_names`.
+COLUMNS = {
     "image": (
         "image", "image_path", "img", "img_path", "path", "file", "file_name", "filename",
         "file_path", "filepath",
     ),
     "label": ("label", "labels", "class", "class_name", "category", "target"),
-    "split": ("split", "subset", "partition"),
 }  # fmt: skip
+_ROLES = (*COLUMNS, "split")
+# A column with more different values does not tell splits.
+_MAX_SPLITS = 20
 _DELIMITERS = ",;\t"
 
 
@@ -35,6 +42,14 @@ class _Row(NamedTuple):
     path: str
     label: str
     split: str
+
+
+class _Table(NamedTuple):
+    """A file's lines, and how it is divided, in one line of text."""
+
+    path: str
+    rows: list[_Row]
+    found: str
 
 
 class CsvSplit(FilesSplit):
@@ -79,44 +94,50 @@ def open_csv(source: str, split: str) -> Split:
     Raises:
       UserError: No such file, column, split or image, or lines that cannot be used.
     """
-    path, rows = _read(source)
-    classes = _find_classes(path, rows)
-    class_names = tuple(dict.fromkeys(classes.values()))
-    rows = [row._replace(label=classes[row.label]) for row in rows]
+    path, rows, found = _read(source)
+    class_of = _find_classes(path, rows)
+    class_names = tuple(dict.fromkeys(class_of.values()))
+    rows = [row._replace(label=class_of[row.label]) for row in rows]
     names = _split_names(rows)
     if names:
-        if split not in names:
-            raise unknown(f"split of {path}", split, names)
-        rows = [row for row in rows if row.split == split]
-        return CsvSplit(path, split, rows=rows, class_names=class_names)
-    if split not in ("train", "test"):
+        name = split_names.find(f"split of {path}", split, names)
+        rows = [row for row in rows if row.split == name]
+        opened = CsvSplit(path, split, rows=rows, class_names=class_names)
+    elif split not in ("train", "test"):
         raise UserError(
             f"{path} has no column of splits, and so is divided into 'train' and 'test'; there is "
             f"no {split!r}. Add a column called 'split'."
         )
-    return divide(CsvSplit(path, "all", rows=rows, class_names=class_names), split)
+    else:
+        opened = divide(CsvSplit(path, "all", rows=rows, class_names=class_names), split)
+    lacking = [opened.class_names[k] for k in np.flatnonzero(opened.class_counts() == 0)]
+    opened.found = (
+        f"{found} {len(opened)} images of {len(class_names)} classes, listed in {path}."
+        + (f" No images of {show(lacking)}." if lacking else "")
+    )
+    return opened
 
 
 def csv_split_names(source: str) -> list[str]:
     """Names of the splits that `open_csv` opens."""
-    return _split_names(_read(source)[1]) or ["train", "test"]
+    return list(split_names.offered(_split_names(_read(source).rows))) or ["train", "test"]
 
 
 def _split_names(rows: list[_Row]) -> list[str]:
     return list(dict.fromkeys(row.split for row in rows if row.split))
 
 
-def _read(source: str) -> tuple[str, list[_Row]]:
-    """The file's full path and its lines, of which no two name the same image."""
+def _read(source: str) -> _Table:
+    """The file's lines, of which no two name the same image."""
     path, _, query = source.partition("?")
     if not path:
         raise UserError("data.source='csv:' names no file; csv:PATH, for example.")
     path = os.path.abspath(os.path.expanduser(path))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = _read_rows(path, file, query)
+            rows, found = _read_rows(path, file, query)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV file in UTF-8: {error}.") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}.") from error
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"data.source: {path} cannot be read: {error.strerror}.") from error
     except OSError as error:
@@ -131,15 +152,16 @@ def _read(source: str) -> tuple[str, list[_Row]]:
                 f"{path}, line {row.line}: {row.path!r} is already in line {first}; list each "
                 "image once, with one label and in one split."
             )
-    return path, rows
+    return _Table(path, rows, found)
 
 
-def _read_rows(path: str, file, query: str) -> list[_Row]:
+def _read_rows(path: str, file, query: str) -> tuple[list[_Row], str]:
     header = file.readline()
     delimiter = max(_DELIMITERS, key=header.count)
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-    columns = _find_columns(path, names, query)
-    rows = []
+    chosen = parse_columns(f"csv:{path}", query, _ROLES)
+    columns = _find_columns(path, names, chosen)
+    lines = []
     reader = csv.reader(file, delimiter=delimiter)
     for cells in reader:
         line = reader.line_num + 1  # the header was read apart
@@ -150,24 +172,79 @@ def _read_rows(path: str, file, query: str) -> list[_Row]:
                 f"{path}, line {line} has {len(cells)} cells, but there are {len(names)} columns; "
                 f"cells that contain {delimiter!r} need quotes."
             )
-        values = {}
-        for role, column in columns.items():
-            values[role] = cells[column].strip()
-            if not values[role]:
-                raise UserError(f"{path}, line {line}: column {names[column]!r} is empty; fill it.")
-        image = os.path.normpath(values["image"])
-        rows.append(_Row(line, image, values["label"], values.get("split", "")))
-    return rows
+        lines.append((line, [cell.strip() for cell in cells]))
+    others = [column for column in range(len(names)) if column not in columns.values()]
+    if "split" not in chosen:
+        values = {names[column]: _few_values(lines, column) for column in others}
+        if split := split_names.find_column(path, "csv:PATH?split=", values):
+            columns["split"] = names.index(split)
+    rows = [_make_row(path, names, columns, line, cells) for line, cells in lines]
+    if "split" in columns:
+        rows, how = _with_splits(path, names[columns["split"]], rows)
+    else:
+        how = "No column of splits"
+        if others:
+            how += f" among {show([names[column] for column in others])}"
+        how += ": a fifth of every class is 'test'."
+    return rows, how
 
 
-def _find_columns(path: str, names: list[str], query: str) -> dict[str, int]:
-    """Positions of the columns "image", "label" and, where there is one, "split"."""
+def _few_values(lines: list[tuple[int, list[str]]], column: int) -> set[str]:
+    """Different values of a column; none if there are many."""
+    values = set()
+    for _, cells in lines:
+        values.add(cells[column])
+        if len(values) > _MAX_SPLITS:
+            return set()
+    return values
+
+
+def _make_row(
+    path: str, names: list[str], columns: dict[str, int], line: int, cells: list[str]
+) -> _Row:
+    values = {role: cells[column] for role, column in columns.items()}
+    for role, value in values.items():
+        if not value:
+            raise UserError(
+                f"{path}, line {line}: column {names[columns[role]]!r} is empty; fill it."
+            )
+    if values["label"] in classes.MISSING:
+        raise UserError(
+            f"{path}, line {line}: label {values['label']!r} stands for a missing one. Take out "
+            "such lines; or, if it is a class, give it another name."
+        )
+    image = os.path.normpath(values["image"])
+    return _Row(line, image, values["label"], values.get("split", ""))
+
+
+def _with_splits(path: str, column: str, rows: list[_Row]) -> tuple[list[_Row], str]:
+    """The rows with the names of their splits, and a text that says which there are."""
+    values = dict.fromkeys(row.split for row in rows)
+    if role := split_names.flag_role(column, values):
+        rows = [row._replace(split=split_names.flag_split(role, row.split)) for row in rows]
+        values = dict.fromkeys(row.split for row in rows)
+    spellings = collections.defaultdict(list)
+    for value in values:
+        spellings[value.casefold()].append(value)
+    for same in spellings.values():
+        if len(same) > 1:
+            raise UserError(
+                f"{path}: column {column!r} has {show(sorted(map(repr, same)))}, which differ in "
+                "case only. Write one of them everywhere."
+            )
+    return rows, f"Splits by column {column!r}: {', '.join(split_names.offered(values))}."
+
+
+def _find_columns(path: str, names: list[str], chosen: dict[str, str]) -> dict[str, int]:
+    """Positions of the columns "image", "label" and, if one is chosen, "split"."""
     positions = collections.defaultdict(list)
     for position, name in enumerate(names):
         positions[name.lower()].append(position)
-    chosen = parse_columns(f"csv:{path}", query, _COLUMNS)
     columns = {}
-    for role, usual in _COLUMNS.items():
+    for role in _ROLES:
+        usual = COLUMNS.get(role, ())
+        if role == "split" and not chosen.get(role):
+            continue
         wanted = (chosen[role],) if role in chosen else usual
         found = [position for name in wanted for position in positions[name.lower()]]
         if len(found) == 1:
@@ -179,7 +256,7 @@ def _find_columns(path: str, names: list[str], query: str) -> dict[str, int]:
             )
         elif role in chosen:
             raise unknown(f"column of {path}", chosen[role], names)
-        elif role != "split":
+        else:
             raise UserError(
                 f"{path} has no column called {', '.join(usual)}, but {', '.join(names)}; say "
                 f"which one is the {role}: csv:PATH?{role}=COLUMN"
@@ -199,14 +276,15 @@ def parse_columns(source: str, query: str, roles: Collection[str]) -> dict[str, 
 
 
 def _find_classes(path: str, rows: list[_Row]) -> dict[str, str]:
-    """The class of each label, in the classes' order; "07" and "7" are the same number."""
+    """The class of each label, in the classes' order; "07", "7" and "7.0" are the same number."""
     first_lines: dict[str, int] = {}
     for row in rows:
         first_lines.setdefault(row.label, row.line)
-    if all(label.isdecimal() for label in first_lines):
-        classes = {label: str(int(label)) for label in sorted(first_lines, key=int)}
+    numbers = {label: classes.whole_number(label) for label in classes.ordered(first_lines)}
+    if None not in numbers.values():
+        class_of = {label: str(number) for label, number in numbers.items()}
         # A class that nothing shows could not be learned, and a stray number would be one.
-        label_of = {name: label for label, name in classes.items()}
+        label_of = {name: label for label, name in class_of.items()}
         for expected, (name, label) in enumerate(label_of.items()):
             if name != str(expected):
                 raise UserError(
@@ -214,10 +292,10 @@ def _find_classes(path: str, rows: list[_Row]) -> dict[str, str]:
                     f"{expected}. Number the classes from 0 without gaps, or write names."
                 )
     else:
-        classes = {label: label for label in sorted(first_lines)}
-    if len(set(classes.values())) < 2:
+        class_of = {label: label for label in numbers}
+    if len(set(class_of.values())) < 2:
         raise UserError(f"{path} has one class only, {rows[0].label!r}; there must be two or more.")
-    return classes
+    return class_of
 
 
 def _size(path: str) -> int | None:

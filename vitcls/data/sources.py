@@ -1,5 +1,7 @@
 """Data sets by name: `open_split("digits", "train")`."""
 
+import logging
+
 from vitcls.data import builders
 from vitcls.data.csv_split import csv_split_names, open_csv
 from vitcls.data.folder_split import folder_split_names, open_folder
@@ -16,6 +18,8 @@ from vitcls.data.split import (
 from vitcls.data.tfds_split import TfdsSplit
 from vitcls.errors import unknown
 
+log = logging.getLogger("vitcls")
+
 __all__ = [
     "Split", "Subset", "hold_out", "open_split", "split_names", "take_fold", "take_long_tail",
     "take_per_class",
@@ -24,6 +28,8 @@ __all__ = [
 _SCHEMES = (
     *builders.BUILT_IN, "tfds:NAME[/CONFIG][:VERSION]", "folder:PATH", "csv:PATH", "hf:ID_OR_PATH",
 )  # fmt: skip
+
+_OPENERS = {"folder": open_folder, "csv": open_csv, "hf": open_hf}
 
 
 def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split:
@@ -44,13 +50,19 @@ def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split
       StorageError: The data cannot be written.
     """
     scheme, _, rest = source.partition(":")
-    if scheme == "folder":
-        return open_folder(rest, split)
-    if scheme == "csv":
-        return open_csv(rest, split)
-    if scheme == "hf":
-        return open_hf(rest, split)
-    return TfdsSplit(_prepared(source, data_dir), split)
+    if scheme in _OPENERS:
+        opened = _OPENERS[scheme](rest, split)
+    else:
+        builder = _prepared(source, data_dir)
+        opened = TfdsSplit(builder, split)
+        opened.found = (
+            f"Splits: {', '.join(builder.info.splits)}. {len(opened)} images of "
+            f"{len(opened.class_names)} classes in {builder.info.full_name}."
+        )
+    # Something that is not used is more than news.
+    level = logging.WARNING if "Not used: " in opened.found else logging.INFO
+    log.log(level, "%s: %s", split, opened.found)
+    return opened
 
 
 def split_names(source: str, *, data_dir: str | None = None) -> list[str]:

@@ -19,11 +19,13 @@ class Split(abc.ABC):
       name: Its name, such as "test".
       class_names: One per class, in the order of the labels.
       fingerprint: Hash of whatever defines the content and the order; where the data lie does not.
+      found: What there is and what is not used, in one line.
     """
 
     name: str
     class_names: tuple[str, ...]
     fingerprint: str
+    found: str = ""
 
     @abc.abstractmethod
     def __len__(self) -> int:
