@@ -120,12 +120,12 @@ def test_search_finds_the_pairs_that_comparing_all_finds():
 
 
 def test_a_gif_cut_after_its_first_frame_is_an_image():
-    frames = [Image.new("P", (40, 40), color) for color in (1, 2, 3)]
+    frames = [photo(seed).resize((12, 8)).quantize(16) for seed in range(3)]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     first = len(encode(frames[0], "GIF"))
-    for end in range(first, len(data), 7):
-        (facts,) = look(data[:end])
-        assert (facts.error, facts.format, facts.width) == ("", "GIF", 40)
+    facts = look(*(data[:end] for end in range(first, len(data))))
+    assert {(one.error, one.format, one.width) for one in facts} == {("", "GIF", 12)}
+    assert facts[-1].is_animated
 
 
 def test_facts_of_an_image_with_damaged_metadata_are_those_of_its_pixels():

@@ -83,8 +83,8 @@ def _facts(split: Split, index: int) -> Facts:
 def _is_animated(stored: Image.Image) -> bool:
     try:
         return getattr(stored, "is_animated", False)
-    except Exception:  # GIF looks for a second frame, which may be cut anywhere
-        return False
+    except Exception:  # GIF looks for a second frame, which began, but may be cut anywhere
+        return True
 
 
 def perceptual_hash(image: Image.Image) -> tuple[int, bytes]:
