@@ -71,6 +71,7 @@ def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
+        errors="backslashreplace",
         check=False,
         pass_fds=[lock.fileno()],
     )
@@ -99,6 +100,7 @@ def main() -> int:
     parser.add_argument("source", help="digits, glyphs or tfds:NAME[/CONFIG][:VERSION]")
     parser.add_argument("--data_dir", help="folder of all tfds data; default: tfds' own")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # errors may hold names of any kind
     try:
         prepare(arguments.source, data_dir=arguments.data_dir)
     # Failed and manual downloads raise types of many libraries; their text is what helps.
