@@ -97,7 +97,7 @@ def without_metadata(data: bytes) -> tuple[bytes, dict[str, Any]]:
         return _png(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _webp(data)
-    if data[4:12] in (b"ftypavif", b"ftypavis"):
+    if data[4:8] == b"ftyp":  # AVIF and HEIC
         # The item is not called EXIF any more. It never says the orientation: `irot` and `imir` do.
         return re.sub(rb"(?s)(infe.{8}|infe.{10})Exif", rb"\1none", data, count=1), {"xmp": b""}
     if data.startswith((b"II*\0", b"MM\0*")):

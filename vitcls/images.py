@@ -93,6 +93,8 @@ def _read(data: bytes, use: Callable[[Image.Image], Image.Image]) -> Image.Image
                 image.info |= info
                 return use(image)
         except ImageError:
+            if is_heif(data) and isinstance(error.__cause__, UnidentifiedImageError):
+                error = ImageError(f"HEIC needs a package: {HEIF_ADVICE}.")
             raise error from error.__cause__  # about the file as it is
 
 
@@ -103,8 +105,6 @@ def _image_errors() -> Iterator[None]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # its text has an address in memory
-        if is_heif(data):
-            raise ImageError(f"HEIC needs a package: {HEIF_ADVICE}.") from error
         raise ImageError("Not a readable image: cannot identify its format.") from error
     except Exception as error:  # damaged files raise nearly any type from Pillow's plug-ins
         raise ImageError(f"Not a readable image: {error}.") from error
