@@ -26,8 +26,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from vitcls import images
-from vitcls.data.lock import Lock
+from vitcls import images, lock
 from vitcls.data.memory import available_memory
 from vitcls.data.split import Split
 from vitcls.errors import StorageError, UserError
@@ -170,9 +169,10 @@ class DiskCache(_Cached):
         try:
             if not self._missing():
                 return
-            with Lock(self._folder / "lock"):
-                for unfinished in self._folder.glob("unfinished-*"):  # by processes that died
-                    shutil.rmtree(unfinished)
+            with lock.waiting(self._folder / "lock") as (_, is_alone):
+                if is_alone:
+                    for unfinished in self._folder.glob("unfinished-*"):  # by processes that died
+                        shutil.rmtree(unfinished)
                 missing = self._missing()
                 if missing:  # still, after others may have had the lock
                     self._check_room(missing)
