@@ -1,6 +1,7 @@
 """What the command says of data sets with planted mistakes, and what its pictures show."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -41,10 +42,10 @@ def check(root: pathlib.Path, *names: str, **options):
     return data_checks.check(f"folder:{root}", names, **options)[1]
 
 
-def run(*args: str) -> subprocess.CompletedProcess:
+def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "vitcls.check_data", *args],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | environment,
     )  # fmt: skip
 
 
@@ -241,3 +242,16 @@ def test_command_checks_the_data_of_a_config(root, tmp_path):
     assert result.returncode == 2 and "--config needs --output" in result.stderr
     result = run()
     assert result.returncode == 2 and "--data is missing" in result.stderr
+
+
+def test_names_that_the_terminal_cannot_print_are_reported(root, tmp_path):
+    for split in ("train", "test"):
+        (root / split / "ant").rename(root / split / "\u732b caf\udce9")
+    (root / "train/bee/00.png").rename(root / "train/bee/\udcff.png")
+    (root / "train/bee/\udcff.png").write_bytes(b"")
+    result = run(f"--data=folder:{root}", f"--output={tmp_path}/out", PYTHONIOENCODING="ascii")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert r"train/bee/\udcff.png" in result.stderr and r"\u732b caf\udce9" in result.stdout
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    assert report["splits"]["train"]["counts"]["\u732b caf\udce9"] == 12

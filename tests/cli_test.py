@@ -152,3 +152,23 @@ def test_sigterm_ends_as_errors_do():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (result.returncode, result.stdout) == (143, "cleaned up\n")
+
+
+def test_a_terminal_of_any_encoding_can_be_printed_to():
+    program = """
+import logging, sys
+from vitcls import cli
+def main():
+    print("caf\\u00e9 \\udce9")
+    logging.getLogger("vitcls").info("\\u732b")
+    raise cli.UserError("no \\u732b")
+cli.run(main)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stdout == "caf\\xe9 \\udce9\n"
+    assert r" \u732b" in result.stderr and result.stderr.endswith("ERROR: no \\u732b\n")
+    assert "Traceback" not in result.stderr

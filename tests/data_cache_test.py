@@ -1,6 +1,8 @@
 """Cached batches are those without a cache, and a cache on disk survives whatever happens to it."""
 
 import concurrent.futures
+import errno
+import fcntl
 import functools
 import io
 import math
@@ -20,7 +22,7 @@ import pytest
 from data_loader_test import assert_same
 from PIL import Image
 
-from vitcls import images, train_setup
+from vitcls import images, lock, train_setup
 from vitcls.config import default_config
 from vitcls.data import cache, loader, sources
 from vitcls.data.cache import cached
@@ -264,6 +266,22 @@ def test_two_runs_at_once_decode_once(tmp_path, decoded, caplog):
         list(pool.map(lambda _: fill(Noise(), tmp_path), range(2)))
     assert len(decoded) == NUM_IMAGES
     assert caplog.text.count("Decoding images of split 'train' into") == 1
+
+
+def test_a_file_system_without_locks_has_a_cache_too(tmp_path, monkeypatch, caplog):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(lock, "_WARNED", set())
+    fill(Noise(), tmp_path)
+    unfinished = shards(tmp_path)[0].parent / "unfinished-by-another-process"
+    unfinished.mkdir()
+    shards(tmp_path)[0].unlink()
+    split = fill(Noise(), tmp_path)
+    assert unfinished.exists()
+    assert_same(evaluate(split), evaluate(Noise()))
+    assert caplog.text.count("without locks (No locks available)") == 1
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "cut to rows", "longer"])

@@ -1,12 +1,16 @@
 """The list of skipped images: complete, without repetition, and never most of a split."""
 
 import concurrent.futures
+import errno
+import fcntl
 import json
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
 
+from vitcls import lock
 from vitcls.data import sources
 from vitcls.data.skipped import Skipped
 from vitcls.errors import UserError
@@ -123,3 +127,26 @@ def test_a_bad_stretch_is_not_taken_for_a_bad_split(path):
     skipped.add(big, bad(*range(2000), split=big))
     skipped.add(TRAIN, (), num_drawn=2000)
     assert skipped.count("test") == 2000
+
+
+def test_a_file_system_without_locks_has_a_list_too(path, monkeypatch, caplog):
+    def refuse(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(lock, "_WARNED", set())
+    first, second = Skipped(path), Skipped(path)
+    first.add(TRAIN, bad(1, 2))
+    second.add(TRAIN, bad(2, 3))
+    with path.open("a") as file:
+        file.write('{"split": "tr\0\0\n{"split')  # what two processes wrote at once
+    first.add(TRAIN, bad(3, 4))
+    assert [entry["id"] for entry in lines_that_can_be_read(path)] == [
+        f"train/{index}.jpg" for index in (1, 2, 3, 4)
+    ]
+    assert Skipped(path).count("train") == 4
+    assert caplog.text.count("is on a file system without locks") == 1
+
+
+def lines_that_can_be_read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -220,8 +221,8 @@ def test_what_another_process_prepared_meanwhile_is_not_prepared_again(monkeypat
 def test_only_one_process_prepares_at_a_time(tmp_path):
     code = f"""if True:
         import pathlib, time
-        from vitcls.data import lock
-        with lock.Lock(pathlib.Path({str(tmp_path)!r}) / "lock"):
+        from vitcls import lock
+        with lock.waiting(pathlib.Path({str(tmp_path)!r}) / "lock"):
             print("in", flush=True)
             time.sleep(0.3)
             print("out", flush=True)
@@ -269,6 +270,20 @@ def test_a_preparation_that_outlives_its_parent_keeps_the_lock(monkeypatch, tmp_
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(file, fcntl.LOCK_EX)  # until it ends
+
+
+def test_without_locks_another_process_may_be_the_first_to_prepare(monkeypatch, tmp_path):
+    def refuse(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    replace_child(monkeypatch, "exit(2)")  # it finds the other's folder in its way
+    with pytest.raises(UserError, match="Preparing digits failed"):
+        prepare.prepare_once("digits", data_dir=str(tmp_path))
+    answers = iter([False, False, True])  # at first, under the lock, after the failure
+    monkeypatch.setattr(builders, "is_prepared", lambda builder: next(answers))
+    monkeypatch.setattr(prepare.tfds, "builder_from_directory", lambda folder: "builder")
+    assert prepare.prepare_once("digits", data_dir=str(tmp_path)) == "builder"
 
 
 def test_full_disk_while_preparing_is_a_storage_error(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from vitcls import images
 from vitcls.data import sources, survey
@@ -117,3 +117,19 @@ def test_search_finds_the_pairs_that_comparing_all_finds():
     found = {tuple(sorted(pair)) for pair in survey._near_pairs(hashes, thumbnails)}
     assert found == expected
     assert len(expected) > 1000
+
+
+def test_a_gif_cut_after_its_first_frame_is_an_image():
+    frames = [photo(seed).resize((12, 8)).quantize(16) for seed in range(3)]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    first = len(encode(frames[0], "GIF"))
+    facts = look(*(data[:end] for end in range(first, len(data))))
+    assert {(one.error, one.format, one.width) for one in facts} == {("", "GIF", 12)}
+    assert facts[-1].is_animated
+
+
+def test_facts_of_an_image_with_damaged_metadata_are_those_of_its_pixels():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Comment", "a" * 2_000_000, zip=True)
+    (facts,) = look(encode(Image.new("LA", (5, 4)), pnginfo=texts))
+    assert (facts.error, facts.mode, facts.format, facts.width) == ("", "LA", "PNG", 5)

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
-    {"lock", "seal", "step_folders", "wandb_sender"},
+    {"lock", "seal", "step_folders", "wandb_sender", "image_metadata", "progress"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
-    {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
+    {"data", "pretrained", "checkpoint", "signals", "metric_writers", "parameters"}
     | {"distributed", "watchdog", "contact_sheet", "chips", "hlo", "collectives"}
     | {"traffic", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},

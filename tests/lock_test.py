@@ -7,11 +7,29 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
-from vitcls import lock
+from vitcls import lock, progress
 from vitcls.errors import UserError
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """Lets the system refuse every lock, with the error of a given number."""
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    monkeypatch.setattr(lock, "_WARNED", set())
+
+    def let_fail(number: int) -> None:
+        def refuse(file, how):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+        monkeypatch.setattr(fcntl, "flock", refuse)
+
+    return let_fail
 
 
 @pytest.fixture
@@ -19,7 +37,7 @@ def other(tmp_path):
     """Another process that holds the lock of the folder."""
     program = f"""
 from pathlib import Path
-from vitcls import lock
+from vitcls import lock, progress
 lock.take(Path({str(tmp_path / "lock")!r}))
 print("held", flush=True)
 input()
@@ -56,6 +74,7 @@ def test_a_process_may_take_its_own_lock_again_and_gives_it_back(tmp_path):
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    monkeypatch.setattr(lock, "_WARNED", set())
 
     def refuse(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -64,3 +83,55 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     lock.take(tmp_path / "lock")
     assert "without locks (No locks available): see to it that no other job" in caplog.text
     lock.release(tmp_path / "lock")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_all_kinds_of_locks_warn_once_and_go_on_without(tmp_path, no_locks, caplog, number):
+    no_locks(number)
+    for _ in range(2):
+        with lock.waiting(tmp_path / "new" / "lock") as (file, is_alone):
+            assert not is_alone and file.writable()
+        with (tmp_path / "list").open("a+b") as file:
+            assert lock.wait_for(file) is False
+        lock.take(tmp_path / "lock")
+        lock.release(tmp_path / "lock")
+    assert caplog.text.count("is on a file system without locks") == 1
+
+
+def test_another_error_of_a_lock_is_an_error(tmp_path, no_locks):
+    no_locks(errno.EIO)
+    with pytest.raises(OSError, match="Input/output"), lock.waiting(tmp_path / "lock"):
+        pass
+    with pytest.raises(OSError, match="Input/output"):
+        lock.take(tmp_path / "lock")
+
+
+def test_one_who_waits_is_told_for_whom(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "vitcls")
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    monkeypatch.setattr(progress, "LINE_SECS", 0.05)
+    program = f"""
+from pathlib import Path
+from vitcls import lock, progress
+with lock.waiting(Path({str(tmp_path / "lock")!r})):
+    print("held", flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"held\n"
+        message = f"Waiting for process {process.pid} on {socket.gethostname()}, since 20"
+
+        def let_go():
+            while caplog.text.count(message) < 3:  # at first, and while it lasts
+                time.sleep(0.01)
+            process.communicate(b"\n")
+
+        thread = threading.Thread(target=let_go)
+        thread.start()
+        with lock.waiting(tmp_path / "lock") as (_, is_alone):
+            assert is_alone
+            assert f'"pid": {os.getpid()}' in (tmp_path / "lock").read_text()
+        thread.join()
+    assert f", which prepares {tmp_path}." in caplog.text

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -220,10 +221,11 @@ def test_images_are_decoded_a_bounded_number_ahead(photos):
     assert 1 + sum(1 for _ in found) == 100
 
 
-def run(*args: str) -> subprocess.CompletedProcess:
+def run(*args: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "vitcls.predict", *args], cwd=ROOT, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "vitcls.predict", *args], cwd=ROOT, capture_output=True,
+        **{"text": True} | options,
+    )  # fmt: skip
 
 
 def test_the_command_reports_unreadable_images_and_goes_on(checkpoint, photos, tmp_path):
@@ -242,6 +244,21 @@ def test_the_command_reports_unreadable_images_and_goes_on(checkpoint, photos, t
     assert good["label"] in NAMES and good["error"] == ""
     assert cut["label"] == "" and "Not a readable image" in cut["error"]
     assert gone["error"] == "Cannot be read: No such file or directory."
+
+
+def test_rows_on_a_terminal_of_any_encoding_are_those_of_a_file(checkpoint, photos, tmp_path):
+    for name in ("\u732b.jpg", "caf\udce9.jpg"):
+        (tmp_path / name).write_bytes((photos / "grey.jpg").read_bytes())
+    (tmp_path / "bad\udce9.jpg").write_bytes(b"")
+    args = f"--checkpoint={checkpoint}", f"--images={tmp_path}"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    result = run(*args, text=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert b"caf\xe9.jpg" in result.stdout and "\u732b.jpg".encode() in result.stdout
+    assert rb"bad\udce9.jpg: The file is empty." in result.stderr
+    output = tmp_path / "preds.csv"
+    assert run(*args, f"--output={output}", env=environment).returncode == 0
+    assert output.read_bytes() == result.stdout
 
 
 @pytest.mark.parametrize(

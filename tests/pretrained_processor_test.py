@@ -1,3 +1,4 @@
+import io
 import itertools
 import json
 import pickle
@@ -7,6 +8,7 @@ import pytest
 import transformers
 from PIL import Image
 
+from vitcls import images
 from vitcls.errors import UserError
 from vitcls.pretrained import Processor, processor
 from vitcls.pretrained.json_fields import JsonFields
@@ -232,7 +234,84 @@ def test_unsupported_values_are_named(tmp_path, fields, message):
         read(tmp_path, **fields)
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4, 3)),
+        np.zeros((4, 4), np.uint16),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((2, 4, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros(4, np.uint8),
+        "image.png",
+    ],
+)
 def test_other_arrays_are_refused(image):
     with pytest.raises(UserError, match="give uint8 \\(H, W, 3\\) or a PIL image"):
         SQUASHING.pixels(image)
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 3), np.uint8), random_image(4, 4)])
+def test_one_image_in_place_of_a_list_is_refused(image):
+    with pytest.raises(UserError, match="takes a list of images; put the one into brackets"):
+        SQUASHING(image)
+
+
+# --- the same pixels as those of the file -------------------------------------------------------
+
+
+def files_of_many_kinds():
+    """Name and content of image files whose pixels need more than to be decoded."""
+    noise = np.random.default_rng(7).integers(0, 256, (9, 14, 4), np.uint8)
+    rgba = Image.fromarray(noise)
+    sideways, grey = Image.Exif(), np.arange(0, 65536, 512, np.uint16).reshape(8, 16)
+    sideways[0x0112] = 6
+    palette = rgba.convert("RGB").quantize(200)
+    for name, image, options in [
+        ("turned.jpg", rgba.convert("RGB"), {"exif": sideways}),
+        ("turned.png", rgba, {"exif": sideways}),
+        ("turned.webp", rgba, {"exif": sideways, "lossless": True}),
+        ("turned.tif", rgba.convert("RGB"), {"exif": sideways}),
+        ("turned_palette.png", palette, {"exif": sideways, "transparency": bytes(range(200))}),
+        ("palette.png", palette, {"transparency": 3}),
+        ("alpha.png", rgba.convert("LA"), {}),
+        ("colour.png", rgba.convert("RGB"), {"transparency": tuple(noise[0, 0, :3].tolist())}),
+        ("cmyk.jpg", rgba.convert("CMYK"), {}),
+        ("deep.png", Image.fromarray(grey), {}),
+        ("deep.tif", Image.fromarray(grey.astype(np.int32)), {}),
+    ]:
+        file = io.BytesIO()
+        image.save(file, Image.registered_extensions()[f".{name.split('.')[1]}"], **options)
+        yield name, file.getvalue()
+
+
+@pytest.mark.parametrize(("name", "data"), list(files_of_many_kinds()))
+@pytest.mark.parametrize("ours", [SQUASHING, CROPPING])
+def test_an_opened_image_gives_the_pixels_of_its_file(name, data, ours):
+    expected = ours.pixels(images.decode(data))
+    opened = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(ours.pixels(opened), expected)
+    np.testing.assert_array_equal(ours.pixels(opened), expected)  # nor does it change the image
+    if "deep" not in name:
+        np.testing.assert_array_equal(
+            ours([Image.open(io.BytesIO(data))]), ours([images.decode(data)])
+        )
+
+
+def test_arrays_are_images_of_their_mode():
+    noise = np.random.default_rng(8).integers(0, 256, (9, 14, 4), np.uint8)
+    for array in (noise, noise[..., :3], noise[..., 0]):
+        np.testing.assert_array_equal(
+            SQUASHING.pixels(array), SQUASHING.pixels(Image.fromarray(array))
+        )
+    np.testing.assert_array_equal(SQUASHING.pixels(noise[..., :1]), SQUASHING.pixels(noise[..., 0]))
+    assert SQUASHING.pixels(np.zeros((4, 4, 4), np.uint8)).min() == 255  # transparent: white
+
+
+def test_images_that_cannot_be_used_are_errors():
+    with pytest.raises(UserError, match="floating-point pixels"):
+        SQUASHING.pixels(Image.new("F", (4, 4)))
+    file = io.BytesIO()
+    random_image(40, 60).save(file, "PNG")
+    with pytest.raises(UserError, match="Not a readable image: .*truncated"):
+        SQUASHING([Image.open(io.BytesIO(file.getvalue()[:2000]))])

@@ -31,6 +31,9 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     anything else. Of several processes the first that ends with an error ends all, with its code.
     """
     main_module = sys.modules["__main__"]
+    # Names of classes and files may hold what the terminal's encoding lacks.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(_help(main_module))
         sys.exit(0)

@@ -72,7 +72,8 @@ from safetensors.numpy import load_file
 program = export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
 weights = load_file("weights.safetensors")
 names = json.load(open("config.json"))["id2label"]
-image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {prepare}
 probabilities = np.asarray(program.call(weights, np.asarray(image)[None]))  # float32 (1, K)
 print(names[str(probabilities[0].argmax())], probabilities[0].max())

@@ -10,14 +10,17 @@ randomness goes into a crop box in relative coordinates, a pure function of the 
 image's shape: the same box applies to a smaller copy of the image.
 """
 
+import contextlib
 import io
 import math
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vitcls.errors import UserError
+from vitcls.image_metadata import turn, without_metadata
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -50,7 +53,9 @@ class ImageError(UserError):
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decodes an image file, upright (EXIF orientation applied) and in mode RGB.
+    """Decodes an image file, upright (orientation of EXIF or XMP applied) and in mode RGB.
+
+    Metadata may be damaged or large. The orientation counts as far as it can be read.
 
     Transparency is laid over white and CMYK is converted without a colour profile, both as in
     `transformers.image_transforms.convert_to_rgb`. Of 16-bit grey the high byte is kept, which is
@@ -60,19 +65,46 @@ def decode(data: bytes) -> Image.Image:
       ImageError: Not an image, truncated or corrupt, more pixels than
         `PIL.Image.MAX_IMAGE_PIXELS`, or floating-point pixels.
     """
+    return _read(data, to_rgb)
+
+
+def stored(data: bytes) -> Image.Image:
+    """Opens an image file without decoding it: size, mode and format are as they are stored.
+
+    Raises:
+      ImageError: Its header cannot be read.
+    """
+    return _read(data, lambda image: image)
+
+
+def _read(data: bytes, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `use` makes of the image in a file, or else of its pixels alone."""
     if not data:
         raise ImageError("The file is empty.")
     try:
-        image = Image.open(io.BytesIO(data))
-        _check_num_pixels(image.size[::-1])
-        image.load()  # only this finds truncated files; `Image.verify` does not
-        ImageOps.exif_transpose(image, in_place=True)  # else a copy, also of what is upright
-        return to_rgb(image)
+        with _image_errors():
+            return use(Image.open(io.BytesIO(data)))
+    except ImageError as error:
+        # Pillow also refuses damaged metadata, such as a date, on which no pixel depends.
+        pixels, info = without_metadata(data)
+        try:
+            with _image_errors():
+                image = Image.open(io.BytesIO(pixels))
+                image.info |= info
+                return use(image)
+        except ImageError:
+            if is_heif(data) and isinstance(error.__cause__, UnidentifiedImageError):
+                error = ImageError(f"HEIC needs a package: {HEIF_ADVICE}.")
+            raise error from error.__cause__  # about the file as it is
+
+
+@contextlib.contextmanager
+def _image_errors() -> Iterator[None]:
+    try:
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # its text has an address in memory
-        if is_heif(data):
-            raise ImageError(f"HEIC needs a package: {HEIF_ADVICE}.") from error
         raise ImageError("Not a readable image: cannot identify its format.") from error
     except Exception as error:  # damaged files raise nearly any type from Pillow's plug-ins
         raise ImageError(f"Not a readable image: {error}.") from error
@@ -96,11 +128,31 @@ def _check_num_pixels(size: tuple[int, int]) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns an RGB image, as `decode` says; raises `ImageError` for what has no 8 bits."""
+    """Returns the image upright and in mode RGB, as `decode` does of a file.
+
+    The image itself, which may be any of Pillow's, is returned where nothing is to be done.
+
+    Raises:
+      ImageError: See `decode`.
+    """
+    with _image_errors():
+        _check_num_pixels(image.size[::-1])
+        image.load()  # only this finds truncated files; `Image.verify` does not
+        # Pillow turns TIFF files itself, while it loads them.
+        method = turn(image.info) if image.format != "TIFF" else None
+        if method is not None:
+            image = image.transpose(method)
+            image.info = {key: image.info[key] for key in image.info.keys() & {"transparency"}}
+        return _flatten(image)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ImageError("The image has floating-point pixels; save it with 8 bits per channel.")
     if image.mode.startswith("I"):
         return _high_byte(image).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # colours that are multiplied by alpha already
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -216,7 +216,8 @@ def _whole_file(output: str) -> Iterator[TextIO]:
     """A file that is renamed to `output` at the end, and removed if something comes between."""
     escape = "surrogateescape"  # names of files may be of any bytes: they are written as they are
     if output == "-":
-        sys.stdout.reconfigure(errors=escape)
+        # The rows are the same bytes as in a file, whatever the terminal can show.
+        sys.stdout.reconfigure(encoding="utf-8", errors=escape)
         yield sys.stdout
         return
     with (

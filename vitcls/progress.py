@@ -1,10 +1,16 @@
-"""How far a run is: a bar on a terminal, plain lines otherwise, and the speed behind both."""
+"""How far a run is: a bar on a terminal, plain lines otherwise, and the speed behind both.
+
+A log that falls silent looks like a job that is stuck. Where there is no terminal, a thread says
+what is being done whenever the log has had no line for `LINE_SECS`.
+"""
 
 import contextlib
+import functools
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -13,15 +19,87 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 T = TypeVar("T")
 log = logging.getLogger("vitcls")
 
+LINE_SECS = 25.0  # below half a minute by what a busy process is late
+_DOING: list[Callable[[], str]] = []  # what says how far the work is, the innermost last
+_last_line = time.monotonic()  # when the log had a line, of whatever kind
+
+
+def _note_line(record: logging.LogRecord) -> bool:
+    global _last_line
+    _last_line = time.monotonic()
+    return True
+
+
+log.addFilter(_note_line)
+
 
 def on_terminal() -> bool:
     """Whether somebody watches: bars are drawn only then."""
     return sys.stderr.isatty()
 
 
+@contextlib.contextmanager
+def doing(describe: Callable[[], str]) -> Iterator[None]:
+    """Work that may take long: what `describe` says is logged while nothing else is.
+
+    Args:
+      describe: Called in another thread.
+    """
+    global _last_line
+    if on_terminal():
+        yield
+        return
+    if not silence() < LINE_SECS:  # of other work, before this began
+        _last_line = time.monotonic()
+    _DOING.append(describe)
+    _start_talking()
+    try:
+        yield
+    finally:
+        _DOING.remove(describe)
+
+
+def silence() -> float:
+    """Seconds since the log's last line."""
+    return time.monotonic() - _last_line
+
+
+@functools.cache
+def _start_talking() -> None:
+    threading.Thread(target=_talk, name="progress", daemon=True).start()
+
+
+def _talk() -> None:
+    while True:
+        time.sleep(LINE_SECS / 30)
+        say_if_silent()
+
+
+def say_if_silent() -> None:
+    """Logs what is being done if there is something, and no line for `LINE_SECS`."""
+    if silence() >= LINE_SECS and (innermost := _DOING[-1:]):
+        log.info("%s", innermost[0]())
+
+
 def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
-    """Iterates with a bar that disappears at the end; silent where there is no terminal."""
-    return tqdm(items, description, total, leave=False, disable=not on_terminal())
+    """Iterates with a bar that disappears at the end, or see `doing` where there is no terminal."""
+    if on_terminal():
+        yield from tqdm(items, description, total, leave=False)
+        return
+    total = total if total is not None or not hasattr(items, "__len__") else len(items)
+    start, num_done = time.monotonic(), 0
+
+    def describe() -> str:
+        seconds = time.monotonic() - start
+        if not total or not num_done:
+            return f"{description}: {num_done} of {total or '?'} in {duration(seconds)}"
+        left = seconds / num_done * (total - num_done)
+        return f"{description}: {num_done} of {total}, {duration(left)} left"
+
+    with doing(describe):
+        for item in items:
+            yield item
+            num_done += 1
 
 
 class Progress:

@@ -12,7 +12,6 @@ copy in memory. Their sizes are checked, their pixels are not.
 import concurrent.futures
 import contextlib
 import hashlib
-import io
 import logging
 import math
 import mmap
@@ -27,7 +26,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from vitcls.data.lock import Lock
+from vitcls import images, lock
 from vitcls.data.memory import available_memory
 from vitcls.data.split import Split
 from vitcls.errors import StorageError, UserError
@@ -35,7 +34,7 @@ from vitcls.progress import track
 
 log = logging.getLogger("vitcls")
 
-_VERSION = 1  # of the files, and of what `images.decode` makes of an image
+_VERSION = 2  # of the files, and of what `images.decode` makes of an image
 # A map needs an open file, of which a process may have 1024 for all its splits and all else.
 _MOST_SHARDS = 64
 _FEWEST_IMAGES = 16  # of a shard
@@ -170,9 +169,10 @@ class DiskCache(_Cached):
         try:
             if not self._missing():
                 return
-            with Lock(self._folder / "lock"):
-                for unfinished in self._folder.glob("unfinished-*"):  # by processes that died
-                    shutil.rmtree(unfinished)
+            with lock.waiting(self._folder / "lock") as (_, is_alone):
+                if is_alone:
+                    for unfinished in self._folder.glob("unfinished-*"):  # by processes that died
+                        shutil.rmtree(unfinished)
                 missing = self._missing()
                 if missing:  # still, after others may have had the lock
                     self._check_room(missing)
@@ -299,10 +299,10 @@ def sample(split: Split) -> tuple[str, float]:
 def _decoded_bytes(data: bytes) -> int:
     """What the image takes when decoded, from its header; 0 if that cannot be read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return 3 * image.width * image.height
-    except Exception:  # damaged files raise nearly any type from Pillow's plug-ins
+        image = images.stored(data)
+    except images.ImageError:
         return 0
+    return 3 * image.width * image.height
 
 
 def _gigabytes(num_bytes: float) -> str:

@@ -14,8 +14,8 @@ from typing import TextIO
 
 import tensorflow_datasets as tfds
 
+from vitcls import lock
 from vitcls.data import builders
-from vitcls.data.lock import Lock
 from vitcls.errors import STORAGE_ERRNOS, StorageError, UserError
 
 _FORMAT = "array_record"
@@ -40,9 +40,13 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
     folder = pathlib.Path(builder.data_path)
     if not builders.is_prepared(builder):
         try:
-            with Lock(folder.parent / f".{folder.name}.lock") as lock:
+            with lock.waiting(folder.parent / f".{folder.name}.lock") as (file, is_alone):
                 if not builders.is_prepared(builder):  # by whoever held the lock
-                    _run(source, data_dir, lock)
+                    try:
+                        _run(source, data_dir, file)
+                    except (UserError, StorageError):
+                        if is_alone or not builders.is_prepared(builder):  # by another process
+                            raise
         except BrokenPipeError:  # of our own messages, not of the folder
             raise
         except OSError as error:
@@ -71,6 +75,7 @@ def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
+        errors="backslashreplace",
         check=False,
         pass_fds=[lock.fileno()],
     )
@@ -99,6 +104,7 @@ def main() -> int:
     parser.add_argument("source", help="digits, glyphs or tfds:NAME[/CONFIG][:VERSION]")
     parser.add_argument("--data_dir", help="folder of all tfds data; default: tfds' own")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # errors may hold names of any kind
     try:
         prepare(arguments.source, data_dir=arguments.data_dir)
     # Failed and manual downloads raise types of many libraries; their text is what helps.

@@ -1,11 +1,12 @@
 """The images that a run goes on without, and when there are too many of them."""
 
-import fcntl
+import contextlib
 import json
 import logging
 import os
 from pathlib import Path
 
+from vitcls import lock
 from vitcls.data.split import Split
 from vitcls.errors import UserError
 
@@ -86,21 +87,23 @@ class Skipped:
     def _add_lines(self, split: str, new: list[BadImage]) -> None:
         """Reads what other processes added, then adds what is new beside that."""
         with self._path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            lock.wait_for(file)  # until it is closed
             file.seek(self._end)
             for line in file:
                 if not line.endswith(b"\n"):  # cut by a full disk
+                    file.truncate(self._end)
                     break
                 self._end += len(line)
-                entry = json.loads(line)
-                self._known.setdefault(entry["split"], set()).add(entry["id"])
+                # Without locks, processes may have written over each other's lines.
+                with contextlib.suppress(ValueError, KeyError):
+                    entry = json.loads(line)
+                    self._known.setdefault(entry["split"], set()).add(entry["id"])
             known = self._known.setdefault(split, set())
             lines = b"".join(
                 json.dumps({"split": split, "id": name, "reason": reason}).encode() + b"\n"
                 for name, reason in new
                 if name not in known
             )
-            file.truncate(self._end)
             file.write(lines)
             file.flush()
             self._end = os.fstat(file.fileno()).st_size

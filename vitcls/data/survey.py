@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import hashlib
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -71,14 +70,21 @@ def _facts(split: Split, index: int) -> Facts:
         image = images.decode(data)
     except UserError as error:
         return Facts(error=str(error))
-    with Image.open(io.BytesIO(data)) as stored:
-        mode, kind, is_animated = stored.mode, stored.format, getattr(stored, "is_animated", False)
+    stored = images.stored(data)
     digest = hashlib.sha256(f"{image.size}".encode())
     digest.update(image.tobytes())
     hash_and_thumbnail = perceptual_hash(image)
     return Facts(
-        "", *image.size, mode, kind, is_animated, digest.digest()[:16], *hash_and_thumbnail
-    )
+        "", *image.size, stored.mode, stored.format, _is_animated(stored), digest.digest()[:16],
+        *hash_and_thumbnail,
+    )  # fmt: skip
+
+
+def _is_animated(stored: Image.Image) -> bool:
+    try:
+        return getattr(stored, "is_animated", False)
+    except Exception:  # GIF looks for a second frame, which began, but may be cut anywhere
+        return True
 
 
 def perceptual_hash(image: Image.Image) -> tuple[int, bytes]:

@@ -62,12 +62,16 @@ class Processor:
         """The host's part: crop and resize.
 
         Args:
-          image: Of any mode, or uint8 (H, W, 3).
+          image: A PIL image, which becomes upright and RGB as `images.decode` makes a file; or
+            uint8: grey (H, W) or (H, W, 1), RGB (H, W, 3), RGBA (H, W, 4).
 
         Returns:
           uint8 (height, width, 3).
+
+        Raises:
+          UserError: Another type or shape, or an image that `images.decode` refuses.
         """
-        image = _as_rgb(image)
+        image = pixels_of.to_rgb(_as_pil(image))
         if self.resize is None:
             return pixels_of.squash(image, size=self.size, resample=self.resample)
         return pixels_of.resize_and_crop(
@@ -76,6 +80,9 @@ class Processor:
 
     def __call__(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
         """Images as `pixels` takes them -> float32 (B, height, width, 3), normalised."""
+        # Its rows would pass for grey images.
+        if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:
+            raise UserError("The processor takes a list of images; put the one into brackets.")
         pixels = np.stack([self.pixels(image) for image in images]).astype(np.float32)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return (pixels * np.float32(self.rescale) - mean) / std
@@ -97,14 +104,17 @@ class Processor:
         return dataclasses.replace(self, size=tuple(size), resize=resize)
 
 
-def _as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+def _as_pil(image: Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else pixels_of.to_rgb(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        return image
+    pixels = np.asarray(image)
+    is_shaped = pixels.ndim >= 2 and pixels.shape[2:] in {(), (1,), (3,), (4,)}
+    if pixels.dtype != np.uint8 or not is_shaped or not pixels.size:
         raise UserError(
-            f"An image is {image.dtype} {image.shape}; give uint8 (H, W, 3) or a PIL image."
+            f"An image is {pixels.dtype} {pixels.shape}; give uint8 (H, W, 3) or a PIL image. "
+            "Grey may be (H, W) or (H, W, 1), and RGB with alpha (H, W, 4)."
         )
-    return Image.fromarray(image)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
 
 def read(
