@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from random_data import WRITERS, Picture, draw
+from random_data import SPOILERS, WRITERS, Picture, draw
 
 from vitcls import data_checks, evaluation, prediction, train, train_setup
 from vitcls.config import default_config
 from vitcls.data import classes, sources
 from vitcls.errors import UserError
 
-NUM_SETS, NUM_TRAINED = 200, 8
+NUM_SETS, NUM_SPOILED, NUM_TRAINED = 200, 10, 8
 
 VALIDATION = dict.fromkeys(("val", "valid", "dev", "validation"), "validation")
 # Image -> its split and the name of its class.
@@ -107,6 +107,25 @@ def test_every_command_sees_the_same_images_and_labels(tmp_path, kind, number):
         root = tmp_path / "data"
         found = prediction.find_images(str(root))
         assert sorted(found) == sorted(str(root / one.path) for one in pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("number", range(NUM_SPOILED))
+def test_every_command_refuses_the_same(tmp_path, kind, number):
+    rng = np.random.default_rng([number, len(kind), 7])
+    pictures = draw(rng)
+    source = WRITERS[kind](tmp_path / "data", rng, pictures)
+    SPOILERS[kind](tmp_path / "data", rng, pictures)
+    names = tuple(sorted({one.label for one in pictures}))
+    config = make_config(source, pictures)
+    for see in (
+        lambda: seen_by_training(config),
+        lambda: seen_by_check(source),
+        lambda: seen_by_evaluate(source, names),
+    ):
+        with pytest.raises(UserError):
+            see()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import io
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,4 +204,47 @@ def write_hf(root: Path, rng: np.random.Generator, pictures: list[Picture]) -> s
     return f"hf:{root}/saved"
 
 
+def spoil_folder(root: Path, rng: np.random.Generator, pictures: list[Picture]) -> None:
+    """Moves every image to where a split looks like one, but which is not clear."""
+    for one in pictures:
+        split = one.split or str(rng.choice(["train", "test"]))
+        parts = [f"{split}_{'abc'[list(SPLIT_NAMES).index(split)]}", one.label]
+        moved = root / Path(*parts) / os.path.basename(one.path)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(root / one.path, moved)
+    for folder in root.iterdir():
+        if not folder.name.endswith(("_a", "_b", "_c")):
+            shutil.rmtree(folder)
+
+
+def spoil_csv(root: Path, rng: np.random.Generator, pictures: list[Picture]) -> None:
+    """Replaces a label by a text that stands for none."""
+    path = root / "list.csv"
+    lines = path.read_text().splitlines()
+    delimiter = next(sign for sign in ",;\t" if sign in lines[0])
+    header = [name.lower() for name in lines[0].split(delimiter)]
+    place = next(i for i, name in enumerate(header) if name in ("label", "class", "target"))
+    cells = lines[-1].split(delimiter)
+    cells[place] = str(rng.choice(["nan", "NA", "None", "-1", ""]))
+    path.write_text("\n".join([*lines[:-1], delimiter.join(cells)]) + "\n")
+
+
+def spoil_hf(root: Path, rng: np.random.Generator, pictures: list[Picture]) -> None:
+    """Takes one label away."""
+    import datasets
+
+    saved = datasets.load_from_disk(str(root / "saved"))
+    tables = dict(saved) if isinstance(saved, dict) else {"": saved}
+    name = list(tables)[-1]
+    row = int(rng.integers(len(tables[name])))
+    tables[name] = tables[name].map(
+        lambda one, place: {"label": None if place == row else one["label"]}, with_indices=True
+    )
+    spoiled = tables[""] if "" in tables else datasets.DatasetDict(tables)
+    spoiled.save_to_disk(str(root / "spoiled"))
+    shutil.rmtree(root / "saved")
+    os.rename(root / "spoiled", root / "saved")
+
+
+SPOILERS = {"folder": spoil_folder, "csv": spoil_csv, "hf": spoil_hf}
 WRITERS = {"folder": write_folder, "csv": write_csv, "hf": write_hf}
