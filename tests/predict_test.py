@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from overflow import MESSAGE, overflowing
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -242,6 +244,17 @@ def test_the_command_reports_unreadable_images_and_goes_on(checkpoint, photos, t
     assert good["label"] in NAMES and good["error"] == ""
     assert cut["label"] == "" and "Not a readable image" in cut["error"]
     assert gone["error"] == "Cannot be read: No such file or directory."
+
+
+def test_answers_that_are_not_finite_end_the_command(checkpoint, photos, tmp_path):
+    bad = overflowing(checkpoint, tmp_path / "bad")
+    (tmp_path / "a_cut.jpg").write_bytes((photos / "grey.jpg").read_bytes()[:300])
+    (tmp_path / "b.jpg").write_bytes((photos / "grey.jpg").read_bytes())
+    output = tmp_path / "preds.csv"
+    result = run(f"--checkpoint={bad}", f"--images={tmp_path}/*.jpg", f"--output={output}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search(MESSAGE.format("1 of 1", f"{tmp_path}/b.jpg"), result.stderr)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
