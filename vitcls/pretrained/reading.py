@@ -231,7 +231,7 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
     family, prefix = stored.family, stored.family.prefix_of(names)
     variables = keys.load(
         weights,
-        family.key_table(stored.config, prefix),
+        family.table_of(stored.config, names),
         shapes=variable_shapes(stored.config),
         ignored={name for name in names if family.ignored.fullmatch(name.removeprefix(prefix))},
         source=files.source,
