@@ -50,6 +50,8 @@ class Family:
       takes_any_size: Whether the network resizes its position embeddings to what it is given: the
         preprocessing then says for what size, and config.json for what size they are stored.
       antialias: Whether it does so with antialiasing.
+      spare_bytes: What a file of flax's may hold beside twice the network, at most: names, a small
+        network's pooler; a text tower.
     """
 
     read_config: Callable[[JsonFields, int, set[str] | None], Config]
@@ -66,6 +68,7 @@ class Family:
     has_image_size: bool = True
     takes_any_size: bool = False
     antialias: bool = False
+    spare_bytes: int = 1 << 20
 
     def has_head(self, tensors: set[str]) -> bool:
         """Whether a checkpoint with tensors of these names has a head."""
