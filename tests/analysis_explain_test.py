@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from overflow import MESSAGE, overflowing
 from PIL import Image
 
 from vitcls import errors, pretrained
@@ -159,6 +160,14 @@ def test_mistakes_that_writing_finds_leave_nothing(photos, explainer, tmp_path):
     (tmp_path / "maps" / "mine.txt").write_text("mine")
     assert "is not an empty folder" in failing(cut)
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["mine.txt"]
+
+
+def test_answers_that_are_not_finite_are_refused(photos, tmp_path):
+    bad = explaining.load(overflowing(ASSET, tmp_path / "bad"), num_images=2)
+    paths = sorted(str(path) for path in photos.rglob("*.png"))
+    with pytest.raises(errors.NotFinite, match=MESSAGE.format("3 of 3", f"{photos}/a/one.png, ")):
+        explaining.write(bad, explaining.file_sources(paths), str(tmp_path / "maps"), class_name="")
+    assert not (tmp_path / "maps").exists()
 
 
 def test_a_missing_package_is_named(photos, tmp_path):

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from features_test import save_checkpoint, save_images
+from overflow import MESSAGE, overflowing
 from PIL import Image
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
@@ -427,11 +429,22 @@ def test_broken_candidates_are_listed_and_the_others_ranked(selected):
     assert "Candidate 5 of 5" in result.stderr
 
 
+def test_a_candidate_that_overflows_is_left_out(selected, data, tmp_path):
+    root, _, _ = selected
+    parts = selection.divide(
+        sources.open_split(f"folder:{data}", "train"), holdout=0.3, per_class=0, seed=0
+    )
+    hot, one = str(overflowing(root / "one", tmp_path / "hot")), str(root / "one")
+    found = selection.select([hot, one], parts, folder=root / "out" / "features", num_epochs=5)
+    assert [row.candidate.name for row in found.rows] == [one]
+    assert re.search(MESSAGE.format("76 of 76", "train/"), found.left_out[hot])
+
+
 def test_a_second_call_computes_the_features_of_new_candidates_only(selected, data, monkeypatch):
     root, _, _ = selected
     folder = root / "out" / "features"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(before) == 9  # three parts of three; the one that is not finite was seen, too
+    assert len(before) == 6  # three parts of two; the one that is not finite is refused unused
     computed, extract = [], features.extract
     monkeypatch.setattr(
         features, "extract", lambda *args, **kw: computed.append(args) or extract(*args, **kw)

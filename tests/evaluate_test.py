@@ -11,6 +11,7 @@ import pytest
 import sklearn.metrics
 import torch
 import transformers
+from overflow import MESSAGE, overflowing
 from PIL import Image
 
 from vitcls import evaluation
@@ -176,6 +177,14 @@ def test_a_checkpoint_without_classes_is_refused(split, tmp_path):
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"--checkpoint={tmp_path} has no head.*fine-tune it first"):
         evaluation.evaluate_checkpoint(tmp_path, split)
+
+
+def test_logits_that_are_not_finite_end_the_command(checkpoint, data, tmp_path):
+    bad = overflowing(checkpoint, tmp_path / "bad")
+    result = run(f"--checkpoint={bad}", f"--data=folder:{data}", f"--output={tmp_path}/out")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search(MESSAGE.format("30 of 30", "test/ant/00.png, "), result.stderr)
+    assert not list((tmp_path / "out").rglob("*.*")) and result.stdout == ""
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from overflow import MESSAGE, overflowing
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -241,6 +242,14 @@ def test_a_failure_leaves_nothing_behind(
         exporting.export(checkpoints / "vit", format=format, output=tmp_path / output)
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
     assert jax.config.jax_traceback_in_locations_limit != 0
+
+
+@pytest.mark.parametrize("format", exporting.FORMATS)
+def test_answers_that_are_not_finite_are_the_checkpoints_fault(format, checkpoints, tmp_path):
+    bad = overflowing(checkpoints / "vit", tmp_path / "bad")
+    with pytest.raises(UserError, match=MESSAGE.format(r"\d of \d", "random image 0, ")):
+        exporting.export(bad, format=format, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_torch_our_own_reader_checks(checkpoints, tmp_path, monkeypatch):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from overflow import MESSAGE, overflowing
 from PIL import Image
 
 from vitcls import features
 from vitcls.data import sources
-from vitcls.errors import UserError
+from vitcls.errors import NotFinite, UserError
 
 
 def save_checkpoint(folder: Path, *, seed: int = 0, num_classes: int = 7) -> Path:
@@ -132,3 +133,19 @@ def test_an_image_that_cannot_be_read_leaves_no_file(backbone, split, tmp_path):
         features.features_of(backbone, bad, folder=tmp_path / "features")
     assert not list((tmp_path / "features").glob("*"))
     shutil.rmtree(root)
+
+
+def test_features_that_are_not_finite_are_refused_and_not_kept(checkpoint, split, tmp_path):
+    bad = features.load_backbone(overflowing(checkpoint, tmp_path / "bad"))
+    folder = tmp_path / "features"
+    with pytest.raises(NotFinite, match=MESSAGE.format("19 of 19", "test/ant/000.png, ")):
+        features.features_of(bad, split, folder=folder)
+    assert not folder.exists()
+
+
+def test_kept_features_that_are_not_finite_are_computed_again(backbone, split, tmp_path):
+    found = features.features_of(backbone, split, folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    np.savez(path, features=np.full_like(found.features, np.nan), labels=found.labels)
+    again = features.features_of(backbone, split, folder=tmp_path)
+    np.testing.assert_array_equal(again.features, found.features)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from vitcls import footprint, inference, sharding
+from vitcls.errors import NonFiniteLoss, NotFinite
+from vitcls.train_step import probabilities
 
 ROW = {"image": jax.ShapeDtypeStruct((16,), np.float32)}
 VARIABLES = np.ones((16, 1000), np.float32)
@@ -69,3 +71,21 @@ def test_a_compiler_that_refuses_is_asked_for_less():
     variables = jax.device_put(VARIABLES, sharding.replicated(mesh))
     _, size = inference.compile_step(Picky(), variables, ROW, mesh=mesh, num_images=9999)
     assert size == 16
+
+
+@pytest.mark.parametrize("error", [NotFinite, NonFiniteLoss])
+def test_answers_that_are_not_finite_are_named_by_their_images(error):
+    answers = np.zeros((9, 2, 3), np.float32)
+    inference.check_answers(answers, str, error=error)
+    inference.check_answers(answers[:0], str, error=error)
+    for row, value in zip((1, 2, 4, 6, 7, 8), (np.nan, np.inf, -np.inf) * 2, strict=True):
+        answers[row, 1, 2] = value
+    with pytest.raises(error, match=r"to 6 of 9 images are not finite: 1, 2, 4, 6, 7, \.\.\.\. It"):
+        inference.check_answers(answers, str, error=error)
+
+
+def test_no_probability_is_made_of_logits_that_are_not_finite():
+    logits = np.array([[0, 1], [-np.inf, 1], [np.inf, 1], [np.nan, 1]], np.float32)
+    found = np.asarray(probabilities(logits))
+    np.testing.assert_allclose(found[0], [1 / (1 + np.e), np.e / (1 + np.e)], rtol=1e-6)
+    assert np.isnan(found[1:]).all()

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from overflow import MESSAGE, overflowing
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -259,6 +261,17 @@ def test_rows_on_a_terminal_of_any_encoding_are_those_of_a_file(checkpoint, phot
     output = tmp_path / "preds.csv"
     assert run(*args, f"--output={output}", env=environment).returncode == 0
     assert output.read_bytes() == result.stdout
+
+
+def test_answers_that_are_not_finite_end_the_command(checkpoint, photos, tmp_path):
+    bad = overflowing(checkpoint, tmp_path / "bad")
+    (tmp_path / "a_cut.jpg").write_bytes((photos / "grey.jpg").read_bytes()[:300])
+    (tmp_path / "b.jpg").write_bytes((photos / "grey.jpg").read_bytes())
+    output = tmp_path / "preds.csv"
+    result = run(f"--checkpoint={bad}", f"--images={tmp_path}/*.jpg", f"--output={output}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search(MESSAGE.format("1 of 1", f"{tmp_path}/b.jpg"), result.stderr)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Flax's weight files, against what transformers 4.57 wrote and computed: see golden/."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from vitcls.pretrained import formats
 from vitcls.pretrained.flax_file import FlaxWeights
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("flax_vit", "flax_vit_without_head", "flax_resnet", "flax_resnet_without_head")
+NAMES = tuple(sorted(folder.name for folder in GOLDEN.glob("flax_*")))
 
 
 def read_tree(name):
@@ -109,6 +110,24 @@ def test_a_file_larger_than_its_network_is_refused_unread(tmp_path, monkeypatch,
     with pytest.raises(
         UserError, match=rf"model.msgpack has {most + 1} bytes, .* needs {most} at most; get"
     ):
+        pretrained.load(folder)
+
+
+def test_a_text_tower_may_be_larger_than_the_vision_tower(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN / "flax_clip_with_text", tmp_path / "model"))
+    tree = read_tree("flax_clip_with_text")
+    tree["text_model"]["embeddings"]["token_embedding"]["embedding"] = np.zeros((49408, 8), "f4")
+    (folder / formats.FLAX).write_bytes(msgpack_serialize(tree))
+    found, expected = pretrained.load(folder)[1], pretrained.load(GOLDEN / "flax_clip_with_text")[1]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_scaled_layer_scale_is_refused(tmp_path):
+    """Its Flax class and torch's mean other things by the same tensors."""
+    folder = Path(shutil.copytree(GOLDEN / "flax_dinov2", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layerscale_value": 0.5}))
+    with pytest.raises(UserError, match="layerscale_value=0.5 is not .* 1 beside a flax_model.msg"):
         pretrained.load(folder)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from overflow import MESSAGE, overflowing
 from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
@@ -240,6 +241,16 @@ def test_what_cannot_be_made_leaves_nothing(checkpoints, how, output, message, r
     with pytest.raises(UserError, match=re.escape(message.replace("{}", str(root)))):
         souping.make(checkpoints.replace("{}", str(root)), how=how, output=root / output)
     assert sorted(root.iterdir()) == before
+
+
+@pytest.mark.parametrize("how", ["greedy", "wise"])
+def test_logits_that_are_not_finite_end_it_and_leave_nothing(how, root, tmp_path):
+    bad = overflowing(root / "vit-0", tmp_path / "bad")
+    options = {"start": str(root / "vit-1")} if how == "wise" else {}
+    with pytest.raises(UserError, match=MESSAGE.format(r"\d+ of 30", "val/ant/")) as error:
+        souping.make(str(bad), how=how, output=tmp_path / "out", **options, **selection(root))
+    assert str(error.value).startswith("alpha " if how == "wise" else f"{bad}: ")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

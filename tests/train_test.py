@@ -343,6 +343,16 @@ def test_a_diverging_run_stops_and_saves_nothing_of_it(config, tmp_path):
     assert all(len(set(line["ids"])) == 16 for line in lines)
 
 
+def test_a_final_evaluation_that_is_not_finite_ends_the_run(config, tmp_path):
+    config.optim.update(name="sgd", lr=3e38, clip_norm=0.0, warmup_steps=0, ema_decay=0.0)
+    config.eval.select_split = ""
+    config.train.total_steps = 1
+    with pytest.raises(NonFiniteLoss, match=r"to \d+ of 360 images are not finite: digits-test"):
+        train.train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "predictions").exists()
+
+
 def test_batch_that_the_devices_do_not_divide_is_refused(config, tmp_path):
     config.train.global_batch_size = 20
     with pytest.raises(UserError, match="=20 is not divisible by 8 devices; use 16 or 24."):

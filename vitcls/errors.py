@@ -19,6 +19,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class NotFinite(UserError):
+    """A checkpoint's network answers with nan or infinity, which no number may be made of."""
+
+
 class StorageError(RuntimeError):
     """The file system refused to take or to give back what a run needs."""
 

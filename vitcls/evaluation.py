@@ -87,7 +87,8 @@ def evaluate_checkpoint(
       What `evaluate` returns of everything, with the checkpoint's labels.
 
     Raises:
-      UserError: no such checkpoint, one without classes, or classes that do not match.
+      UserError: no such checkpoint, one without classes, classes that do not match, or logits that
+        are not finite.
     """
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
     return make_evaluator(model, variables, processor, split, mesh=mesh, **options)(variables)
@@ -123,7 +124,7 @@ def make_evaluator(
       them from the host, too.
 
     Raises:
-      UserError: the classes do not match.
+      UserError: the classes do not match. What is returned raises `NotFinite` where logits are not.
     """
     names = tuple(processor.id2label.values())
     positions = classes.match(split.class_names, names, by=labels)
@@ -158,9 +159,17 @@ def make_evaluator(
     )
 
     def evaluate_variables(variables):
-        return evaluate(
+        summary, predictions = evaluate(
             compiled, jax.device_put(variables, sharding.replicated(mesh)), batches,
             mesh=mesh, name=split.name, num_examples=len(split), keep_predictions=True,
         )  # fmt: skip
+        check_logits(predictions, split)
+        return summary, predictions
 
     return evaluate_variables
+
+
+def check_logits(predictions: dict[str, np.ndarray], split: Split, **options: Any) -> None:
+    """`inference.check_answers` for the predictions that `evaluate` kept of a split."""
+    index = predictions["index"]
+    inference.check_answers(predictions["logits"], lambda row: split.id(int(index[row])), **options)

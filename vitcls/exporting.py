@@ -19,7 +19,7 @@ from jax import export as jax_export
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vitcls import __version__, model_card, pretrained, records
+from vitcls import __version__, inference, model_card, pretrained, records
 from vitcls.errors import UserError
 from vitcls.pretrained import formats
 from vitcls.pretrained.workdir import find_run
@@ -116,13 +116,15 @@ def export(checkpoint: str, *, format: str, output: str | Path) -> dict[str, Any
       What `export.json` holds.
 
     Raises:
-      UserError: the checkpoint cannot be loaded or has no head, or the folder is in use.
+      UserError: the checkpoint cannot be loaded, has no head or answers with nan, or the folder is
+        in use.
       RuntimeError: what was written answers differently; nothing of it is left.
     """
     # The default products of GPUs and TPUs have 8 to 11 bits, too few to compare anything.
     with records.folder_aside(output) as aside, jax.default_matmul_precision("highest"):
         source = _load(checkpoint)
         check = FORMATS[format](aside, Path(output).resolve().name, source)
+        inference.check_answers(check.expected, "random image {}".format)
         difference = float(np.max(np.abs(check.found - check.expected)))
         if not difference <= check.tolerance:  # nan is no agreement
             raise RuntimeError(

@@ -88,19 +88,22 @@ def features_of(backbone: Backbone, split: Split, *, folder: Path, batch_size: i
       batch_size: Images at a time over all devices; 0: chosen by their memory.
 
     Raises:
-      UserError: an image cannot be decoded.
+      UserError: an image cannot be decoded, or its features are not finite (`NotFinite`).
     """
     images, _ = cache.sample(split)
     key = hashlib.sha256(f"{backbone.digest} {images}".encode()).hexdigest()
     path = folder / f"{key[:32]}.npz"
     try:
         with np.load(path) as file:
-            return Features(file["features"], file["labels"])
+            found = Features(file["features"], file["labels"])
+        inference.check_answers(found.features, split.id)
+        return found
     except FileNotFoundError:
         pass
     except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged (%s) and computed again.", path, error)
     found = extract(backbone, split, batch_size=batch_size)
+    inference.check_answers(found.features, split.id)
     folder.mkdir(parents=True, exist_ok=True)
     with records.written_aside(path) as aside, aside.open("wb") as file:
         np.savez(file, **found._asdict())

@@ -13,10 +13,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from vitcls import footprint, parameters, pretrained, sharding
-from vitcls.errors import UserError
+from vitcls.errors import NotFinite, UserError
 
 PyTree = Any
 log = logging.getLogger("vitcls")
@@ -25,6 +26,7 @@ log = logging.getLogger("vitcls")
 NUM_THREADS = max(8, os.cpu_count() or 1)
 # Images per device and step, at most: more are hardly faster, and the first results come later.
 _MOST_ON_CPU, _MOST = 32, 256
+_MAX_NAMED = 5  # images in a message
 
 
 def load_classifier(
@@ -43,6 +45,29 @@ def load_classifier(
         )
     mesh = sharding.make_mesh(-1, 1)
     return model, jax.device_put(variables, sharding.replicated(mesh)), processor, mesh
+
+
+def check_answers(
+    answers: np.ndarray, image_id: Callable[[int], str], *, error: type[Exception] = NotFinite
+) -> None:
+    """Raises `error` if a network's answer to an image is not finite; names the images.
+
+    Args:
+      answers: Logits, probabilities or features, float32 (N, ...).
+      image_id: Names the image of a row.
+      error: What to raise: a checkpoint that was chosen is the user's mistake, one that is being
+        trained is not.
+    """
+    of_an_image = tuple(range(1, answers.ndim))
+    rows = np.flatnonzero(~np.isfinite(answers).all(axis=of_an_image))
+    if rows.size:
+        named = ", ".join(image_id(int(row)) for row in rows[:_MAX_NAMED])
+        more = ", ..." if len(rows) > _MAX_NAMED else ""
+        raise error(
+            f"The network's answers to {len(rows)} of {len(answers)} images are not finite: "
+            f"{named}{more}. Its weights are finite but overflow, so that no result means "
+            "anything. Train again with a lower optim.lr, or choose another checkpoint."
+        )
 
 
 def compile_step(

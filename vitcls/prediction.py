@@ -89,7 +89,8 @@ def predict_files(
       batch_size: Images at a time over all devices; 0: chosen by their memory.
 
     Raises:
-      UserError: no such checkpoint, one without classes, or fewer classes than `top_k`.
+      UserError: no such checkpoint, one without classes, or fewer classes than `top_k`; or, from
+        the rows, answers that are not finite.
     """
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
     names = tuple(processor.id2label.values())
@@ -122,7 +123,10 @@ def predict_files(
         chunks = iter(lambda: list(itertools.islice(pixels, batch_size)), [])
         # In pairs: the next batch is on its way to the devices before we wait for this one.
         for (chunk, result), _ in itertools.pairwise(itertools.chain(map(start, chunks), [None])):
-            for (path, found), probabilities in zip(chunk, np.asarray(result), strict=False):
+            answers = np.asarray(result)[: len(chunk)]
+            shown = [row for row, (_, found) in enumerate(chunk) if not isinstance(found, str)]
+            inference.check_answers(answers[shown], [chunk[row][0] for row in shown].__getitem__)
+            for (path, found), probabilities in zip(chunk, answers, strict=True):
                 if isinstance(found, str):
                     yield {"image": path, "error": found}
                 else:

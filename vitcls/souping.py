@@ -20,7 +20,7 @@ from vitcls import (
 )
 from vitcls.data.skipped import Skipped
 from vitcls.data.split import Split
-from vitcls.errors import UserError
+from vitcls.errors import NotFinite, UserError
 from vitcls.metrics import select_score
 
 log = logging.getLogger("vitcls")
@@ -131,7 +131,10 @@ def _make_evaluate(checkpoint: str | Path, split: Split, **options: Any) -> Eval
     evaluator = evaluation.make_evaluator(model, variables, processor, split, mesh=mesh, **options)
 
     def evaluate(what: str, weights: PyTree) -> soups.Metrics:
-        metrics, _ = evaluator(weights)
+        try:
+            metrics, _ = evaluator(weights)
+        except NotFinite as error:
+            raise NotFinite(f"{what}: {error}") from error
         log.info(
             "%s: %s accuracy %.4f, loss %.4f (%s)",
             what, split.name, metrics["accuracy"], metrics["loss"], records.count_images(metrics),

@@ -26,8 +26,8 @@ from vitcls import (
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
-from vitcls.errors import Interrupted
-from vitcls.evaluation import evaluate
+from vitcls.errors import Interrupted, NonFiniteLoss
+from vitcls.evaluation import check_logits, evaluate
 from vitcls.metric_writers import LateMetrics, MetricWriter
 from vitcls.metrics import select_score
 from vitcls.parameters import memory_line, parameter_table
@@ -312,6 +312,7 @@ def train_and_evaluate(
         summaries = {}
         for name in dict.fromkeys([*config.data.eval_splits, *filter(None, [select])]):
             summaries[name], predictions = evaluate_split(name, variables, keep_predictions=True)
+            check_logits(predictions, eval_splits[name], error=NonFiniteLoss)
             if is_main:
                 ids = [eval_splits[name].id(i) for i in predictions.pop("index").tolist()]
                 records.save_predictions(

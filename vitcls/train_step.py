@@ -364,6 +364,13 @@ def make_predict_step(
     """Returns `(variables, uint8 images (B, H, W, 3)) -> probabilities`, float32 (B, K)."""
 
     def predict_step(variables, images):
-        return jax.nn.softmax(apply(variables, normalise(images), train=False))
+        return probabilities(apply(variables, normalise(images), train=False))
 
     return predict_step
+
+
+def probabilities(logits: jax.Array) -> jax.Array:
+    """Softmax of (B, K), nan for images with any logit that is not finite."""
+    # Softmax alone makes a plausible 0 of -infinity.
+    is_finite = jnp.isfinite(logits).all(axis=-1, keepdims=True)
+    return jnp.where(is_finite, jax.nn.softmax(logits), jnp.nan)

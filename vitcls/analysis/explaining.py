@@ -23,6 +23,7 @@ from vitcls.analysis import gallery, overlay, saliency
 from vitcls.data.split import Split
 from vitcls.errors import UserError, unknown
 from vitcls.pretrained import Processor
+from vitcls.train_step import probabilities
 
 log = logging.getLogger("vitcls")
 
@@ -91,7 +92,7 @@ def load(
     def step(variables, batch):
         images = processor.normalise(batch["image"])
         found, logits = saliency.maps(model, variables, images, batch["class"], method=method)
-        return found, jax.nn.softmax(logits)
+        return found, probabilities(logits)
 
     compiled, batch_size = inference.compile_step(
         jax.jit(step, out_shardings=sharding.batch_sharding(mesh)),
@@ -115,14 +116,31 @@ def for_gallery(checkpoint: str | Path) -> gallery.Explain:
     ) -> tuple[list[list[Image.Image]], str]:
         explainer = load(checkpoint, num_images=len(images))
         pixels = [explainer.processor.pixels(image) for image in images]
+        ids = [f"picture {number}" for number in range(1, len(images) + 1)]
         shown = [
             [Image.fromarray(one), overlay.draw(one, heat)]
-            for one, (heat, _) in zip(pixels, explainer(pixels, classes), strict=True)
+            for one, (heat, _) in zip(
+                pixels, _explain(explainer, pixels, classes, ids=ids), strict=True
+            )
         ]
         what = _CAPTIONS[explainer.method]
         return shown, f"Images as the network saw them; beside each, the brighter the more, {what}."
 
     return explain
+
+
+def _explain(
+    explainer: Explainer,
+    pixels: Sequence[np.ndarray],
+    classes: Sequence[int],
+    *,
+    ids: Sequence[str],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All that `explainer` yields; raises `NotFinite`, naming images by `ids`, if any is not."""
+    found = list(explainer(pixels, classes))
+    for part in zip(*found, strict=True):
+        inference.check_answers(np.stack(part), ids.__getitem__)
+    return found
 
 
 def file_sources(paths: Sequence[str]) -> list[Source]:
@@ -170,7 +188,8 @@ def write(explainer: Explainer, sources: Sequence[Source], output: str, *, class
       The number of images that cannot be read.
 
     Raises:
-      UserError: the folder is in use, there is no such class, or no image can be read.
+      UserError: the folder is in use, there is no such class, no image can be read, or an answer
+        is not finite.
     """
     names = tuple(explainer.processor.id2label.values())
     asked = class_index(class_name, names)
@@ -186,8 +205,13 @@ def write(explainer: Explainer, sources: Sequence[Source], output: str, *, class
         numbered = enumerate(progress.track(sources, "explain"))
         for chunk in iter(lambda: list(itertools.islice(numbered, explainer.batch_size)), []):
             rows = [_read(explainer, source) for _, source in chunk]
-            readable = [pixels for pixels, _ in rows if pixels is not None]
-            found = explainer(readable, [asked] * len(readable))
+            readable = [row for row, (pixels, _) in enumerate(rows) if pixels is not None]
+            found = iter(
+                _explain(
+                    explainer, [rows[row][0] for row in readable], [asked] * len(readable),
+                    ids=[chunk[row][1][0] for row in readable],
+                )
+            )  # fmt: skip
             for (number, (name, _)), (pixels, error) in zip(chunk, rows, strict=True):
                 if pixels is None:
                     num_bad += 1

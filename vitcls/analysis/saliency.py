@@ -40,7 +40,8 @@ def maps(
     found, logits = relevance(model, variables, images, classes, method=method)
     drawn = _enlarge(found, model.config)
     low, high = (reduce(drawn, (1, 2), keepdims=True) for reduce in (jnp.min, jnp.max))
-    scaled = jnp.where(high > low, (drawn - low) / jnp.where(high > low, high - low, 1), 0)
+    # 0 where all places are alike; nan stays nan, which is not such a map.
+    scaled = jnp.where(high > low, (drawn - low) / jnp.where(high > low, high - low, 1), 0 * drawn)
     unseen = np.subtract(images.shape, (*drawn.shape, 3))[1:3]  # beyond the last whole patch
     return jnp.pad(scaled, [(0, 0), (0, unseen[0]), (0, unseen[1])]), logits
 

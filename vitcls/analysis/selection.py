@@ -18,7 +18,7 @@ from vitcls.analysis.candidates import Candidate
 from vitcls.analysis.classification import Estimate
 from vitcls.data import sources
 from vitcls.data.split import Split
-from vitcls.errors import StorageError, UserError
+from vitcls.errors import NotFinite, StorageError, UserError
 
 log = logging.getLogger("vitcls")
 
@@ -138,12 +138,15 @@ def _measure(
     costs = candidates_lib.costs_of(
         backbone, num_images=max(map(len, parts.values())), batch_size=batch_size
     )
-    found = {
-        part: features_lib.features_of(backbone, split, folder=folder, batch_size=costs.batch_size)
-        for part, split in parts.items()
-    }
-    if not all(np.isfinite(part.features).all() for part in found.values()):
-        raise _Unusable("Its features are not finite: the weights are damaged, or of no use.")
+    try:
+        found = {
+            part: features_lib.features_of(
+                backbone, split, folder=folder, batch_size=costs.batch_size
+            )
+            for part, split in parts.items()
+        }
+    except NotFinite as error:
+        raise _Unusable(str(error)) from error
     num_classes = len(parts["train"].class_names)
     measured = candidates_lib.fit(
         name, found, costs, num_classes=num_classes, num_epochs=num_epochs

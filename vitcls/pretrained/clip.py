@@ -121,6 +121,7 @@ CLIP = Family(
     ignored=re.compile(rf"{_OTHER_TOWER}|embeddings\.position_ids|post_layernorm\.(weight|bias)"),
     unused=_unused_clip,
     processor_type="CLIPImageProcessor",
+    spare_bytes=1 << 30,  # ViT-L's text tower has half of it, however small the other one is
     **_SHARED,
 )
 SIGLIP = Family(

@@ -5,8 +5,9 @@ Checkpoints come without a head; the one that `transformers` puts on them reads 
 the mean of the patches.
 """
 
+import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,9 +93,34 @@ def _mlp_ratio(config: ViTConfig) -> int:
     return round(ratio)
 
 
-def _key_table(config: ViTConfig, prefix: str) -> list[Key]:
+class _Names(NamedTuple):
+    """What the products of a layer are called; those of a plain MLP are fc1 and fc2."""
+
+    qkv: tuple[str, str, str]
+    output: str
+    swiglu_in: tuple[str, ...]
+    swiglu_out: str
+
+
+_IN_FILES = _Names(
+    qkv=tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
+    output="attention.output.dense",
+    swiglu_in=("mlp.weights_in",),
+    swiglu_out="mlp.weights_out",
+)
+_IN_MEMORY = _Names(
+    qkv=tuple(f"attention.{part}_proj" for part in "qkv"),
+    output="attention.o_proj",
+    swiglu_in=("mlp.gate_proj", "mlp.up_proj"),
+    swiglu_out="mlp.down_proj",
+)
+
+
+def _key_table(config: ViTConfig, prefix: str, *, names: _Names) -> list[Key]:
     embeddings = f"{prefix}embeddings"
-    first, second = ("weights_in", "weights_out") if config.mlp == "swiglu" else ("fc1", "fc2")
+    mlp_in, mlp_out = ("mlp.fc1",), "mlp.fc2"
+    if config.mlp == "swiglu":
+        mlp_in, mlp_out = names.swiglu_in, names.swiglu_out
     table = [
         Key("embeddings/cls_token", (f"{embeddings}.cls_token",), keys.SAME),
         Key("embeddings/position_embeddings", (f"{embeddings}.position_embeddings",), keys.SAME),
@@ -105,14 +131,16 @@ def _key_table(config: ViTConfig, prefix: str) -> list[Key]:
         table += [Key("embeddings/register_tokens", (f"{embeddings}.register_tokens",), keys.SAME)]
     for index in range(config.depth):
         ours, theirs = f"encoder/layer_{index}", f"{prefix}encoder.layer.{index}"
-        qkv = [f"{theirs}.attention.attention.{part}" for part in ("query", "key", "value")]
+        qkv, intermediate = (
+            [f"{theirs}.{part}" for part in parts] for parts in (names.qkv, mlp_in)
+        )
         table += [
             *keys.norm(f"{ours}/layernorm_before", f"{theirs}.norm1"),
             *keys.norm(f"{ours}/layernorm_after", f"{theirs}.norm2"),
             *keys.dense(f"{ours}/attention/qkv", *qkv, bias=config.qkv_bias),
-            *keys.dense(f"{ours}/attention/output", f"{theirs}.attention.output.dense"),
-            *keys.dense(f"{ours}/mlp/intermediate", f"{theirs}.mlp.{first}"),
-            *keys.dense(f"{ours}/mlp/output", f"{theirs}.mlp.{second}"),
+            *keys.dense(f"{ours}/attention/output", f"{theirs}.{names.output}"),
+            *keys.dense(f"{ours}/mlp/intermediate", *intermediate),
+            *keys.dense(f"{ours}/mlp/output", f"{theirs}.{mlp_out}"),
             Key(f"{ours}/layer_scale_attention", (f"{theirs}.layer_scale1.lambda1",), keys.ROW),
             Key(f"{ours}/layer_scale_mlp", (f"{theirs}.layer_scale2.lambda1",), keys.ROW),
         ]
@@ -128,7 +156,8 @@ def _unused(config: ViTConfig) -> dict[str, np.ndarray]:
 
 _SHARED = dict(
     write_config=_write,
-    key_table=_key_table,
+    key_table=functools.partial(_key_table, names=_IN_FILES),
+    key_table_in_memory=functools.partial(_key_table, names=_IN_MEMORY),
     heads=("classifier.weight",),
     ignored=re.compile(r"embeddings\.mask_token"),
     unused=_unused,

@@ -31,7 +31,11 @@ class Family:
         -> config`; raises `UserError` for values that are not supported.
       write_config: `config -> content of a config.json`, all but the class names; None for formats
         that are only read.
-      key_table: `(config, prefix) -> keys`, one for every variable of the network.
+      key_table: `(config, prefix) -> keys`, one for every variable of the network, by the names
+        that `save_pretrained` writes; so do we.
+      key_table_in_memory: The same by the names that modules of transformers 5 have, where they are
+        others: `state_dict()`, accelerate's `save_model` and `save_original_format=False` give
+        these.
       prefix: Begins the names of the backbone's tensors beside a head. Without a head they have
         none when we write, and may have it when we read.
       heads: Tensors that show that there is a head.
@@ -46,6 +50,8 @@ class Family:
       takes_any_size: Whether the network resizes its position embeddings to what it is given: the
         preprocessing then says for what size, and config.json for what size they are stored.
       antialias: Whether it does so with antialiasing.
+      spare_bytes: What a file of flax's may hold beside twice the network, at most: names, a small
+        network's pooler; a text tower.
     """
 
     read_config: Callable[[JsonFields, int, set[str] | None], Config]
@@ -54,6 +60,7 @@ class Family:
     prefix: str
     heads: Sequence[str]
     ignored: re.Pattern
+    key_table_in_memory: Callable[[Config, str], list[Key]] | None = None
     unused: Callable[[Config], Mapping[str, np.ndarray]] = lambda config: {}
     read_class_names: Callable[[JsonFields], dict[int, str]] | None = None
     read_processor: Callable[[JsonFields, Mapping[int, str]], Processor] | None = None
@@ -61,6 +68,7 @@ class Family:
     has_image_size: bool = True
     takes_any_size: bool = False
     antialias: bool = False
+    spare_bytes: int = 1 << 20
 
     def has_head(self, tensors: set[str]) -> bool:
         """Whether a checkpoint with tensors of these names has a head."""
@@ -73,3 +81,13 @@ class Family:
     def prefix_of(self, tensors: set[str]) -> str:
         """What begins the names of the backbone's tensors among these."""
         return self.prefix if any(name.startswith(self.prefix) for name in tensors) else ""
+
+    def table_of(self, config: Config, tensors: set[str]) -> list[Key]:
+        """The key table whose names most of these tensors have."""
+        prefix = self.prefix_of(tensors)
+        makers = filter(None, (self.key_table, self.key_table_in_memory))
+
+        def num_found(table: list[Key]) -> int:
+            return sum(name in tensors for key in table for name in key.theirs)
+
+        return max((make(config, prefix) for make in makers), key=num_found)

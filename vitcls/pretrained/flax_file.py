@@ -16,7 +16,13 @@ from flax.traverse_util import flatten_dict
 from vitcls.errors import UserError
 
 _FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
-_TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_TORCH_NAMES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 _CHUNKED = "__msgpack_chunked_array__"  # key in the map that stands for an array above 1 GB
 # Limits of the tree (256: as many layers as a config may ask for), and of an array in it (8 axes).
 _TREE = dict(max_map_len=256, max_array_len=0, max_str_len=32)

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vitcls.errors import UserError
+from vitcls.pretrained import values
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -68,6 +69,15 @@ def shards(index: Path) -> list[Path]:
 
 
 def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes one safetensors file, marked as torch's, without which `transformers` refuses it."""
+    """Writes one safetensors file, marked as torch's, without which `transformers` refuses it.
+
+    Raises:
+      UserError: a tensor has values that no network can use.
+    """
+    values.refuse(
+        [values.flaw(name, tensor) for name, tensor in tensors.items()],
+        source=f"What would be written to {path.name}",
+        advice="Choose another checkpoint or, where it overflows a narrow type, a wider one.",
+    )
     # Not `save_file`: its files can be read by their owner only.
     path.write_bytes(save(tensors, metadata={"format": "pt"}))

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vitcls.errors import UserError
 from vitcls.models.vit import ViTConfig
+from vitcls.pretrained import values
 from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
 from vitcls.pretrained.torch_file import TorchWeights
@@ -127,7 +128,8 @@ def load(
       Nested dicts of float32 arrays.
 
     Raises:
-      UserError: tensors are missing, left over or of another shape; lists all of them.
+      UserError: tensors are missing, left over or of another shape, or have values that no network
+        can use; lists all of them.
     """
     shapes = {name: leaf.shape for name, leaf in flatten_dict(dict(shapes), sep="/").items()}
     assert shapes.keys() == {key.path for key in table}, "the table does not fit the network"
@@ -147,10 +149,14 @@ def load(
             if name in names and weights.shape(name) != shape
         ],
     )
-    variables = {
-        key.path: np.ascontiguousarray(key.transform.join([weights.read(n) for n in key.theirs]))
-        for key in table
-    }
+    variables, flaws = {}, []
+    for key in table:
+        # float64 beyond the range of float32 becomes infinite, which is a flaw like any other.
+        with np.errstate(over="ignore"):
+            tensors = [weights.read(name) for name in key.theirs]
+        flaws += map(values.flaw, key.theirs, tensors)
+        variables[key.path] = np.ascontiguousarray(key.transform.join(tensors))
+    values.refuse(flaws, source=repr(source), advice="Get it again, or choose another checkpoint.")
     return unflatten_dict(variables, sep="/")
 
 

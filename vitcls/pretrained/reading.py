@@ -46,7 +46,6 @@ FAMILIES: dict[str, Family] = {
 }
 _SINGLE_LABEL = "single_label_classification"
 _PROBLEM_TYPES = (_SINGLE_LABEL, "multi_label_classification", "regression")
-_MOST_SPARE = 1 << 20  # bytes of names, and of a small network's pooler
 
 
 def read_config(files: Files) -> tuple[Config, Processor]:
@@ -70,9 +69,14 @@ def _open_weights(files: Files) -> Weights | FlaxWeights | TorchWeights:
         return TorchWeights(path)
     if name != formats.FLAX:
         return Weights(files.directory)
-    config, _ = read_json(files.directory, tensors=None)
-    num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)))
-    most = 2 * 4 * num_values + _MOST_SPARE  # float32; twice, as a bare network has a pooler
+    stored = _read_stored(files.directory, tensors=None)
+    fields = JsonFields.read(files.directory / CONFIG)
+    if fields.number("layerscale_value", 1) != 1:
+        # DINOv2's Flax class multiplies LayerScale by it, twice, and torch's does not.
+        raise fields.error("layerscale_value", f"1 beside a {formats.FLAX}")
+    num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(stored.config)))
+    # float32; twice, as a bare network has a pooler.
+    most = 2 * 4 * num_values + stored.family.spare_bytes
     if path.stat().st_size > most:
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, and the network that the config describes "
@@ -231,7 +235,7 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
     family, prefix = stored.family, stored.family.prefix_of(names)
     variables = keys.load(
         weights,
-        family.key_table(stored.config, prefix),
+        family.table_of(stored.config, names),
         shapes=variable_shapes(stored.config),
         ignored={name for name in names if family.ignored.fullmatch(name.removeprefix(prefix))},
         source=files.source,

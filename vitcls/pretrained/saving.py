@@ -39,7 +39,8 @@ def save(
         to float32, so that half precision saves space and costs a relative 5e-4 once.
 
     Raises:
-      UserError: the folder is not empty, or the format cannot describe the network.
+      UserError: the folder is not empty, the format cannot describe the network, or a tensor is not
+        finite in the type to store.
     """
     directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -49,7 +50,8 @@ def save(
     prefix = family.written_prefix(model.config)
     tensors = keys.dump(arrays, family.key_table(model.config, prefix))
     if dtype is not None:
-        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        with np.errstate(over="ignore"):  # refused below, by name
+            tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     # Without them `transformers` reports tensors as missing, and makes them up.
     tensors |= {prefix + name: tensor for name, tensor in family.unused(model.config).items()}
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")

@@ -4,8 +4,9 @@ DeiT (Touvron et al. 2021, arXiv:2012.12877) adds a distillation token, and in h
 checkpoints a head for it: predictions are then the mean of both heads' logits.
 """
 
+import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitcls.models.vit import ViTConfig
 from vitcls.pretrained import keys, vit_fields
@@ -55,7 +56,33 @@ def _write(config: ViTConfig) -> dict[str, Any]:
     }
 
 
-def _key_table(config: ViTConfig, prefix: str) -> list[Key]:
+class _Names(NamedTuple):
+    """What a layer is called, and its products in it."""
+
+    layer: str
+    qkv: tuple[str, str, str]
+    output: str
+    mlp_in: str
+    mlp_out: str
+
+
+_IN_FILES = _Names(
+    layer="encoder.layer",
+    qkv=tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
+    output="attention.output.dense",
+    mlp_in="intermediate.dense",
+    mlp_out="output.dense",
+)
+_IN_MEMORY = _Names(
+    layer="layers",
+    qkv=tuple(f"attention.{part}_proj" for part in "qkv"),
+    output="attention.o_proj",
+    mlp_in="mlp.fc1",
+    mlp_out="mlp.fc2",
+)
+
+
+def _key_table(config: ViTConfig, prefix: str, *, names: _Names) -> list[Key]:
     embeddings = f"{prefix}embeddings"
     table = [
         Key("embeddings/cls_token", (f"{embeddings}.cls_token",), keys.SAME),
@@ -66,15 +93,15 @@ def _key_table(config: ViTConfig, prefix: str) -> list[Key]:
     if "dist" in config.prefix_tokens:
         table += [Key("embeddings/dist_token", (f"{embeddings}.distillation_token",), keys.SAME)]
     for index in range(config.depth):
-        ours, theirs = f"encoder/layer_{index}", f"{prefix}encoder.layer.{index}"
-        qkv = [f"{theirs}.attention.attention.{part}" for part in ("query", "key", "value")]
+        ours, theirs = f"encoder/layer_{index}", f"{prefix}{names.layer}.{index}"
+        qkv = [f"{theirs}.{part}" for part in names.qkv]
         table += [
             *keys.norm(f"{ours}/layernorm_before", f"{theirs}.layernorm_before"),
             *keys.norm(f"{ours}/layernorm_after", f"{theirs}.layernorm_after"),
             *keys.dense(f"{ours}/attention/qkv", *qkv, bias=config.qkv_bias),
-            *keys.dense(f"{ours}/attention/output", f"{theirs}.attention.output.dense"),
-            *keys.dense(f"{ours}/mlp/intermediate", f"{theirs}.intermediate.dense"),
-            *keys.dense(f"{ours}/mlp/output", f"{theirs}.output.dense"),
+            *keys.dense(f"{ours}/attention/output", f"{theirs}.{names.output}"),
+            *keys.dense(f"{ours}/mlp/intermediate", f"{theirs}.{names.mlp_in}"),
+            *keys.dense(f"{ours}/mlp/output", f"{theirs}.{names.mlp_out}"),
         ]
     if config.num_classes and config.pool == "cls_dist":
         table += keys.dense("classifier", "cls_classifier")
@@ -84,20 +111,23 @@ def _key_table(config: ViTConfig, prefix: str) -> list[Key]:
     return table
 
 
+_SHARED = dict(
+    write_config=_write,
+    key_table=functools.partial(_key_table, names=_IN_FILES),
+    key_table_in_memory=functools.partial(_key_table, names=_IN_MEMORY),
+)
 VIT = Family(
     read_config=_read_vit,
-    write_config=_write,
-    key_table=_key_table,
     prefix="vit.",
     heads=("classifier.weight",),
     ignored=re.compile(r"pooler\.dense\.(weight|bias)"),
+    **_SHARED,
 )
 DEIT = Family(
     read_config=_read_deit,
-    write_config=_write,
-    key_table=_key_table,
     prefix="deit.",
     heads=("classifier.weight", "cls_classifier.weight"),
     ignored=re.compile(r"pooler\.dense\.(weight|bias)|embeddings\.mask_token"),
     processor_type="DeiTImageProcessor",
+    **_SHARED,
 )

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from vitcls import adapt
 from vitcls.checkpoint import Checkpoints
 from vitcls.errors import UserError
+from vitcls.pretrained import values
 from vitcls.pretrained.find import CONFIG
 from vitcls.train_step import fold_lora
 
@@ -48,7 +50,7 @@ class Run:
           shapes: The network's variables as nested dicts of `jax.ShapeDtypeStruct`.
 
         Raises:
-          UserError: there is no such checkpoint.
+          UserError: there is no such checkpoint, or its values are of no use.
           StorageError: it cannot be read.
         """
         device = SingleDeviceSharding(jax.local_devices()[0])
@@ -60,7 +62,13 @@ class Run:
                 adapt.merge(shapes, checkpoints.lora_shapes(step, item)),
             )
             restored = checkpoints.restore(step, {item: target})[item]
-        return jax.tree.map(np.asarray, fold_lora(restored))
+        variables = jax.tree.map(np.asarray, fold_lora(restored))
+        values.refuse(
+            [values.flaw(name, leaf) for name, leaf in flatten_dict(variables, sep="/").items()],
+            source=f"{self.directory}@{step}",
+            advice="Choose another step of this run.",
+        )
+        return variables
 
     def _step(self, checkpoints: Checkpoints) -> int:
         steps = checkpoints.steps()
