@@ -33,6 +33,13 @@ class Named(sources.Split):
         return np.zeros(len(self), np.int32)
 
 
+class OfTwo(Named):
+    """The first two examples are of a class of their own."""
+
+    def labels(self):
+        return (np.arange(len(self)) >= 2).astype(np.int32)
+
+
 TRAIN, TEST = Named("train", 1000), Named("test", 10)
 
 
@@ -123,3 +130,13 @@ def test_a_bad_stretch_is_not_taken_for_a_bad_split(path):
     skipped.add(big, bad(*range(2000), split=big))
     skipped.add(TRAIN, (), num_drawn=2000)
     assert skipped.count("test") == 2000
+
+
+def test_a_class_that_is_skipped_as_a_whole_is_an_error(path):
+    split, skipped = OfTwo("train", 9), Skipped(path)
+    skipped.add(split, bad(0, 5, split=split))
+    skipped.check_classes(split)
+    Skipped(path).add(split, bad(1, split=split))  # another process
+    message = "train: 1 of 2 classes have no images to train on: a"
+    with pytest.raises(UserError, match=message):
+        skipped.check_classes(split)
