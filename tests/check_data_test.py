@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcls import data_checks
+from vitcls import data_checks, train_setup
 from vitcls.config import default_config
 from vitcls.data import sources
+from vitcls.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("ant", "bee", "cat")
@@ -110,7 +111,8 @@ def test_classes_that_cannot_be_learned_are_problems(root):
     (root / "labels.csv").write_text("\n".join(lines))
     _, report = data_checks.check(f"csv:{root}/labels.csv")
     assert report["problems"] == [
-        "train: 1 of 2 classes have no images: bee.",
+        "train: 1 of 2 classes have no images to train on: bee. Add images of them to this split, "
+        "or take the classes out of the data.",
         "train: there must be images of two classes or more.",
     ]
     assert report["splits"]["train"]["imbalance"] is None
@@ -119,6 +121,43 @@ def test_classes_that_cannot_be_learned_are_problems(root):
     picture(99).save(root / "test/dog/1.png")
     (problem,) = check(root)["problems"]
     assert "'test' has other classes than 'train': [] are missing, ['dog'] are new" in problem
+
+
+def test_a_class_of_unreadable_images_is_a_problem_where_they_are_skipped(root):
+    for path in (root / "train/cat").iterdir():
+        path.write_bytes(b"")
+    (problem,) = check(root, on_error="skip")["problems"]
+    assert problem.startswith("train: 1 of 3 classes have no images to train on: cat. Add images")
+    problems = check(root)["problems"]
+    assert len(problems) == 1 and "train: 3 of 21 images cannot be decoded" in problems[0]
+
+
+def test_images_in_the_training_split_and_another_are_a_problem(digits_dir):
+    names = ("train[:20]", "train[15:25]")
+    _, report = data_checks.check("digits", names, data_dir=digits_dir)
+    assert any(
+        "train[15:25]: 5 of its 10 images are also in train[:20], and so" in problem
+        for problem in report["problems"]
+    )
+
+
+def test_what_training_would_refuse_is_refused(root):
+    config = default_config()
+    config.data.source, config.data.on_error = f"folder:{root}", "skip"
+    config.eval.select_split = ""
+    for number in (1, 2):
+        (root / f"train/cat/{number:02}.png").write_bytes(b"")
+    report = check(root, on_error="skip")
+    assert report["problems"] == []
+    data_checks.check_training(config, report)
+    config.data.per_class = 2
+    for seed in range(20):
+        config.train.seed = seed
+        train, _ = train_setup.open_splits(config)
+        if "train/cat/00.png" not in {train.id(index) for index in range(len(train))}:
+            break
+    with pytest.raises(UserError, match="1 of 3 classes have no images to train on: cat"):
+        data_checks.check_training(config, report)
 
 
 def test_data_that_cannot_be_opened_are_reported_with_the_rest(root):

@@ -168,7 +168,7 @@ def test_division_and_listing_go_into_the_manifest(class_root, split_root):
     rest, _ = sources.hold_out(open_folder(class_root), 0.2, seed=0)
     assert rest.origin() == {
         "listing_sha256": FolderSplit(str(class_root)).fingerprint,
-        "divided": {"fractions": {"train": 0.8, "test": 0.2}, "seed": 2**32},
+        "divided": {"fractions": {"train": 0.8, "test": 0.2}, "seed": 2**32, "by": "hash"},
     }
     split_only = open_folder(split_root)
     assert split_only.origin() == {"listing_sha256": split_only.fingerprint}
@@ -334,7 +334,13 @@ def test_batches_are_those_of_any_other_source_with_the_same_images(class_root):
     )  # fmt: skip
     for split, other in [
         (folder, Records(folder)),
-        *zip(*(sources.hold_out(s, 0.3, seed=0) for s in (folder, Records(folder))), strict=True),
+        *zip(
+            *(
+                sources.hold_out(s, 0.3, seed=0, division="position")
+                for s in (folder, Records(folder))
+            ),
+            strict=True,
+        ),
     ]:
         both = [
             loader.train_batches(

@@ -63,21 +63,39 @@ def open_hf(root: pathlib.Path, records: sources.Split) -> sources.Split:
     return sources.open_split(f"hf:{root}/parquet", "test")
 
 
-@pytest.mark.parametrize("open_source", [open_folder, open_csv, open_hf])
-@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
-def test_batches_do_not_depend_on_the_source(records, root, open_source, sampling):
-    def batches(split):
-        rest, _ = sources.take_fold(split, 2, 5, seed=1)
-        tail = sources.take_long_tail(rest, 3, seed=1)
+def thinned(split: sources.Split, division: str) -> sources.Split:
+    rest, _ = sources.take_fold(split, 2, 5, seed=1, division=division)
+    return sources.take_long_tail(rest, 3, seed=1, division=division)
+
+
+def assert_same_batches(split: sources.Split, other: sources.Split, sampling: str) -> None:
+    def batches(of):
         made = loader.train_batches(
-            tail, global_batch_size=32, start_step=0, total_steps=8, seed=1, transform=CROP,
+            of, global_batch_size=32, start_step=0, total_steps=8, seed=1, transform=CROP,
             num_threads=2, sampling=sampling,
         )  # fmt: skip
         return list(made)
 
-    split = open_source(root, records)
-    assert split.class_names == records.class_names
-    for batch, expected in itertools.zip_longest(batches(split), batches(records)):
+    assert split.class_names == other.class_names
+    for batch, expected in itertools.zip_longest(batches(split), batches(other)):
         assert batch.keys() == expected.keys()
         for name in batch:
             np.testing.assert_array_equal(batch[name], expected[name])
+
+
+@pytest.mark.parametrize("open_source", [open_folder, open_csv, open_hf])
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_batches_do_not_depend_on_the_source(records, root, open_source, sampling):
+    split = open_source(root, records)
+    assert_same_batches(split, records, sampling)
+    both = (thinned(one, "position") for one in (split, records))
+    assert_same_batches(*both, sampling)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_what_is_held_out_and_taken_depends_on_ids_alone(records, root, sampling):
+    # Of a folder and a CSV file ids are the same paths.
+    opened = open_folder(root, records), open_csv(root, records)
+    folder, table = (thinned(split, "hash") for split in opened)
+    np.testing.assert_array_equal(folder.hashes(), table.hashes())
+    assert_same_batches(folder, table, sampling)

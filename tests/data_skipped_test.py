@@ -37,6 +37,13 @@ class Named(sources.Split):
         return np.zeros(len(self), np.int32)
 
 
+class OfTwo(Named):
+    """The first two examples are of a class of their own."""
+
+    def labels(self):
+        return (np.arange(len(self)) >= 2).astype(np.int32)
+
+
 TRAIN, TEST = Named("train", 1000), Named("test", 10)
 
 
@@ -150,3 +157,13 @@ def test_a_file_system_without_locks_has_a_list_too(path, monkeypatch, caplog):
 
 def lines_that_can_be_read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def test_a_class_that_is_skipped_as_a_whole_is_an_error(path):
+    split, skipped = OfTwo("train", 9), Skipped(path)
+    skipped.add(split, bad(0, 5, split=split))
+    skipped.check_classes(split)
+    Skipped(path).add(split, bad(1, split=split))  # another process
+    message = "train: 1 of 2 classes have no images to train on: a"
+    with pytest.raises(UserError, match=message):
+        skipped.check_classes(split)

@@ -19,7 +19,7 @@ LEVELS = [
     | {"distributed", "watchdog", "contact_sheet", "chips", "hlo", "collectives"}
     | {"traffic", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},
-    {"teacher", "program", "train_setup", "train"},
+    {"teacher", "program", "train_setup", "seen", "train"},
     {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing", "choices"}
     | {"planning", "plan_table"},
     {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe", "plan"}

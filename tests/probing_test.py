@@ -192,6 +192,9 @@ def test_heads_are_put_on_every_kind_of_network(config, tmp_path):
         (("--checkpoint=x", "--data=digits", "--output={}"), "has a model of something else"),
         (("--checkpoint=x", "--data=digits", "--output=o", "--epochs=0"), "--epochs=0"),
         (("--checkpoint=./x", "--data=folder:{data}", "--output={}/o"), "There is no folder './x'"),
+        (("--checkpoint=./x", "--data=digits", "--data_dir={digits}", "--output={}/o",
+          "--split=train[90%:]"),
+         "--split=train[90%:] shares 144 of its 144 images with --train_split=train, which is"),
         (("--checkpoint=./x", "--data=folder:{data}", "--output={}/o", "--holdout=1"),
          "Holding out 1.0 of the 120 examples"),
         (("--checkpoint=./x", "--data=folder:{data}", "--output={}/o", "--per_class=99"),
@@ -199,8 +202,8 @@ def test_heads_are_put_on_every_kind_of_network(config, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip
-def test_mistakes_exit_2_with_one_message(args, message, data, tmp_path):
+def test_mistakes_exit_2_with_one_message(args, message, data, digits_dir, tmp_path):
     (tmp_path / "model").mkdir()
-    result = run(*(arg.format(tmp_path, data=data) for arg in args))
+    result = run(*(arg.format(tmp_path, data=data, digits=digits_dir) for arg in args))
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr

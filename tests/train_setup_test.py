@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,6 +200,56 @@ def test_selection_on_images_of_the_test_split_is_refused(digits_dir):
         train_setup.open_splits(config)
     config.data.eval_splits = ("test[50%:]",)
     assert len(train_setup.open_splits(config)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("train_split", "select", "evaluated", "message"),
+    [
+        (
+            "train",
+            "train[90%:]",
+            "test",
+            "'train[90%:]' of eval.select_split shares 144 of its 144 ",
+        ),
+        ("train", "", "train[:10]", "'train[:10]' of data.eval_splits shares 10 of its 10 images"),
+        ("train+test", "", "test", "'test' of data.eval_splits shares 360 of its 360 images"),
+        ("train[:50%]", "train[40%:60%]", "test", "shares 143 of its 287 images with data.train_"),
+    ],
+)
+def test_images_that_are_trained_on_are_refused_elsewhere(
+    digits_dir, caplog, monkeypatch, train_split, select, evaluated, message
+):
+    monkeypatch.setattr(train_setup.log, "propagate", True)
+    config = make_config("x")
+    config.data.update(data_dir=digits_dir, train_split=train_split, eval_splits=(evaluated,))
+    config.eval.select_split = select
+    with pytest.raises(UserError, match=re.escape(message)):
+        train_setup.open_splits(config)
+    train_setup.open_splits(config, begun=True)
+    assert message in caplog.text and "The run began so, and continues." in caplog.text
+
+
+def test_splits_of_other_images_are_accepted(digits_dir):
+    config = make_config("x")
+    config.data.update(data_dir=digits_dir, train_split="train[:90%]")
+    config.eval.select_split = "train[90%:]"
+    train_split, evaluated = train_setup.open_splits(config)
+    assert (len(train_split), len(evaluated["train[90%:]"])) == (1293, 144)
+
+
+def test_a_class_without_training_images_is_refused(tmp_path):
+    lines = ["image,label,split"]
+    for label in ("ant", "bee", "cat"):
+        for number in range(4):
+            (tmp_path / f"{label}{number}.png").write_bytes(b"never read")
+            split = "test" if label == "cat" or number == 3 else "train"
+            lines.append(f"{label}{number}.png,{label},{split}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    config = make_config("x")
+    config.data.source, config.eval.select_split = f"csv:{tmp_path}/list.csv", ""
+    message = "train: 1 of 3 classes have no images to train on: cat. Add images"
+    with pytest.raises(UserError, match=message):
+        train_setup.open_splits(config)
 
 
 def test_resize_of_the_config_wins_over_the_checkpoint(make_checkpoint):

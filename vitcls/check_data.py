@@ -47,7 +47,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 def main() -> None:
     """Checks the flags, then the data."""
-    source, data_dir, names, on_error = _DATA.value, _DATA_DIR.value, _SPLITS.value, "raise"
+    source, data_dir, names, options = _DATA.value, _DATA_DIR.value, _SPLITS.value, {}
     config = None if _CONFIG.value is None else cli.config_value(_CONFIG)
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
     if config is None:
@@ -58,7 +58,8 @@ def main() -> None:
         data = config.data
         data.source, data.data_dir = source or data.source, data_dir or data.data_dir
         check_config(config)
-        source, data_dir, on_error = data.source, data.data_dir, data.on_error
+        source, data_dir = data.source, data.data_dir
+        options = {"division": data.division or "hash", "on_error": data.on_error}
         used = [data.train_split, config.eval.select_split, *data.eval_splits]
         names = names or [name for name in dict.fromkeys(used) if name not in ("", "holdout")]
     # These import jax: only once the flags are known to be right.
@@ -66,7 +67,7 @@ def main() -> None:
 
     if output is not None:
         records.make(output, flag="--output")
-    splits, report = data_checks.check(source, names, data_dir=data_dir or None, on_error=on_error)
+    splits, report = data_checks.check(source, names, data_dir=data_dir or None, **options)
     print(data_checks.format_report(report))
     if output is not None:
         records.write_json(output / "report.json", report)
@@ -77,6 +78,7 @@ def main() -> None:
     if report["problems"]:
         raise UserError("Training would fail:\n  " + "\n  ".join(report["problems"]))
     if config is not None:
+        data_checks.check_training(config, report)
         data_checks.draw_training(config).save(output / "augmented.png")
     print(f"{source}: nothing that would stop training" + (f" -> {output}" if output else ""))
 

@@ -7,6 +7,7 @@ finds every mistake that can be found without data, weights or devices.
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def default_config() -> ConfigDict:
     # "2/5" holds out the second of five folds instead, whatever data.holdout says: runs with the
     # same train.seed and 1/5 to 5/5 hold out every image of the training split once.
     c.data.fold = ""
+    # How images are chosen for the test split of data without splits, the hold-out, folds and
+    # samples: by a "hash" of their ids, so that one more file moves at most one other; or by their
+    # "position" in the listing, as versions before this field did. "": as the workdir's run began,
+    # and by hash in a new one.
+    c.data.division = ""
     # Training images per class, drawn with train.seed after the hold-out; 0: all.
     c.data.per_class = 0
     # Long tail: training images of the first class for each one of the last, their numbers falling
@@ -297,6 +303,7 @@ SELECT_METRICS = (
 )
 REMATS = ("none", "dots", "full")  # of model.remat, the cheapest first
 _CHOICES = {
+    "data.division": ("", "hash", "position"),
     "data.crop": ("inception", "resmall", "none"),
     "data.on_error": ("raise", "skip"),
     "data.sampling": ("uniform", "sqrt", "balanced"),
@@ -638,20 +645,48 @@ def read_class_weights(how: str) -> str:
     return json.dumps(table)
 
 
-def check_same_run(config: ConfigDict, path: Path) -> None:
-    """Raises `UserError` when the run saved at `path` was started with other identity fields."""
+def read_saved_config(path: Path) -> ConfigDict:
+    """Reads a run's `config.json`, in which fields that are newer than it have their defaults.
+
+    Raises:
+      UserError: it is not there, or is damaged.
+    """
     try:
-        saved = flatten(ConfigDict(json.loads(path.read_text())))
-    except (OSError, ValueError, AttributeError) as error:  # not read, no JSON, no object
+        return restore_config(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # no file, JSON, object
         raise UserError(
             f"{path}, the config of a run that has checkpoints, cannot be read ({error}): put it "
             "back, or use another --workdir."
         ) from error
-    asked = flatten(ConfigDict(json.loads(json.dumps(config.to_dict()))))
+
+
+def restore_config(saved: dict[str, Any]) -> ConfigDict:
+    """Returns the config of a run, of which `saved` is the content of its `config.json`."""
+    config = default_config()
+    with config.ignore_type():  # JSON has lists for tuples
+        config.update(saved)
+    if "division" not in saved.get("data", {}):
+        config.data.division = "position"  # what there was before the field
+    return config
+
+
+def check_same_run(config: ConfigDict, path: Path, *, moved: Collection[str] = ()) -> None:
+    """Raises `UserError` when the run saved at `path` was started with other identity fields.
+
+    Args:
+      config: What is asked for. An empty data.division asks for that of the run.
+      path: Of the saved config.
+      moved: Fields that may differ, since they name the same content in another place.
+    """
+    asked, saved = (
+        flatten(ConfigDict(json.loads(json.dumps(one.to_dict()))))
+        for one in (config, read_saved_config(path))
+    )
+    asked["data.division"] = asked["data.division"] or saved["data.division"]
     differences = [
         f"  {field}: {saved.get(field)!r} there, {asked.get(field)!r} asked for"
         for field in sorted(saved.keys() | asked.keys())
-        if field not in RUN_FIELDS and saved.get(field) != asked.get(field)
+        if field not in (*RUN_FIELDS, *moved) and saved.get(field) != asked.get(field)
         and not (field == "train.total_steps" and asked[field] > saved[field])
     ]  # fmt: skip
     if differences:

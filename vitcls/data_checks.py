@@ -20,6 +20,7 @@ from vitcls.contact_sheet import contact_sheet
 from vitcls.data import classes, loader, sources
 from vitcls.data.files_split import show
 from vitcls.data.skipped import Skipped
+from vitcls.data.split import check_no_class_is_empty, num_shared
 from vitcls.data.survey import Facts, find_duplicates, survey
 from vitcls.errors import UserError
 from vitcls.program import make_program
@@ -34,7 +35,12 @@ _NUM_GROUPS = 40  # of duplicates on their sheet
 
 
 def check(
-    source: str, names: Sequence[str] = (), *, data_dir: str | None = None, on_error: str = "raise"
+    source: str,
+    names: Sequence[str] = (),
+    *,
+    data_dir: str | None = None,
+    division: str = "hash",
+    on_error: str = "raise",
 ) -> tuple[dict[str, sources.Split], Report]:
     """Decodes every image of a data set.
 
@@ -42,6 +48,7 @@ def check(
       source: As `sources.open_split` takes it.
       names: Splits, the one to train on first; none: all that there are.
       data_dir: Folder of all tfds data.
+      division: As `sources.open_split` takes it.
       on_error: What training does with images that cannot be decoded: "raise" or "skip".
 
     Returns:
@@ -62,7 +69,7 @@ def check(
         problems.append(str(error))
     for name in names:
         try:
-            split = sources.open_split(source, name, data_dir=data_dir)
+            split = sources.open_split(source, name, data_dir=data_dir, division=division)
             split.labels()  # of records, this reads them: some may have none
             splits[name] = split
         except UserError as error:
@@ -73,7 +80,7 @@ def check(
     for name, split in splits.items():
         problems += _unreadable(split, facts[name], on_error)
     if splits:
-        problems += _classes(list(splits.values()))
+        problems += _classes(list(splits.values()), facts, on_error)
     return splits, {
         "data": source,
         "splits": {name: _describe(split, facts[name]) for name, split in splits.items()},
@@ -93,21 +100,28 @@ def _unreadable(split: sources.Split, facts: list[Facts], on_error: str) -> list
     ]
 
 
-def _classes(splits: list[sources.Split]) -> list[str]:
+def _classes(
+    splits: list[sources.Split], facts: Mapping[str, list[Facts]], on_error: str
+) -> list[str]:
     train, problems = splits[0], []
-    counts = train.class_counts()
-    empty = [train.class_names[k] for k in np.flatnonzero(counts == 0)]
-    if empty:
-        problems.append(
-            f"{train.name}: {len(empty)} of {len(counts)} classes have no images: {show(empty)}."
-        )
-    if len(counts) - len(empty) < 2:
+    is_left_out = on_error == "skip"
+    bad = [train.id(i) for i, one in enumerate(facts[train.name]) if one.error and is_left_out]
+    try:
+        check_no_class_is_empty(train, without=bad)
+    except UserError as error:
+        problems.append(str(error))
+    if np.count_nonzero(train.class_counts()) < 2:
         problems.append(f"{train.name}: there must be images of two classes or more.")
     for split in splits[1:]:
         try:
             classes.align(train, split)
         except UserError as error:
             problems.append(str(error))
+        if shared := num_shared(split, train):
+            problems.append(
+                f"{split.name}: {shared} of its {len(split)} images are also in {train.name}, and "
+                "so cannot measure what was learned from them."
+            )
     return problems
 
 
@@ -288,6 +302,18 @@ def draw_duplicates(splits: Mapping[str, sources.Split], report: Report) -> Imag
     return contact_sheet(tiles, num_columns=8)
 
 
+def check_training(config: ConfigDict, report: Report) -> None:
+    """Raises `UserError` where training would at its start, or once it has seen every image.
+
+    Args:
+      config: The run's.
+      report: Of `check`, on the config's data.
+    """
+    train, _ = train_setup.open_splits(config)
+    bad = [one["id"] for split in report["splits"].values() for one in split["unreadable"]]
+    check_no_class_is_empty(train, without=bad)
+
+
 def draw_training(config: ConfigDict) -> Image.Image:
     """A sheet of `training_images`. Raises what they do."""
     return contact_sheet(training_images(config, num=_NUM_TILES), num_columns=_NUM_COLUMNS)
@@ -310,7 +336,7 @@ def training_images(
     """
     config = config.copy_and_resolve_references()
     config.data.cache = ""  # which would have to be filled first
-    train, _ = train_setup.open_splits(config)
+    train, _ = train_setup.open_splits(config, begun=begun is not None)
     _, model_config, processor = train_setup.open_model(config, train.class_names, begun=begun)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     config = train_setup.resolve(

@@ -8,6 +8,9 @@ Face format, or a hub id such as google/vit-base-patch16-224, optionally with @R
 Classes are matched by their names, in whichever order, and the checkpoint may have more than the
 data. Where names differ but classes and order are the same, as with ImageNet from tfds and from the
 hub, --labels=index matches them by position.
+
+Data without splits are divided as the checkpoint's run did it. Images that it was trained on are
+counted, as trained_on, and warned of.
 """
 
 from pathlib import Path
@@ -56,12 +59,12 @@ def main() -> None:
             "name another folder."
         )
     # These import jax: only once the flags are known to be right.
-    from vitcls import evaluation, records
-    from vitcls.data import sources
+    from vitcls import evaluation, records, seen
     from vitcls.data.skipped import Skipped
 
     cli.keep_compiled_programs()
-    split = sources.open_split(data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
+    split, known = seen.open_split(checkpoint, data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
+    trained_on = seen.count_and_warn(known, split, data)
     skipped = None
     if output is not None:
         records.make(output, flag="--output")
@@ -76,12 +79,14 @@ def main() -> None:
         tta=_TTA.value,
         skipped=skipped,
     )
+    metrics["trained_on"] = trained_on
     if output is not None:
         ids = [split.id(index) for index in predictions.pop("index").tolist()]
         records.save_predictions(
             output / "predictions" / f"{split.name}.npz", ids=ids, **predictions
         )
         origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
+        origin["fingerprint"] = split.fingerprint
         records.write_json(output / "results.json", origin | metrics)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")

@@ -12,9 +12,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vitcls import pretrained
-from vitcls.config import default_config
+from vitcls import pretrained, seen
+from vitcls.config import restore_config
 from vitcls.data import sources
+from vitcls.data.division import DIVISIONS
 from vitcls.errors import UserError
 from vitcls.pretrained.workdir import find_run
 from vitcls.train_setup import open_splits
@@ -53,12 +54,7 @@ class Ingredient:
     def run_config(self) -> ConfigDict | None:
         """The run's config; fields that were added after it have their defaults."""
         saved = self._read_json("config.json")
-        if saved is None:
-            return None
-        config = default_config()
-        with config.ignore_type():  # JSON has lists for tuples
-            config.update(saved)
-        return config
+        return None if saved is None else restore_config(saved)
 
     def manifest(self) -> dict[str, Any]:
         """The run's manifest, empty where there is none."""
@@ -242,7 +238,7 @@ def open_selection(
 ) -> tuple[str, sources.Split]:
     """Opens the images that choose: none that an ingredient was trained on or is measured by.
 
-    Images of two sources cannot be told to be the same: only runs on `source` are compared.
+    Runs on other sources than `source` are compared where `seen.find` knows them to be the same.
 
     Args:
       ingredients: The checkpoints.
@@ -269,13 +265,16 @@ def open_selection(
             runs.setdefault(key, (ingredient, config))
     known = [config for _, config in runs.values()]
     source = source or _only("--data", {config.data.source for config in known})
+    elsewhere = [one for one, config in runs.values() if config.data.source != source]
     runs = [pair for pair in runs.values() if pair[1].data.source == source]
     split = split or _only("--split", {config.eval.select_split for _, config in runs})
-    opened = [(ingredient, config, *open_splits(config)) for ingredient, config in runs]
+    opened = [(ingredient, config, *open_splits(config, begun=True)) for ingredient, config in runs]
     selection = next((held[split] for *_, held in opened if split in held), None)
     if selection is None:
         data_dir = data_dir or next((config.data.data_dir for _, config in runs), "")
-        selection = sources.open_split(source, split, data_dir=data_dir or None)
+        division = next((config.data.division for _, config in runs), "") or DIVISIONS[0]
+        selection = sources.open_split(source, split, data_dir=data_dir or None, division=division)
+    _check_elsewhere(elsewhere, selection, source, data_dir)
     chosen = {selection.id(index) for index in range(len(selection))}
     for ingredient, config, train, evaluated in opened:
         _check_same_data(ingredient, train)
@@ -296,6 +295,20 @@ def open_selection(
                     "measure with, add --allow_eval_split."
                 )
     return source, selection
+
+
+def _check_elsewhere(
+    runs: Iterable[Ingredient], selection: sources.Split, source: str, data_dir: str
+) -> None:
+    """Refuses what runs were trained on that name their data otherwise: moved, or listed anew."""
+    for ingredient in runs:
+        known = seen.find(ingredient.workdir, source, data_dir=data_dir or None)
+        if known is not None and (shared := known.num_trained_on(selection, source)):
+            raise UserError(
+                f"{shared} of the {len(selection)} images of {selection.name!r} that would choose "
+                f"were trained on by {ingredient.name}, from another place. Name a --split that "
+                "none was trained on, or use --how=uniform."
+            )
 
 
 def _only(flag: str, values: set[str]) -> str:

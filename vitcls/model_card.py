@@ -135,7 +135,7 @@ def _metadata(name: str, config: pretrained.Config, origin: Origin, *, library: 
         for split, summary in origin.splits.items()
         if split != origin.select_split  # what chose the weights does not measure them
         for metric, value in summary.items()
-        if not metric.startswith("num_")
+        if _is_metric(metric)
     ]
     return ModelCardData(
         model_name=_line(name),
@@ -170,7 +170,7 @@ def _results(origin: Origin) -> list[str]:
     if not origin.splits:
         none = f"The weights after step {origin.step} have no final evaluation."
         return ["## Results", none]
-    metrics = [name for name in next(iter(origin.splits.values())) if not name.startswith("num_")]
+    metrics = [name for name in next(iter(origin.splits.values())) if _is_metric(name)]
     rows = [
         (
             split + (", which chose the step" if split == origin.select_split else ""),
@@ -181,6 +181,10 @@ def _results(origin: Origin) -> list[str]:
     ]
     table = _table(("split", "measured on", *metrics), rows)
     return ["## Results", f"Of the weights after step {origin.step}:", table]
+
+
+def _is_metric(name: str) -> bool:
+    return name != "fingerprint" and not name.startswith("num_")
 
 
 def _data(origin: Origin) -> list[str]:

@@ -59,15 +59,21 @@ def main() -> None:
             "another folder."
         )
     # These import jax: only once the flags are known to be right.
-    from vitcls import probing, records
+    from vitcls import probing, records, seen
     from vitcls.data import classes, sources
+    from vitcls.data.split import num_shared
 
     cli.keep_compiled_programs()
-    train, test = (
-        sources.open_split(data, name, data_dir=_DATA_DIR.value or None)
+    (train, _), (test, known) = (
+        seen.open_split(checkpoint, data, name, data_dir=_DATA_DIR.value or None)
         for name in (_TRAIN_SPLIT.value, _SPLIT.value)
     )
     test = classes.align(train, test)
+    if shared := num_shared(test, train):
+        raise UserError(
+            f"--split={_SPLIT.value} shares {shared} of its {len(test)} images with --train_split="
+            f"{_TRAIN_SPLIT.value}, which is fitted on: name splits of different images."
+        )
     train, validation = sources.hold_out(train, _HOLDOUT.value, seed=_SEED.value)
     if _PER_CLASS.value:
         train = sources.take_per_class(train, _PER_CLASS.value, seed=_SEED.value)
@@ -78,6 +84,7 @@ def main() -> None:
         output,
         num_epochs=_EPOCHS.value,
         batch_size=_BATCH_SIZE.value,
+        trained_on=seen.count_and_warn(known, test, data),
     )
     print(probing.table(content))
     model = content["model"]

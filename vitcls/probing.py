@@ -66,6 +66,7 @@ def probe(
     *,
     num_epochs: int,
     batch_size: int = 0,
+    trained_on: int | None = None,
 ) -> dict[str, Any]:
     """Fits all heads, chooses their hyper-parameters, and measures each choice once.
 
@@ -78,6 +79,7 @@ def probe(
       output: An existing folder, empty or of an earlier call.
       num_epochs: Of the linear probe.
       batch_size: Images at a time through the network over all devices; 0: chosen by their memory.
+      trained_on: Images of "test" that the checkpoint was trained on; None: it is not known.
 
     Returns:
       What `results.json` holds.
@@ -104,10 +106,8 @@ def probe(
     save_with_head(output / "model", backbone, best.head, class_names)
     content = {
         "checkpoint": checkpoint,
-        "splits": {
-            name: {"num_examples": len(split), "fingerprint": split.fingerprint} | split.origin()
-            for name, split in parts.items()
-        },
+        "splits": records.describe_splits(parts),
+        "trained_on": trained_on,
         "feature_dim": found["train"].features.shape[1],
         "methods": {result.method: _summary(result) for result in results},
         "model": {"method": best.method, "test_accuracy": best.test_accuracy_of_head},

@@ -102,29 +102,80 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def manifest(mesh: Mesh, splits: list[Split], files: pretrained.Files | None) -> dict[str, Any]:
-    """Returns where a run's numbers come from: the environment, the data and the weights."""
+def manifest(
+    mesh: Mesh,
+    splits: list[Split],
+    files: pretrained.Files | None,
+    *,
+    teacher: str | None = None,
+) -> dict[str, Any]:
+    """Returns where a run's numbers come from: the environment, the data and the weights.
+
+    Args:
+      mesh: The devices.
+      splits: All that are trained on or evaluated.
+      files: Of the pretrained weights.
+      teacher: Hash of the teacher's weights.
+    """
     return environment(mesh) | {
-        "data": {
-            split.name: {"num_examples": len(split), "fingerprint": split.fingerprint}
-            | split.origin()
-            for split in splits
-        },
-        "pretrained": files
-        and {
-            "source": files.source,
-            "revision": files.revision,
-            "sha256": files.sha256(),
-        },
+        "data": describe_splits({split.name: split for split in splits}),
+        "pretrained": files and _describe_files(files),
+        "teacher": teacher,
         "continued": [],
     }
 
 
-def note_continuation(path: Path, mesh: Mesh, *, step: int) -> None:
-    """Adds to the manifest at `path` that a run went on after `step`, and in what environment."""
+def describe_splits(splits: dict[str, Split]) -> dict[str, Any]:
+    """Returns size, fingerprint and origin of each split, for JSON."""
+    return {
+        name: {"num_examples": len(split), "fingerprint": split.fingerprint} | split.origin()
+        for name, split in splits.items()
+    }
+
+
+def _describe_files(files: pretrained.Files) -> dict[str, Any]:
+    return {"source": files.source, "revision": files.revision, "sha256": files.sha256()}
+
+
+def note_continuation(
+    path: Path,
+    mesh: Mesh,
+    *,
+    step: int,
+    splits: list[Split] = (),
+    files: pretrained.Files | None = None,
+) -> None:
+    """Adds to the manifest at `path` that a run went on after `step`, and in what environment.
+
+    Args:
+      path: Of the manifest.
+      mesh: The devices.
+      step: The last finished one.
+      splits: What the run goes on with, in place of what there was.
+      files: Where its pretrained weights are now, if they were moved.
+    """
     content = json.loads(path.read_text())
     content["continued"].append({"step": step} | environment(mesh))
+    content["data"] |= describe_splits({split.name: split for split in splits})
+    if files is not None:
+        content["pretrained"] = _describe_files(files)
     write_json(path, content)
+
+
+def read_manifest(workdir: Path) -> dict[str, Any]:
+    """Returns a run's manifest; {} where it is missing or damaged, as nothing depends on it."""
+    try:
+        content = json.loads((workdir / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def recorded_fingerprints(workdir: Path) -> dict[str, str]:
+    """Returns the fingerprints in a run's manifest by the names of splits; {} without one."""
+    return {
+        name: split["fingerprint"] for name, split in read_manifest(workdir).get("data", {}).items()
+    }
 
 
 def _git_commit() -> str | None:

@@ -18,6 +18,7 @@ from vitcls import (
     optim,
     pretrained,
     records,
+    seen,
     sharding,
     step_folders,
     train_setup,
@@ -70,8 +71,9 @@ def train_and_evaluate(
     check_config(config)
     optim.check_args(config.optim.name, dict(config.optim.args))
     wandb_sender.check(config.log.wandb_project)
-    train_split, eval_splits = train_setup.open_splits(config)
     begun = workdir if step_folders.has_steps(workdir / "checkpoints") else None
+    config = train_setup.keep_division(config, begun)
+    train_split, eval_splits = train_setup.open_splits(config, begun=begun is not None)
     files, model_config, processor = train_setup.open_model(
         config, train_split.class_names, begun=begun
     )
@@ -109,10 +111,18 @@ def train_and_evaluate(
     # The workdir: finished, begun with this config and data, or new, as is what never saved a step.
     is_main = jax.process_index() == 0
     meta = {"seconds": 0.0, "images_per_second": None, "window": []}
+    moved = {}
     if begun:
-        check_same_run(config, workdir / "config.json")
+        moved = train_setup.find_moved(config, begun, train_split, teacher)
+        check_same_run(config, workdir / "config.json", moved=moved)
+        known = records.recorded_fingerprints(workdir)
         results = records.read_results(workdir)
-        if results is not None and results["step"] == config.train.total_steps:
+        is_finished = results is not None and results["step"] == config.train.total_steps
+        if is_finished:
+            splits = results["splits"].items()
+            known |= {name: one["fingerprint"] for name, one in splits if "fingerprint" in one}
+        train_setup.warn_of_changed_splits(known, eval_splits, select=config.eval.select_split)
+        if is_finished:
             if is_main:
                 log.info("This run is finished; raise train.total_steps to continue it.")
                 print(records.last_line(results, workdir, splits=config.data.eval_splits))
@@ -130,10 +140,14 @@ def train_and_evaluate(
             train_setup.check_same_passes(meta.get("num_passes", 1), program, config)
     if is_main:
         records.write_json(workdir / "config.json", config.to_dict())
+        seen.write(
+            workdir, config.data.source, train_split, eval_splits, division=config.data.division
+        )
+        used = [train_split, *eval_splits.values()]
         if not begun:
             pretrained.write_config(workdir / "model", model_config, processor)
-            used = [train_split, *eval_splits.values()]
-            records.write_json(workdir / "manifest.json", records.manifest(mesh, used, files))
+            manifest = records.manifest(mesh, used, files, teacher=teacher and teacher.sha256)
+            records.write_json(workdir / "manifest.json", manifest)
             (workdir / "skipped.jsonl").unlink(missing_ok=True)
 
     is_trained = start_step < config.train.total_steps
@@ -147,7 +161,10 @@ def train_and_evaluate(
         )
         state = program.with_teacher(state)
         if is_main:
-            records.note_continuation(workdir / "manifest.json", mesh, step=start_step)
+            records.note_continuation(
+                workdir / "manifest.json", mesh, step=start_step, splits=used,
+                files=moved.get("model.pretrained"),
+            )  # fmt: skip
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
         state = program.first_state(variables)
@@ -274,6 +291,8 @@ def train_and_evaluate(
             if not (is_evaluated or is_saved or stop.name):
                 continue
             metrics.flush()
+            if skipped is not None:
+                skipped.check_classes(train_split)
             with progress.paused():
                 score = None
                 if is_evaluated and not stop.name:
@@ -328,7 +347,10 @@ def train_and_evaluate(
         "images_per_second": progress.images_per_second() or meta["images_per_second"],
         "selected_step": selected_step,
         "train": {"num_skipped": skipped.count(train_split.name) if skipped else 0},
-        "splits": summaries,
+        "splits": {
+            name: summary | {"fingerprint": eval_splits[name].fingerprint}
+            for name, summary in summaries.items()
+        },
     }
     if speed := progress.images_per_second():
         results["plan"] = footprint.planned_and_measured(

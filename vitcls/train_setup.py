@@ -12,10 +12,18 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vitcls import images, pretrained
-from vitcls.config import check_num_steps, flatten, parse_fold, read_class_weights
+from vitcls import images, pretrained, records
+from vitcls.config import (
+    check_num_steps,
+    flatten,
+    parse_fold,
+    read_class_weights,
+    read_saved_config,
+)
 from vitcls.data import classes, sources
 from vitcls.data.cache import cached
+from vitcls.data.division import DIVISIONS
+from vitcls.data.split import check_no_class_is_empty, num_shared
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
 from vitcls.program import Program, trains_statistics
@@ -28,10 +36,38 @@ log = logging.getLogger("vitcls")
 _FEW_IMAGES, _SMALL_WIDTH, _MOST_LR = 100, 192, 3e-4
 
 
-def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Split]]:
-    """Returns the split to train on, and by name those that are evaluated."""
-    data, seed = config.data, config.train.seed
-    open_split = functools.partial(sources.open_split, data.source, data_dir=data.data_dir or None)
+def keep_division(config: ConfigDict, begun: Path | None) -> ConfigDict:
+    """Returns a copy whose data.division is not empty: that of the run begun, if there is one."""
+    config = ConfigDict(config.to_dict())
+    if begun is not None and not config.data.division:
+        config.data.division = read_saved_config(begun / "config.json").data.division
+        if config.data.division == "position":
+            log.info(
+                "This run began before images were chosen by a hash of their ids, and keeps its "
+                "data.division='position': the same images are held out, sampled and tested on."
+            )
+    config.data.division = config.data.division or DIVISIONS[0]
+    return config
+
+
+def open_splits(
+    config: ConfigDict, *, begun: bool = False
+) -> tuple[sources.Split, dict[str, sources.Split]]:
+    """Returns the split to train on, and by name those that are evaluated.
+
+    Args:
+      config: The run's.
+      begun: Whether it began already. Then it may have what is refused in a new one: classes
+        without training images, and images that are trained on and evaluated; this is warned of.
+    """
+    data = config.data
+    chosen = dict(seed=config.train.seed, division=data.division or DIVISIONS[0])
+    open_split = functools.partial(
+        sources.open_split,
+        data.source,
+        data_dir=data.data_dir or None,
+        division=chosen["division"],
+    )
     keep = functools.partial(cached, where=data.cache)
     train, evaluated = open_split(data.train_split), {}
     is_thinned = data.per_class or data.long_tail
@@ -39,24 +75,27 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
         train = keep(train)
     if "holdout" in (config.eval.select_split, *data.eval_splits):
         if data.fold:
-            train, evaluated["holdout"] = sources.take_fold(
-                train, *parse_fold(data.fold), seed=seed
-            )
+            train, evaluated["holdout"] = sources.take_fold(train, *parse_fold(data.fold), **chosen)
         elif data.holdout:
-            train, evaluated["holdout"] = sources.hold_out(train, data.holdout, seed=seed)
+            train, evaluated["holdout"] = sources.hold_out(train, data.holdout, **chosen)
     if is_thinned:
         if data.per_class:
-            train = sources.take_per_class(train, data.per_class, seed=seed)
+            train = sources.take_per_class(train, data.per_class, **chosen)
         else:
-            train = sources.take_long_tail(train, data.long_tail, seed=seed)
+            train = sources.take_long_tail(train, data.long_tail, **chosen)
         train = keep(train)
         evaluated = {name: keep(split) for name, split in evaluated.items()}
     for name in [config.eval.select_split, *data.eval_splits]:
         if name and name not in evaluated:
             evaluated[name] = keep(open_split(name))
     evaluated = {name: classes.align(train, split) for name, split in evaluated.items()}
-    if config.eval.select_split:
-        _check_apart(evaluated, config.eval.select_split, data.eval_splits)
+    try:
+        check_no_class_is_empty(train)
+        _check_apart(config, train, evaluated)
+    except UserError as error:
+        if not begun:
+            raise
+        log.warning("%s (The run began so, and continues.)", error)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
         raise UserError(
             f"eval.select_metric='top5_accuracy' says nothing with {len(train.class_names)} "
@@ -66,12 +105,23 @@ def open_splits(config: ConfigDict) -> tuple[sources.Split, dict[str, sources.Sp
 
 
 def _check_apart(
-    splits: dict[str, sources.Split], select: str, eval_splits: tuple[str, ...]
+    config: ConfigDict, train: sources.Split, evaluated: dict[str, sources.Split]
 ) -> None:
-    chosen = {splits[select].id(index) for index in range(len(splits[select]))}
-    for name in eval_splits:
-        split = splits[name]
-        if any(split.id(index) in chosen for index in range(len(split))):
+    """Refuses images that both fit and choose, fit and measure, or choose and measure."""
+    select, eval_splits = config.eval.select_split, config.data.eval_splits
+    for name, split in evaluated.items():
+        if shared := num_shared(split, train):
+            field, does = "data.eval_splits", "measure it"
+            if name == select:
+                field, does = "eval.select_split", "choose its checkpoint"
+            raise UserError(
+                f"{name!r} of {field} shares {shared} of its {len(split)} images with "
+                f"data.train_split={config.data.train_split!r}: images that a network is trained "
+                f"on cannot {does}. Name a split of other images, such as 'holdout', or a "
+                "data.train_split without them."
+            )
+    for name in eval_splits if select else ():
+        if num_shared(evaluated[name], evaluated[select]):
             raise UserError(
                 f"eval.select_split={select!r} shares images with {name!r} of data.eval_splits: "
                 "images that choose the checkpoint cannot measure it. Select on 'holdout'."
@@ -288,6 +338,76 @@ def train_transform(config: ConfigDict, processor: pretrained.Processor) -> Call
 
 def _fixed_pixels(image, rng, *, processor: pretrained.Processor) -> np.ndarray:
     return processor.pixels(image)
+
+
+def find_moved(
+    config: ConfigDict, begun: Path, train_split: sources.Split, teacher: Teacher | None
+) -> dict[str, Any]:
+    """Returns the fields that name what a run began with in another place than then.
+
+    These are data.source, if the images to train on have the fingerprint that they had, and
+    loss.teacher and model.pretrained, if the weights have the same hashes.
+
+    Args:
+      config: What is asked for.
+      begun: The run's workdir.
+      train_split: The split to train on.
+      teacher: The teacher.
+
+    Returns:
+      The fields, model.pretrained with its files.
+
+    Raises:
+      UserError: there is nothing at the new place of the pretrained weights. Where they are given
+        as they were, nothing is read: the workdir has its own.
+    """
+    saved, manifest = read_saved_config(begun / "config.json"), records.read_manifest(begun)
+    moved: dict[str, Any] = {}
+    fingerprint = records.recorded_fingerprints(begun).get(train_split.name)
+    if config.data.source != saved.data.source and fingerprint == train_split.fingerprint:
+        moved["data.source"] = None
+    taught = teacher is not None and teacher.sha256 == manifest.get("teacher")
+    if config.loss.teacher != saved.loss.teacher and taught:
+        moved["loss.teacher"] = None
+    asked, first = config.model.pretrained, manifest.get("pretrained")
+    if asked != saved.model.pretrained and asked and first:
+        try:
+            files = pretrained.find(asked, allow_pickle=config.model.allow_pickle)
+        except UserError as error:
+            raise UserError(
+                f"model.pretrained={asked!r} cannot be compared with what this run began with: "
+                f"{error} Name {saved.model.pretrained!r}, as then, and nothing is read there."
+            ) from error
+        if _only_weights(files.sha256()) == _only_weights(first["sha256"]):
+            moved["model.pretrained"] = files
+    for field in moved:
+        log.info("%s names another place than when this run began, with the same content.", field)
+    return moved
+
+
+def _only_weights(sha256: dict[str, str]) -> dict[str, str]:
+    # What the JSON files say of network and preprocessing is in the workdir.
+    return {name: digest for name, digest in sha256.items() if not name.endswith(".json")}
+
+
+def warn_of_changed_splits(
+    known: dict[str, str], splits: dict[str, sources.Split], *, select: str
+) -> None:
+    """Warns of every evaluated split that is not what it was.
+
+    Args:
+      known: The fingerprints of then by the splits' names.
+      splits: By name, what is evaluated now.
+      select: Name of the one that chooses the checkpoint.
+    """
+    for name, split in splits.items():
+        if known.get(name, split.fingerprint) != split.fingerprint:
+            log.warning(
+                "Split %r has changed since it was last evaluated or described here: files or "
+                "labels are not what they were, and it now has %d images. Earlier figures of it "
+                "are not comparable%s.", name, len(split),
+                ", and earlier checkpoints were scored on other images" if name == select else "",
+            )  # fmt: skip
 
 
 def check_same_data(fingerprint: str, split: sources.Split) -> None:

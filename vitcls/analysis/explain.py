@@ -70,11 +70,12 @@ def main() -> None:
         raise UserError(
             f"Pictures need {error.name}: pip install -r requirements-analysis.txt"
         ) from error
-    from vitcls import prediction
-    from vitcls.data import sources
+    from vitcls import prediction, seen
 
     if _DATA.value:
-        split = sources.open_split(_DATA.value, _SPLIT.value, data_dir=_DATA_DIR.value or None)
+        split, _ = seen.open_split(
+            checkpoint, _DATA.value, _SPLIT.value, data_dir=_DATA_DIR.value or None
+        )
         found = explaining.split_sources(split, num=_NUM_IMAGES.value)
     else:
         found = explaining.file_sources(prediction.find_images(_IMAGES.value))

@@ -113,7 +113,7 @@ def open_images(
     if not run.config:
         return nothing, "The images cannot be shown: config.json, which names them, is missing."
     try:
-        _, evaluated = train_setup.open_splits(restored_config(run.config))
+        _, evaluated = train_setup.open_splits(restored_config(run.config), begun=True)
         if split_name not in evaluated:
             return nothing, "The images cannot be shown: config.json does not evaluate this split."
         split = evaluated[split_name]

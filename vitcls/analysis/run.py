@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls.analysis import predictions
-from vitcls.config import default_config, flatten
+from vitcls.config import default_config, flatten, restore_config
 from vitcls.errors import UserError
 
 _FILES = ("config.json", "manifest.json", "metrics.jsonl", "results.json", "predictions")
@@ -172,8 +172,7 @@ def restored_config(config: dict[str, Any]) -> ConfigDict:
     Raises:
       Exception: Of several types, where it is of another version.
     """
-    restored = default_config()
-    restored.update(config)
+    restored = restore_config(config)
     restored.update({"mesh": {"data": -1, "fsdp": 1}, "data": {"cache": "", "num_workers": 0}})
     restored.train.micro_batch = None
     return restored

@@ -85,6 +85,8 @@ def main() -> None:
         folder=output / "features",
         num_epochs=_EPOCHS.value,
         batch_size=_BATCH_SIZE.value,
+        source=data,
+        data_dir=_DATA_DIR.value or None,
     )
     markdown = selection_page.to_markdown(found)
     print(markdown)

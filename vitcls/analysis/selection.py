@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vitcls import features as features_lib
+from vitcls import seen
 from vitcls.analysis import candidates as candidates_lib
 from vitcls.analysis import classification, paired
 from vitcls.analysis.candidates import Candidate
@@ -95,6 +96,8 @@ def select(
     folder: Path,
     num_epochs: int,
     batch_size: int = 0,
+    source: str = "",
+    data_dir: str | None = None,
 ) -> Selection:
     """Measures all candidates, one after the other, and ranks those that can be used.
 
@@ -104,6 +107,9 @@ def select(
       folder: Where features are kept; what is there is not computed again.
       num_epochs: Of the linear probe.
       batch_size: Images at a time over all devices; 0: chosen by their memory.
+      source: Data set of the parts: runs that were trained on its images that rank are left out.
+        "": it is not known.
+      data_dir: Folder of all tfds data.
 
     Raises:
       UserError: None can be used, or an image cannot be decoded.
@@ -112,6 +118,7 @@ def select(
     for number, name in enumerate(names, 1):
         log.info("Candidate %d of %d: %s", number, len(names), name)
         try:
+            _check_has_not_seen(name, parts["test"], source, data_dir)
             measured.append(
                 _measure(name, parts, folder=folder, num_epochs=num_epochs, batch_size=batch_size)
             )
@@ -126,6 +133,15 @@ def select(
 
 class _Unusable(Exception):
     """A candidate's own fault."""
+
+
+def _check_has_not_seen(name: str, split: Split, source: str, data_dir: str | None) -> None:
+    known = seen.find(name, source, data_dir=data_dir) if source else None
+    if known is not None and (shared := known.num_trained_on(split, source)):
+        raise _Unusable(
+            f"It was trained on {shared} of the {len(split)} images that rank. vitcls.evaluate "
+            "measures it on the test split."
+        )
 
 
 def _measure(

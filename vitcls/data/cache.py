@@ -78,6 +78,10 @@ class _Cached(Split):
         """See `Split`."""
         return self._split.id(index)
 
+    def hashes(self) -> np.ndarray:
+        """See `Split`."""
+        return self._split.hashes()
+
     def labels(self) -> np.ndarray:
         """See `Split`."""
         return self._split.labels()

@@ -162,6 +162,10 @@ class Relabelled(Split):
         """See `Split`."""
         return self._parent.id(index)
 
+    def hashes(self) -> np.ndarray:
+        """See `Split`."""
+        return self._parent.hashes()
+
     def labels(self) -> np.ndarray:
         """See `Split`."""
         return self._positions[self._parent.labels()].astype(np.int32)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from vitcls.data.split import Split, Subset, hold_out
+from vitcls.data.division import hold_out, hold_out_of_each
+from vitcls.data.split import Split, Subset
 from vitcls.errors import StorageError, UserError
 
 # Of data without splits, and the same in every run, whatever its seed: results stay comparable. The
@@ -89,13 +90,25 @@ class FilesSplit(Split):
 class DividedSplit(Subset):
     """The "train" or the "test" part of data that have no splits."""
 
+    def __init__(self, name: str, whole: Split, *, indices: np.ndarray, division: str):
+        """As `Subset`; `division` says by what it was divided, see `vitcls.data.division`."""
+        super().__init__(name, whole, indices=indices)
+        self._division = division
+
+    def divided_by(self, division: str) -> "DividedSplit":
+        """The part of this name in another division of the same whole."""
+        part = divide(self._parent, self.name, division=division)
+        part.found = self.found
+        return part
+
     def origin(self) -> dict[str, Any]:
         """As for the whole, and how it was divided."""
         fractions = {"train": 1 - TEST_FRACTION, "test": TEST_FRACTION}
-        return super().origin() | {"divided": {"fractions": fractions, "seed": _DIVISION_SEED}}
+        divided = {"fractions": fractions, "seed": _DIVISION_SEED, "by": self._division}
+        return super().origin() | {"divided": divided}
 
 
-def divide(whole: Split, split: str) -> DividedSplit:
+def divide(whole: Split, split: str, *, division: str = "hash") -> DividedSplit:
     """The part "train" or "test" of data without splits; a fifth of every class is the test's.
 
     Raises:
@@ -107,10 +120,12 @@ def divide(whole: Split, split: str) -> DividedSplit:
             f"{whole.class_names[counts.argmin()]!r} has one image only; data without splits are "
             "divided into train and test, which needs two images or more of each class."
         )
-    parts = dict(
-        zip(("train", "test"), hold_out(whole, TEST_FRACTION, seed=_DIVISION_SEED), strict=True)
-    )
-    return DividedSplit(split, whole, indices=parts[split].indices)
+    if division == "position":
+        rest, held = hold_out(whole, TEST_FRACTION, seed=_DIVISION_SEED, division=division)
+    else:
+        rest, held = hold_out_of_each(whole, TEST_FRACTION, seed=_DIVISION_SEED)
+    indices = (rest if split == "train" else held).indices
+    return DividedSplit(split, whole, indices=indices, division=division)
 
 
 def show(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ on: files that come later do not, and a run continues only with the same listing
 import collections
 import concurrent.futures
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vitcls.data import classes, image_files, split_names
 from vitcls.data.files_split import NUM_THREADS, FilesSplit, divide, show
@@ -23,7 +23,14 @@ _MEASURING = ("validation", "test", "holdout")
 class FolderSplit(FilesSplit):
     """The images below one folder per class."""
 
-    def __init__(self, root: str, folder: str = "", *, name: str = ""):
+    def __init__(
+        self,
+        root: str,
+        folder: str = "",
+        *,
+        name: str = "",
+        order: Callable[[list[str]], list[str]] = classes.ordered,
+    ):
         """Lists `root/folder/class/...`; nested folders inside a class belong to it.
 
         Hidden files, and files that are not images, are left out. Symbolic links are followed.
@@ -32,6 +39,7 @@ class FolderSplit(FilesSplit):
           root: The folder that ids are relative to.
           folder: The split's folder; "": `root` has the class folders.
           name: The split's name; "": that of its folder.
+          order: Of the classes.
 
         Raises:
           UserError: No such folder, no classes or only one, a class without images, or what
@@ -43,7 +51,7 @@ class FolderSplit(FilesSplit):
         while folder and subfolders(path) == [os.path.basename(path)]:
             folder = os.path.join(folder, os.path.basename(path))
             path = os.path.join(root, folder)
-        class_names = _class_folders(path)
+        class_names = order(_class_folders(path))
         prefixes = [os.path.join(folder, name) for name in class_names]
         with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
             listings = list(
@@ -60,7 +68,9 @@ class FolderSplit(FilesSplit):
         self.found = _describe(path, class_names, listings)
 
 
-def open_folder(root: str, split: str) -> Split:
+def open_folder(
+    root: str, split: str, *, order: Callable[[list[str]], list[str]] = classes.ordered
+) -> Split:
     """Opens a split of a folder of images.
 
     With split folders, they are the splits. Without, there are `train` and `test`: of every class
@@ -72,7 +82,7 @@ def open_folder(root: str, split: str) -> Split:
     path, names = _look_into(root)
     if names:
         folder = _find_split(path, split, names)
-        opened = FolderSplit(path, folder, name=split)
+        opened = FolderSplit(path, folder, name=split, order=order)
         opened.found = f"Splits: {', '.join(split_names.offered(names))}. {opened.found}"
         if others := [name for name in subfolders(path) if name not in names]:
             opened.found += f" Not used: {show(others)}, without classes."
@@ -82,7 +92,7 @@ def open_folder(root: str, split: str) -> Split:
             f"{path} has no split folders, and so is divided into 'train' and 'test'; there is no "
             f"{split!r}. Images for it belong into {os.path.join(path, 'SPLIT', 'CLASS')}."
         )
-    whole = FolderSplit(path)
+    whole = FolderSplit(path, order=order)
     part = divide(whole, split)
     part.found = f"No split folders: a fifth of every class is 'test'. {whole.found}"
     return part
@@ -163,14 +173,14 @@ def _find_split(path: str, split: str, names: list[str]) -> str:
 
 
 def _class_folders(folder: str) -> list[str]:
-    """Names of the folders in `folder`, in the order of the labels."""
+    """Names of the folders in `folder`."""
     names = subfolders(folder)
     if not names:
         raise UserError(
             f"{folder} has {len(_images_beside(folder)) or 'no'} images and no folders; put the "
             "images into one folder per class."
         )
-    return classes.ordered(names)
+    return names
 
 
 def _images_beside(folder: str) -> list[str]:

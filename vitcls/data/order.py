@@ -25,6 +25,21 @@ def bit_generator(seed: int, number: int, *, stream: int) -> np.random.Philox:
     return np.random.Philox(counter=counter, key=np.array([seed, number], np.uint64))
 
 
+def random_keys(hashes: np.ndarray, seed: int, *, stream: int) -> np.ndarray:
+    """A random number for each hash, uint64 like `hashes`; other ones for another seed or stream.
+
+    SplitMix64's mixing function (Steele et al. 2014), twice, with Philox's output for the seed.
+    """
+    first, second = bit_generator(seed, 0, stream=stream).random_raw(2)
+    return _mix(_mix(hashes ^ first) + second)
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
 def sample_rng(seed: int, number: int) -> np.random.Generator:
     """The generator of everything random that the host does to sample `number`."""
     return np.random.Generator(bit_generator(seed, number, stream=AUGMENT))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from vitcls import lock
-from vitcls.data.split import Split
+from vitcls.data.split import Split, check_no_class_is_empty
 from vitcls.errors import UserError
 
 log = logging.getLogger("vitcls")
@@ -37,6 +37,12 @@ class Skipped:
     def count(self, split: str) -> int:
         """Number of different images of a split in the list."""
         return len(self._known.get(split, ()))
+
+    def check_classes(self, split: Split) -> None:
+        """Raises `UserError` when all images of a class are in the list, whoever added them."""
+        self._add_lines("", [])
+        if self.count(split.name):
+            check_no_class_is_empty(split, without=self._known[split.name])
 
     def log_counts(self, splits: list[Split]) -> None:
         """Says of every split how many of its images are in the list, whoever added them."""

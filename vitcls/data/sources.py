@@ -1,28 +1,24 @@
 """Data sets by name: `open_split("digits", "train")`."""
 
 import logging
+import os
 
 from vitcls.data import builders
 from vitcls.data.csv_split import csv_split_names, open_csv
+from vitcls.data.division import hold_out, take_fold, take_long_tail, take_per_class
+from vitcls.data.files_split import DividedSplit
 from vitcls.data.folder_split import folder_split_names, open_folder
 from vitcls.data.hf_split import hf_split_names, open_hf
 from vitcls.data.prepare import prepare_once
-from vitcls.data.split import (
-    Split,
-    Subset,
-    hold_out,
-    take_fold,
-    take_long_tail,
-    take_per_class,
-)
+from vitcls.data.split import Split, Subset
 from vitcls.data.tfds_split import TfdsSplit
 from vitcls.errors import unknown
 
 log = logging.getLogger("vitcls")
 
 __all__ = [
-    "Split", "Subset", "hold_out", "open_split", "split_names", "take_fold", "take_long_tail",
-    "take_per_class",
+    "Split", "Subset", "hold_out", "home", "open_split", "split_names", "take_fold",
+    "take_long_tail", "take_per_class",
 ]  # fmt: skip
 
 _SCHEMES = (
@@ -32,7 +28,9 @@ _SCHEMES = (
 _OPENERS = {"folder": open_folder, "csv": open_csv, "hf": open_hf}
 
 
-def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split:
+def open_split(
+    source: str, split: str, *, data_dir: str | None = None, division: str = "hash"
+) -> Split:
     """Opens one split of a data set, which is prepared first where it is not.
 
     Sources with the same images in the same order under the same class names give the same batches.
@@ -44,6 +42,7 @@ def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split
         `hf:ID_OR_PATH[:CONFIG]`, see `vitcls.data.hf_split`.
       split: Name; of tfds also an expression as in `tfds.load`, such as "train[:90%]".
       data_dir: Folder of all tfds data; None: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      division: How data without splits are divided, one of `vitcls.data.division.DIVISIONS`.
 
     Raises:
       UserError: Unknown source or split, or data that cannot be prepared or used.
@@ -51,7 +50,11 @@ def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split
     """
     scheme, _, rest = source.partition(":")
     if scheme in _OPENERS:
-        opened = _OPENERS[scheme](rest, split)
+        # Runs that were begun before classes had the order of their numbers continue without it.
+        order = {"order": sorted} if division != "hash" and scheme == "folder" else {}
+        opened = _OPENERS[scheme](rest, split, **order)
+        if division != "hash" and isinstance(opened, DividedSplit):
+            opened = opened.divided_by(division)
     else:
         builder = _prepared(source, data_dir)
         opened = TfdsSplit(builder, split)
@@ -63,6 +66,22 @@ def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split
     level = logging.WARNING if "Not used: " in opened.found else logging.INFO
     log.log(level, "%s: %s", split, opened.found)
     return opened
+
+
+def home(source: str) -> str:
+    """What the ids of a source are unique in: the folder that they are paths in, or a data set.
+
+    Ids of two sources with one home can be compared.
+    """
+    scheme, _, rest = source.partition(":")
+    path = os.path.expanduser(rest.partition("?")[0])
+    if scheme == "folder":
+        return os.path.realpath(path)
+    if scheme == "csv":
+        return os.path.realpath(os.path.dirname(path))
+    if scheme == "hf":
+        return "hf:" + (os.path.realpath(path) if os.path.exists(path) else path)
+    return "tfds"  # where ids name the data set
 
 
 def split_names(source: str, *, data_dir: str | None = None) -> list[str]:

@@ -2,14 +2,16 @@
 
 import abc
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vitcls import images
-from vitcls.data import order
 from vitcls.errors import UserError
+
+_MAX_SHOWN = 5  # class names in a message
 
 
 class Split(abc.ABC):
@@ -26,6 +28,7 @@ class Split(abc.ABC):
     class_names: tuple[str, ...]
     fingerprint: str
     found: str = ""
+    _hashes: np.ndarray | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -38,6 +41,12 @@ class Split(abc.ABC):
     @abc.abstractmethod
     def id(self, index: int) -> str:
         """A name that stays with the example wherever the data lie and however they are split."""
+
+    def hashes(self) -> np.ndarray:
+        """`hash_ids` of all ids, uint64 (N,), by which examples are ranked and recognised."""
+        if self._hashes is None:
+            self._hashes = hash_ids(map(self.id, range(len(self))))
+        return self._hashes
 
     @abc.abstractmethod
     def labels(self) -> np.ndarray:
@@ -99,6 +108,10 @@ class Subset(Split):
         """See `Split`."""
         return self._parent.id(int(self.indices[index]))
 
+    def hashes(self) -> np.ndarray:
+        """See `Split`."""
+        return self._parent.hashes()[self.indices]
+
     def labels(self) -> np.ndarray:
         """See `Split`."""
         return self._parent.labels()[self.indices]
@@ -108,125 +121,35 @@ class Subset(Split):
         return self._parent.origin()
 
 
-def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Subset, Subset]:
-    """Divides a split, stratified, into what remains and a part named "holdout".
+def hash_ids(ids: Iterable[str]) -> np.ndarray:
+    """A hash of each string, uint64 (N,), the same on every machine and in every version."""
+    digests = (
+        hashlib.blake2b(one.encode(errors="surrogateescape"), digest_size=8).digest() for one in ids
+    )
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
-    Of every class the held-out part has its share to within one example. Both parts keep the
-    split's order.
+
+def num_shared(one: Split, other: Split) -> int:
+    """Returns how many examples of `one` are also in `other`, by their ids.
+
+    Ids mean the same only in splits of one source.
+    """
+    return int(np.isin(one.hashes(), other.hashes()).sum())
+
+
+def check_no_class_is_empty(split: Split, *, without: Iterable[str] = ()) -> None:
+    """Raises `UserError` unless there is something to learn every class from.
 
     Args:
-      split: What to divide.
-      fraction: Share of the examples to hold out, between 0 and 1.
-      seed: Which examples.
-
-    Returns:
-      (rest, held).
-
-    Raises:
-      UserError: The fraction leaves one of the parts empty.
+      split: What is trained on.
+      without: Ids of images that cannot be used.
     """
-    num_examples = len(split)
-    num_held = round(fraction * num_examples)
-    if not 0 < num_held < num_examples:
+    is_used = ~np.isin(split.hashes(), hash_ids(without)) if without else slice(None)
+    counts = np.bincount(split.labels()[is_used], minlength=len(split.class_names))
+    empty = [split.class_names[k] for k in np.flatnonzero(counts == 0)]
+    if empty:
+        shown = ", ".join(empty[:_MAX_SHOWN]) + (", ..." if len(empty) > _MAX_SHOWN else "")
         raise UserError(
-            f"Holding out {fraction} of the {num_examples} examples in {split.name!r} leaves "
-            f"{num_held} and {num_examples - num_held}; both parts need at least one."
+            f"{split.name}: {len(empty)} of {len(counts)} classes have no images to train on: "
+            f"{shown}. Add images of them to this split, or take the classes out of the data."
         )
-    # A systematic sample: every (N / n)-th example when sorted by class, in random order within.
-    positions = (2 * np.arange(num_held) + 1) * num_examples // (2 * num_held)
-    return _set_apart(split, _by_class(split, seed, order.HOLD_OUT)[positions])
-
-
-def take_fold(split: Split, fold: int, num_folds: int, *, seed: int) -> tuple[Subset, Subset]:
-    """Divides a split, stratified, into what remains and one of `num_folds` parts of equal size.
-
-    The part is named "holdout". The folds of one seed are disjoint and cover the split; sizes, and
-    the shares of every class, differ by one example at most.
-
-    Args:
-      split: What to divide.
-      fold: Which part, from 1 to `num_folds`.
-      num_folds: Two or more.
-      seed: Which examples.
-
-    Returns:
-      (rest, held).
-
-    Raises:
-      UserError: There are fewer examples than folds.
-    """
-    if len(split) < num_folds:
-        raise UserError(
-            f"The {len(split)} examples in {split.name!r} cannot be divided into {num_folds} folds."
-        )
-    return _set_apart(split, _by_class(split, seed, order.HOLD_OUT)[fold - 1 :: num_folds])
-
-
-def _set_apart(split: Split, held: np.ndarray) -> tuple[Subset, Subset]:
-    is_held = np.zeros(len(split), bool)
-    is_held[held] = True
-    rest = Subset(split.name, split, indices=np.flatnonzero(~is_held))
-    return rest, Subset("holdout", split, indices=np.flatnonzero(is_held))
-
-
-def take_per_class(split: Split, num: int, *, seed: int) -> Subset:
-    """`num` random examples of every class, in the split's order.
-
-    With the same seed, a larger `num` adds to the examples of a smaller one.
-
-    Raises:
-      UserError: A class has fewer.
-    """
-    counts = split.class_counts()
-    rarest = int(counts.argmin())
-    if not 0 < num <= counts[rarest]:
-        raise UserError(
-            f"Cannot take {num} examples of every class from {split.name!r}: class "
-            f"{split.class_names[rarest]!r} has {counts[rarest]}; "
-            f"choose between 1 and {counts[rarest]}."
-        )
-    return _take(split, np.full_like(counts, num), seed=seed)
-
-
-def take_long_tail(split: Split, ratio: float, *, seed: int) -> Subset:
-    """Random examples whose numbers fall off exponentially from the first class to the last.
-
-    Of K classes, class k keeps n * ratio^(-k / (K - 1)) examples, rounded down, with the largest n
-    for which every class has enough: all of the first class where classes are of one size. Then a
-    larger ratio also takes some of what a smaller one with the same seed does. Cui et al. 2019
-    (arXiv:1901.05555), section 5.1.
-
-    Args:
-      split: Where they come from; its order is kept.
-      ratio: Examples of the first class for each one of the last; 1 or more.
-      seed: Which examples.
-
-    Raises:
-      UserError: A class would be left without examples.
-    """
-    counts = split.class_counts()
-    shares = ratio ** -np.linspace(0, 1, len(counts))
-    # The margin keeps whole numbers whole.
-    taken = np.floor(np.min(counts / shares) * shares + 1e-6).astype(np.int64)
-    if not taken.all():
-        raise UserError(
-            f"data.long_tail={ratio} leaves class {split.class_names[taken.argmin()]!r} of "
-            f"{split.name!r} without images; choose a smaller ratio."
-        )
-    return _take(split, taken, seed=seed)
-
-
-def _take(split: Split, nums: np.ndarray, *, seed: int) -> Subset:
-    """The first `nums[k]` examples of every class k in the seed's random order."""
-    labels = split.labels()
-    counts = np.bincount(labels, minlength=len(split.class_names))
-    by_class = _by_class(split, seed, order.TAKE)
-    ranks = np.arange(len(split)) - np.repeat(np.cumsum(counts) - counts, counts)
-    chosen = by_class[ranks < nums[labels[by_class]]]
-    return Subset(split.name, split, indices=np.sort(chosen))
-
-
-def _by_class(split: Split, seed: int, stream: int) -> np.ndarray:
-    """All positions in the split, sorted by class, in random order within one."""
-    keys = order.bit_generator(seed, 0, stream=stream).random_raw(len(split))
-    return np.lexsort((keys, split.labels()))
