@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcls import data_checks
+from vitcls import data_checks, train_setup
 from vitcls.config import default_config
 from vitcls.data import sources
+from vitcls.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("ant", "bee", "cat")

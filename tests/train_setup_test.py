@@ -205,7 +205,12 @@ def test_selection_on_images_of_the_test_split_is_refused(digits_dir):
 @pytest.mark.parametrize(
     ("train_split", "select", "evaluated", "message"),
     [
-        ("train", "train[90%:]", "test", "'train[90%:]' of eval.select_split shares 144 of its 144 "),
+        (
+            "train",
+            "train[90%:]",
+            "test",
+            "'train[90%:]' of eval.select_split shares 144 of its 144 ",
+        ),
         ("train", "", "train[:10]", "'train[:10]' of data.eval_splits shares 10 of its 10 images"),
         ("train+test", "", "test", "'test' of data.eval_splits shares 360 of its 360 images"),
         ("train[:50%]", "train[40%:60%]", "test", "shares 143 of its 287 images with data.train_"),
