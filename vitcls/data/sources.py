@@ -1,7 +1,9 @@
 """Data sets by name: `open_split("digits", "train")`."""
 
 import logging
+import os
 
+from vitcls import user_folders
 from vitcls.data import builders
 from vitcls.data.csv_split import csv_split_names, open_csv
 from vitcls.data.folder_split import folder_split_names, open_folder
@@ -50,6 +52,8 @@ def open_split(source: str, split: str, *, data_dir: str | None = None) -> Split
       StorageError: The data cannot be written.
     """
     scheme, _, rest = source.partition(":")
+    if scheme == "hf":
+        _check_hub_folder(rest)
     if scheme in _OPENERS:
         opened = _OPENERS[scheme](rest, split)
     else:
@@ -76,8 +80,18 @@ def split_names(source: str, *, data_dir: str | None = None) -> list[str]:
     if scheme == "csv":
         return csv_split_names(rest)
     if scheme == "hf":
+        _check_hub_folder(rest)
         return hf_split_names(rest)
     return list(_prepared(source, data_dir).info.splits)
+
+
+def _check_hub_folder(path: str) -> None:
+    """`datasets` copies what it reads into its cache, unless `save_to_disk` wrote it."""
+    own = ("dataset_dict.json", "state.json")
+    if not any(os.path.exists(os.path.join(os.path.expanduser(path), name)) for name in own):
+        user_folders.check_home(
+            f"The data of hf:{path}", "HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"
+        )
 
 
 def _prepared(source: str, data_dir: str | None):
