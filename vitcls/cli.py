@@ -13,6 +13,7 @@ from typing import Any
 
 from absl import flags
 
+from vitcls import user_folders
 from vitcls.errors import STORAGE_ERRNOS, UserError
 
 FLAGS = flags.FLAGS
@@ -72,16 +73,14 @@ def start_logging() -> None:
 def keep_compiled_programs() -> None:
     """Lets jax keep what it compiles in the user's cache folder, which may be deleted at any time.
 
-    The folder is `$XDG_CACHE_HOME/vitcls/xla`, by default in `~/.cache`; jax's own
+    The folder is `xla` in `user_folders.cache`, if there is one; jax's own
     `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
     """
     import jax  # not at the top: `--help` should not wait for it
 
-    home = os.path.expanduser("~")  # stays "~" where the user has none, as in some containers
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
-    if jax.config.jax_compilation_cache_dir is None and os.path.isabs(cache):
-        folder = os.path.join(cache, "vitcls", "xla", _processor())
-        jax.config.update("jax_compilation_cache_dir", folder)
+    cache = user_folders.cache()
+    if jax.config.jax_compilation_cache_dir is None and cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla" / _processor()))
     # By default jax keeps only what took a second: the small programs of a start add up to more.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -103,6 +102,13 @@ def _report(error: Exception) -> int:
     code = getattr(error, "exit_code", None)
     if code is None and isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
         code = 74
+    # What `Path.expanduser` raises, for any flag or field.
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):
+        error = UserError(
+            "A path begins with ~, but this user has no home directory: write it in full, or set "
+            "HOME."
+        )
+        code = error.exit_code
     if code is None:
         traceback.print_exception(error)
         return 1

@@ -1,12 +1,12 @@
 """tfds builders by source name. Making one imports no TensorFlow; only preparing data does."""
 
 import importlib
-import os
 import pathlib
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
+from vitcls import user_folders
 from vitcls.errors import UserError, unknown
 
 # Data sets that come with vitcls: module and class of the builder.
@@ -26,10 +26,14 @@ def find_builder(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
       data_dir: Folder of all tfds data; None: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
     Raises:
-      UserError: No such data set, configuration or version.
+      UserError: No such data set, configuration or version, or no home directory for its data.
     """
-    if data_dir is not None:
-        data_dir = os.path.expanduser(data_dir)
+    if data_dir is None:
+        user_folders.check_home(
+            f"The data of {source}", "TFDS_DATA_DIR", settings="data.data_dir or --data_dir"
+        )
+    else:
+        data_dir = str(pathlib.Path(data_dir).expanduser())
     if source in BUILT_IN:
         module, name = BUILT_IN[source].split(":")
         return getattr(importlib.import_module(module), name)(data_dir=data_dir)

@@ -7,17 +7,21 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from vitcls import user_folders
+
 
 def cached_labels(fingerprint: str, read: Callable[[], Sequence[int]]) -> np.ndarray:
     """Labels kept under this fingerprint in the user's cache folder, else what `read` returns.
 
-    The folder is `$XDG_CACHE_HOME/vitcls/labels`, by default in `~/.cache`.
+    The folder is `labels` in `user_folders.cache`, if there is one.
 
     Returns:
       int32 (N,).
     """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    path = cache / "vitcls" / "labels" / f"{fingerprint}.npy"
+    cache = user_folders.cache()
+    if cache is None:
+        return np.asarray(read(), np.int32)
+    path = cache / "labels" / f"{fingerprint}.npy"
     try:
         return np.load(path)
     except (OSError, ValueError, EOFError):  # none yet, or damaged

@@ -10,11 +10,12 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import tempfile
 from typing import TextIO
 
 import tensorflow_datasets as tfds
 
-from vitcls import lock
+from vitcls import lock, user_folders
 from vitcls.data import builders
 from vitcls.errors import STORAGE_ERRNOS, StorageError, UserError
 
@@ -67,6 +68,8 @@ def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
         "TF_ENABLE_ONEDNN_OPTS": "0",  # announces itself at any log level
         "CUDA_VISIBLE_DEVICES": "",
     }
+    if user_folders.home() is None:  # TensorFlow would make a folder that is called ~
+        environment["KERAS_HOME"] = os.path.join(tempfile.gettempdir(), "keras")
     print(f"Preparing {source}: once, in a separate process.", flush=True)
     # Progress bars go to the terminal; only what explains a failure is kept. The process may
     # outlive this one: with the open lock file it inherits the lock.

@@ -3,6 +3,7 @@
 import logging
 import os
 
+from vitcls import user_folders
 from vitcls.data import builders
 from vitcls.data.csv_split import csv_split_names, open_csv
 from vitcls.data.division import hold_out, take_fold, take_long_tail, take_per_class
@@ -49,6 +50,8 @@ def open_split(
       StorageError: The data cannot be written.
     """
     scheme, _, rest = source.partition(":")
+    if scheme == "hf":
+        _check_hub_folder(rest)
     if scheme in _OPENERS:
         # Runs that were begun before classes had the order of their numbers continue without it.
         order = {"order": sorted} if division != "hash" and scheme == "folder" else {}
@@ -95,8 +98,18 @@ def split_names(source: str, *, data_dir: str | None = None) -> list[str]:
     if scheme == "csv":
         return csv_split_names(rest)
     if scheme == "hf":
+        _check_hub_folder(rest)
         return hf_split_names(rest)
     return list(_prepared(source, data_dir).info.splits)
+
+
+def _check_hub_folder(path: str) -> None:
+    """`datasets` copies what it reads into its cache, unless `save_to_disk` wrote it."""
+    own = ("dataset_dict.json", "state.json")
+    if not any(os.path.exists(os.path.join(os.path.expanduser(path), name)) for name in own):
+        user_folders.check_home(
+            f"The data of hf:{path}", "HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"
+        )
 
 
 def _prepared(source: str, data_dir: str | None):

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from vitcls import user_folders
 from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.pretrained import formats, torch_file
 from vitcls.pretrained.json_fields import JsonFields
@@ -120,6 +121,9 @@ def _from_hub(source: str, allow_pickle: bool) -> Files:
             f"{source!r} is neither a folder nor a hub id such as google/vit-base-patch16-224, "
             "which may end in @REVISION."
         ) from error
+    user_folders.check_home(
+        "Models of the Hugging Face hub", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"
+    )
     try:
         # The commit first: what is downloaded is then one state of the repository.
         info = HfApi().model_info(repo_id, revision=revision or None)
