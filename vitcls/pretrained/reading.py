@@ -27,7 +27,7 @@ from vitcls.pretrained.processor import Processor
 from vitcls.pretrained.resnet import RESNET
 from vitcls.pretrained.timm import TIMM, is_timm
 from vitcls.pretrained.torch_file import TorchWeights
-from vitcls.pretrained.vit import DEIT, VIT
+from vitcls.pretrained.vit import DEIT, VIT, VIT_MAE
 from vitcls.pretrained.workdir import find_run
 
 log = logging.getLogger("vitcls")
@@ -43,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "siglip": SIGLIP,
     "siglip_vision_model": SIGLIP,
     "vit": VIT,
+    "vit_mae": VIT_MAE,
 }
 _SINGLE_LABEL = "single_label_classification"
 _PROBLEM_TYPES = (_SINGLE_LABEL, "multi_label_classification", "regression")
