@@ -272,6 +272,7 @@ def read(model_type, num_classes=4, **fields):
     ("model_type", "theirs"),
     [
         ("deit", transformers.DeiTConfig()),
+        ("vit_mae", transformers.ViTMAEConfig()),
         ("dinov2", transformers.Dinov2Config()),
         ("dinov2_with_registers", transformers.Dinov2WithRegistersConfig()),
         ("siglip", transformers.SiglipConfig().vision_config),

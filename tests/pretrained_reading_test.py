@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pretrained_values_test import in_a_pickle, in_msgpack, in_one_file
+from safetensors.numpy import load_file
 
 from vitcls import pretrained
 from vitcls.errors import UserError
@@ -125,6 +127,70 @@ def test_class_names_are_ordered_by_index(folder):
     assert list(read_config(folder)[1].id2label.items()) == [(0, "ant"), (1, "bee"), (2, "cat")]
 
 
+@pytest.mark.parametrize(
+    ("id2label", "names"),
+    [
+        ({"0": 7, "1": 8, "2": 9.5}, ["7", "8", "9.5"]),
+        ({"1": "ant", "2": "bee", "3": "cat"}, ["ant", "bee", "cat"]),
+        ({"3": 30, "1": 10, "2": 20}, ["10", "20", "30"]),
+        ({"0": "cat", "1": "cat", "2": " cat"}, ["cat", "cat", " cat"]),  # ImageNet has two cranes
+    ],
+)
+def test_labels_may_be_numbers_and_count_from_1(folder, caplog, id2label, names):
+    change(folder, id2label=id2label)
+    _, variables, processor = pretrained.load(folder)
+    assert list(processor.id2label.items()) == list(enumerate(names))
+    assert variables["params"]["classifier"]["kernel"].any()
+    warning = (
+        f"id2label counts from 1; the head's first class is {names[0]!r}, the last {names[2]!r}"
+    )
+    assert (warning in caplog.text) == ("0" not in id2label)
+
+
+MALFORMED = [
+    {"id2label": {"0": "ant", "2": "bee"}},
+    {"id2label": {"0": None}},
+    {"id2label": "ant, bee, cat"},
+    {"id2label": {"0": "ant"}, "num_labels": 7},
+    {"id2label": None, "num_labels": "three"},
+    {"id2label": None, "num_labels": 1000},
+]
+
+
+@pytest.mark.parametrize("num_classes", [0, 5])
+@pytest.mark.parametrize("fields", MALFORMED)
+@pytest.mark.parametrize("form", ["safetensors", "msgpack", "pickle"])
+def test_a_discarded_head_need_not_fit(folder, fields, num_classes, form):
+    _, kept, _ = pretrained.load(folder, num_classes=num_classes)
+    change(folder, **fields)
+    with pytest.raises(UserError):
+        pretrained.load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.weight"] = np.full((3, 4), np.nan, np.float32)
+    tensors["classifier.1.bias"] = tensors.pop("classifier.bias")
+    (folder / "model.safetensors").unlink()
+    {"safetensors": in_one_file, "msgpack": in_msgpack, "pickle": in_a_pickle}[form](
+        folder, tensors
+    )
+    model, variables, processor = pretrained.load(
+        folder, num_classes=num_classes, allow_pickle=True
+    )
+    assert model.config.num_classes == len(processor.id2label) == num_classes
+    jax.tree.map(np.testing.assert_array_equal, variables, kept)
+    files = pretrained.find(folder, allow_pickle=True)
+    config, processor = pretrained.read_config(files, new_head=True)
+    assert (config.num_classes, processor.id2label) == (0, {})
+    pretrained.read_variables(files, model.config, new_head=True)
+
+
+def test_a_head_of_the_wanted_width_is_kept(folder):
+    """Then its names are used, and so have to fit."""
+    assert pretrained.load(folder, num_classes=3)[2].id2label == PROCESSOR.id2label
+    change(folder, id2label={"0": "ant", "2": "bee"})
+    with pytest.raises(UserError, match="there is none under 1"):
+        pretrained.load(folder, num_classes=3)
+
+
 def test_a_config_of_another_network_is_one_error(folder):
     change(folder, num_hidden_layers=2, id2label={"0": "ant", "1": "bee"})
     with pytest.raises(UserError, match=r"16 missing: vit.encoder.layer.1.*\n  2 of another shape"):
@@ -138,6 +204,12 @@ def test_a_config_of_another_network_is_one_error(folder):
         ({"model_type": None}, "has no model_type: it is not a Hugging Face config"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "asks to run code that it brings"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label=.* class names under the keys 0 to 1"),
+        ({"id2label": {"0": "a", "2": "b"}}, "or 1 to 2; there is none under 1"),
+        ({"id2label": {"1": "a", "3": "b"}}, "or 1 to 2; there is none under 2"),
+        ({"id2label": {"0": "a", "1": None}}, "there is none under 1"),
+        ({"id2label": {"0": "a", "1": True}}, "there is none under 1"),
+        ({"id2label": {"0": "a", "1": float("nan")}}, "there is none under 1"),
+        ({"id2label": {"0": "a", "01": "b"}}, "there is none under 1"),
         ({"id2label": {}}, "id2label={} is not supported; it must be an object of class names"),
         ({"id2label": None, "num_labels": 10**12}, "num_labels=1000000000000 is not supported"),
     ],
@@ -148,7 +220,12 @@ def test_unsupported_configs_are_named(folder, fields, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not readable JSON"), ("[1]", "holds no JSON object")]
+    ("content", "message"),
+    [
+        ("{", "is not readable JSON"),
+        ("[1]", "holds no JSON object"),
+        ('{"id2label": {"0": "a", "1": "b", "1": "c"}}', "is not .*: the key '1' is there twice"),
+    ],
 )
 def test_broken_json_is_named(folder, content, message):
     (folder / "config.json").write_text(content)

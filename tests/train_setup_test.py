@@ -71,6 +71,35 @@ def test_new_head_takes_the_classes_of_the_data(make_checkpoint):
     assert not params["classifier"]["kernel"].any()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id2label": {"0": "cat", "7": "dog"}},
+        {"id2label": None, "num_labels": 1000},
+        {"id2label": 3},
+    ],
+)
+def test_a_head_that_is_not_kept_need_not_fit(make_checkpoint, fields):
+    folder = Path(make_checkpoint(("cat", "dog")))
+    content = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(content))
+    files, model_config, processor = train_setup.open_model(make_config(str(folder)), DIGITS)
+    assert tuple(processor.id2label.values()) == DIGITS
+    params = pretrained.read_variables(files, model_config, new_head=True)["params"]
+    assert params["classifier"]["kernel"].shape == (32, 10)
+    with pytest.raises(UserError):
+        train_setup.open_model(make_config(str(folder), head="keep"), DIGITS)
+
+
+def test_a_kept_head_may_have_numbers_for_names(make_checkpoint):
+    folder = Path(make_checkpoint(DIGITS))
+    content = json.loads((folder / "config.json").read_text())
+    content["id2label"] = {str(number): number - 1 for number in range(1, 11)}
+    (folder / "config.json").write_text(json.dumps(content))
+    _, _, processor = train_setup.open_model(make_config(str(folder), head="keep"), DIGITS)
+    assert tuple(processor.id2label.values()) == DIGITS
+
+
 def test_kept_head_keeps_its_class_names(make_checkpoint, caplog):
     names = tuple(f"digit {digit}" for digit in range(10))
     config = make_config(make_checkpoint(names), head="keep")

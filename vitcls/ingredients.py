@@ -181,12 +181,14 @@ def read_start(
     if not source:
         source, sha256 = _recorded_start(ingredient, config)
     allow_pickle = config is not None and config.model.allow_pickle
+    has_new_head = config is not None and config.model.head == "new"
+    num_classes = ingredient.network.num_classes
     try:
         if sha256 and pretrained.find(source, allow_pickle=allow_pickle).sha256() != sha256:
             raise UserError("its files are not those of then, see manifest.json.")
         model, start, processor = pretrained.load(
             source,
-            num_classes=ingredient.network.num_classes,
+            num_classes=0 if has_new_head else num_classes,
             image_size=ingredient.network.image_size,
             allow_pickle=allow_pickle,
         )
@@ -195,7 +197,8 @@ def read_start(
             f"The pretrained {source!r} of {ingredient.name} cannot be used: {error} Name the "
             "checkpoint that fine-tuning began from, wherever it is now, with --pretrained."
         ) from error
-    lines = _differences(dataclasses.asdict(model.config), dataclasses.asdict(ingredient.network))
+    network = dataclasses.replace(model.config, num_classes=num_classes)
+    lines = _differences(dataclasses.asdict(network), dataclasses.asdict(ingredient.network))
     if lines:
         raise UserError(
             f"The pretrained {source!r} and {ingredient.name} are not the same network:\n{lines}\n"
@@ -203,7 +206,7 @@ def read_start(
         )
     keeps_head = processor.id2label == ingredient.processor.id2label
     if config is not None:
-        keeps_head = config.model.head == "keep"
+        keeps_head = not has_new_head
     if not keeps_head:
         heads = {name: end["params"][name] for name in _HEADS if name in end["params"]}
         start = start | {"params": start["params"] | heads}

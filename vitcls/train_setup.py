@@ -152,7 +152,7 @@ def open_model(
         processor = pretrained.Processor(size=image_size)
     else:
         files = pretrained.find(config.model.pretrained, allow_pickle=config.model.allow_pickle)
-        model_config, processor = pretrained.read_config(files)
+        model_config, processor = pretrained.read_config(files, new_head=config.model.head == "new")
         if config.model.head == "keep":
             _check_kept_head(model_config, processor, class_names)
             class_names = tuple(processor.id2label.values())

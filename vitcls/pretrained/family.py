@@ -82,6 +82,22 @@ class Family:
         """What begins the names of the backbone's tensors among these."""
         return self.prefix if any(name.startswith(self.prefix) for name in tensors) else ""
 
+    def head_tensors(self, config: Config, tensors: set[str]) -> set[str]:
+        """Those of these tensors that lie in the modules of a head, of any kind."""
+        prefix = self.prefix_of(tensors)
+
+        def module(name: str) -> str:
+            return name.removeprefix(prefix).partition(".")[0]
+
+        without, with_head = (
+            {module(name) for key in self.key_table(one, prefix) for name in key.theirs}
+            for one in (
+                dataclasses.replace(config, num_classes=0),
+                dataclasses.replace(config, num_classes=1),
+            )
+        )
+        return {name for name in tensors if module(name) in with_head - without}
+
     def table_of(self, config: Config, tensors: set[str]) -> list[Key]:
         """The key table whose names most of these tensors have."""
         prefix = self.prefix_of(tensors)

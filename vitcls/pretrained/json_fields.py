@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class JsonFields:
         try:
             if path.stat().st_size > _MOST_BYTES:
                 raise UserError(f"{path} has more than {_MOST_BYTES} bytes: not a checkpoint's.")
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text, object_pairs_hook=_without_repetition)
         except (ValueError, RecursionError, OSError) as error:
             if isinstance(error, UserError):
                 raise
@@ -87,7 +89,7 @@ class JsonFields:
     def number(self, name: str, default: float) -> float:
         """A finite, non-negative number."""
         value = self.any(name, default)
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or value < 0:
             raise self.error(name, "a non-negative number")
         return float(value)
 
@@ -95,7 +97,7 @@ class JsonFields:
         """As many finite numbers as `default` has."""
         value = self.any(name, list(default))
         if not (
-            isinstance(value, list) and len(value) == len(default) and all(map(_is_number, value))
+            isinstance(value, list) and len(value) == len(default) and all(map(is_number, value))
         ):
             raise self.error(name, f"a list of {len(default)} numbers")
         return tuple(map(float, value))
@@ -126,6 +128,15 @@ class JsonFields:
         return value
 
 
-def _is_number(value: Any) -> bool:
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two values under one key, Python would take the last silently."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:_MOST_SHOWN]!r} is there twice")
+    return content
+
+
+def is_number(value: Any) -> bool:
     """Whether it is finite, and integers within the range of floats."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -21,13 +21,13 @@ from vitcls.pretrained.family import MOST_CLASSES, Config, Family, label_names
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR, PROCESSOR, Files, find
 from vitcls.pretrained.flax_file import FlaxWeights
 from vitcls.pretrained.formats import Weights
-from vitcls.pretrained.json_fields import JsonFields
+from vitcls.pretrained.json_fields import JsonFields, is_number
 from vitcls.pretrained.positions import resize_positions
 from vitcls.pretrained.processor import Processor
 from vitcls.pretrained.resnet import RESNET
 from vitcls.pretrained.timm import TIMM, is_timm
 from vitcls.pretrained.torch_file import TorchWeights
-from vitcls.pretrained.vit import DEIT, VIT
+from vitcls.pretrained.vit import DEIT, VIT, VIT_MAE
 from vitcls.pretrained.workdir import find_run
 
 log = logging.getLogger("vitcls")
@@ -43,24 +43,30 @@ FAMILIES: dict[str, Family] = {
     "siglip": SIGLIP,
     "siglip_vision_model": SIGLIP,
     "vit": VIT,
+    "vit_mae": VIT_MAE,
 }
 _SINGLE_LABEL = "single_label_classification"
 _PROBLEM_TYPES = (_SINGLE_LABEL, "multi_label_classification", "regression")
 
 
-def read_config(files: Files) -> tuple[Config, Processor]:
+def read_config(files: Files, *, new_head: bool = False) -> tuple[Config, Processor]:
     """Reads what network a checkpoint holds and how images are prepared for it.
 
     Reads the JSON files and the names of the tensors, not their data where they are in
     safetensors. A checkpoint without a head gives `num_classes=0` and no class names.
 
+    Args:
+      files: The checkpoint.
+      new_head: The checkpoint's head and class names are of no use, and so not read.
+
     Raises:
       UserError: an unsupported family, or a field with an unsupported value.
     """
-    return read_json(files.directory, tensors=_open_weights(files).names())
+    names = _open_weights(files, new_head=new_head).names()
+    return read_json(files.directory, tensors=names, new_head=new_head)
 
 
-def _open_weights(files: Files) -> Weights | FlaxWeights | TorchWeights:
+def _open_weights(files: Files, *, new_head: bool) -> Weights | FlaxWeights | TorchWeights:
     """The weights of a folder; flax's, which are read at once, if their size fits the network."""
     names = formats.readable(allow_pickle=files.allow_pickle)
     name = next((name for name in names if (files.directory / name).exists()), formats.SINGLE)
@@ -69,12 +75,15 @@ def _open_weights(files: Files) -> Weights | FlaxWeights | TorchWeights:
         return TorchWeights(path)
     if name != formats.FLAX:
         return Weights(files.directory)
-    stored = _read_stored(files.directory, tensors=None)
+    stored = _read_stored(files.directory, tensors=None, new_head=new_head)
+    config = stored.config
+    if new_head:  # the file may have a head of any width
+        config = dataclasses.replace(config, num_classes=MOST_CLASSES)
     fields = JsonFields.read(files.directory / CONFIG)
     if fields.number("layerscale_value", 1) != 1:
         # DINOv2's Flax class multiplies LayerScale by it, twice, and torch's does not.
         raise fields.error("layerscale_value", f"1 beside a {formats.FLAX}")
-    num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(stored.config)))
+    num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)))
     # float32; twice, as a bare network has a pooler.
     most = 2 * 4 * num_values + stored.family.spare_bytes
     if path.stat().st_size > most:
@@ -85,14 +94,17 @@ def _open_weights(files: Files) -> Weights | FlaxWeights | TorchWeights:
     return FlaxWeights(path)
 
 
-def read_json(directory: Path, *, tensors: set[str] | None) -> tuple[Config, Processor]:
+def read_json(
+    directory: Path, *, tensors: set[str] | None, new_head: bool = False
+) -> tuple[Config, Processor]:
     """`read_config` for a folder that may lack the weights, as a run's does.
 
     Args:
       directory: Holds config.json and preprocessor_config.json.
       tensors: Names of the checkpoint's tensors, which tell whether it has a head; None: it has.
+      new_head: See `read_config`.
     """
-    stored = _read_stored(directory, tensors=tensors)
+    stored = _read_stored(directory, tensors=tensors, new_head=new_head)
     if not stored.family.takes_any_size:
         return stored.config, stored.processor
     config = dataclasses.replace(stored.config, image_size=stored.processor.size)
@@ -107,10 +119,10 @@ class _Stored(NamedTuple):
     processor: Processor
 
 
-def _read_stored(directory: Path, *, tensors: set[str] | None) -> _Stored:
+def _read_stored(directory: Path, *, tensors: set[str] | None, new_head: bool) -> _Stored:
     fields = JsonFields.read(directory / CONFIG)
     family = _family(fields)
-    has_head = tensors is None or family.has_head(tensors)
+    has_head = not new_head and (tensors is None or family.has_head(tensors))
     read_class_names = family.read_class_names or _class_names
     id2label = read_class_names(fields) if has_head else {}
     config = family.read_config(fields, len(id2label), tensors)
@@ -162,9 +174,21 @@ def _class_names(fields: JsonFields) -> dict[int, str]:
         return label_names(fields.integer("num_labels", 2, most=MOST_CLASSES))
     if not isinstance(named, dict) or not 1 <= len(named) <= MOST_CLASSES:
         raise fields.error("id2label", "an object of class names")
-    names = [named.get(str(index)) for index in range(len(named))]
-    if not all(isinstance(name, str) for name in names):
-        raise fields.error("id2label", f"class names under the keys 0 to {len(named) - 1}")
+    first = 0 if "0" in named else 1
+    names = [named.get(str(key)) for key in range(first, first + len(named))]
+    for key, name in enumerate(names, first):
+        if not (isinstance(name, str) or is_number(name)):
+            raise fields.error(
+                "id2label",
+                f"class names under the keys 0 to {len(named) - 1}, or 1 to {len(named)}; there is "
+                f"none under {key}",
+            )
+    names = list(map(str, names))
+    if first:
+        log.warning(
+            "%s: id2label counts from 1; the head's first class is %r, the last %r.",
+            fields.path, names[0], names[-1],
+        )  # fmt: skip
     return dict(enumerate(names))
 
 
@@ -221,7 +245,8 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
       files: The checkpoint.
       config: What `read_config` gives, perhaps with another `num_classes` (then the head is new,
         and zero) or another `image_size` (then the position embeddings are resized).
-      new_head: A new head even where the checkpoint has one of the right width.
+      new_head: A new head even where the checkpoint has one of the right width; what the checkpoint
+        has may then be of any shape.
 
     Returns:
       Nested dicts of float32 numpy arrays: "params", and "batch_stats" with BatchNorm.
@@ -229,15 +254,18 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
     Raises:
       UserError: a tensor is missing, left over, or of another shape; lists all of them.
     """
-    weights = _open_weights(files)
+    weights = _open_weights(files, new_head=new_head)
     names = weights.names()
-    stored = _read_stored(files.directory, tensors=names)
+    stored = _read_stored(files.directory, tensors=names, new_head=new_head)
     family, prefix = stored.family, stored.family.prefix_of(names)
+    ignored = {name for name in names if family.ignored.fullmatch(name.removeprefix(prefix))}
+    if new_head:
+        ignored |= family.head_tensors(stored.config, names)
     variables = keys.load(
         weights,
         family.table_of(stored.config, names),
         shapes=variable_shapes(stored.config),
-        ignored={name for name in names if family.ignored.fullmatch(name.removeprefix(prefix))},
+        ignored=ignored,
         source=files.source,
     )
     return fit_variables(
@@ -293,6 +321,14 @@ def variable_shapes(config: Config) -> Mapping[str, Any]:
     return jax.eval_shape(lambda: init(jax.random.key(0), jnp.zeros(images.shape), train=False))
 
 
+def _has_head_of(files: Files, num_classes: int) -> bool:
+    """Whether the checkpoint's head has so many classes, whatever its config says of them."""
+    weights = _open_weights(files, new_head=True)
+    family = _family(JsonFields.read(files.directory / CONFIG))
+    heads = weights.names().intersection(family.heads)
+    return any(weights.shape(name)[:1] == (num_classes,) for name in heads)
+
+
 def load(
     checkpoint: str | Path,
     *,
@@ -320,9 +356,11 @@ def load(
       UserError: nothing there, or nothing that can be read as it stands.
     """
     run = find_run(checkpoint)
+    new_head = False
     if run is None:
         files = find(checkpoint, allow_pickle=allow_pickle)
-        stored, prepared = read_config(files)
+        new_head = num_classes is not None and not _has_head_of(files, num_classes)
+        stored, prepared = read_config(files, new_head=new_head)
     else:
         stored, prepared = read_json(run.model, tensors=None)
     config = stored
@@ -333,7 +371,7 @@ def load(
         config = config.resized(image_size)
         prepared = prepared.resized(config.image_size)
     if run is None:
-        variables = read_variables(files, config)
+        variables = read_variables(files, config, new_head=new_head)
     else:
         variables = run.read_variables(variable_shapes(stored))
         antialias = FAMILIES[stored.family].antialias

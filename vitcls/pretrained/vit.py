@@ -1,7 +1,11 @@
-"""Hugging Face's `vit` and `deit` families, whose tensors have the same names.
+"""Hugging Face's `vit`, `deit` and `vit_mae` families, whose tensors have the same names.
 
 DeiT (Touvron et al. 2021, arXiv:2012.12877) adds a distillation token, and in half of its
 checkpoints a head for it: predictions are then the mean of both heads' logits.
+
+Checkpoints of masked images, SimMIM's (Xie et al. 2022, arXiv:2111.09886) and MAE's (He et al.
+2022, arXiv:2111.06377), are read as encoders: classification uses neither the decoder nor the
+token that stands for masked patches. MAE's fixed positions are stored like learned ones.
 """
 
 import functools
@@ -115,19 +119,19 @@ _SHARED = dict(
     write_config=_write,
     key_table=functools.partial(_key_table, names=_IN_FILES),
     key_table_in_memory=functools.partial(_key_table, names=_IN_MEMORY),
+    ignored=re.compile(r"pooler\.dense\.(weight|bias)|embeddings\.mask_token|decoder\..*"),
 )
 VIT = Family(
     read_config=_read_vit,
     prefix="vit.",
     heads=("classifier.weight",),
-    ignored=re.compile(r"pooler\.dense\.(weight|bias)"),
     **_SHARED,
 )
+VIT_MAE = Family(read_config=_read_vit, prefix="vit.", heads=(), **_SHARED | {"write_config": None})
 DEIT = Family(
     read_config=_read_deit,
     prefix="deit.",
     heads=("classifier.weight", "cls_classifier.weight"),
-    ignored=re.compile(r"pooler\.dense\.(weight|bias)|embeddings\.mask_token"),
     processor_type="DeiTImageProcessor",
     **_SHARED,
 )
