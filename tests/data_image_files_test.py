@@ -89,6 +89,11 @@ def test_heic_without_the_package_says_what_to_install(monkeypatch):
 encoded_heif = encoded("HEIF")
 
 
+def test_a_drawing_that_a_program_would_have_to_run_is_not_decoded():
+    with pytest.raises(images.ImageError, match="cannot identify its format"):
+        images.decode(encoded("EPS"))
+
+
 def test_what_is_not_a_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "a.jpg").write_bytes(b"")

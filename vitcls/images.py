@@ -38,6 +38,8 @@ try:  # an optional package
     HAS_HEIF = True
 except ImportError:
     HAS_HEIF = False
+# Formats that Pillow registers without being able to read pixels, or only by running a program.
+WITHOUT_PIXELS = frozenset(("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS", "IPTC"))
 HEIF_ADVICE = "pip install -r requirements-heif.txt"
 _HEIF = re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 
@@ -83,19 +85,25 @@ def _read(data: bytes, use: Callable[[Image.Image], Image.Image]) -> Image.Image
         raise ImageError("The file is empty.")
     try:
         with _image_errors():
-            return use(Image.open(io.BytesIO(data)))
+            return use(_open(data))
     except ImageError as error:
         # Pillow also refuses damaged metadata, such as a date, on which no pixel depends.
         pixels, info = without_metadata(data)
         try:
             with _image_errors():
-                image = Image.open(io.BytesIO(pixels))
+                image = _open(pixels)
                 image.info |= info
                 return use(image)
         except ImageError:
             if is_heif(data) and isinstance(error.__cause__, UnidentifiedImageError):
                 error = ImageError(f"HEIC needs a package: {HEIF_ADVICE}.")
             raise error from error.__cause__  # about the file as it is
+
+
+def _open(data: bytes) -> Image.Image:
+    Image.init()
+    formats = [kind for kind in Image.ID if kind not in WITHOUT_PIXELS]
+    return Image.open(io.BytesIO(data), formats=formats)
 
 
 @contextlib.contextmanager

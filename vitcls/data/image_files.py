@@ -19,8 +19,6 @@ from PIL import Image
 from vitcls import images
 from vitcls.errors import StorageError, UserError
 
-# Formats that Pillow registers without being able to read pixels, or only by a program beside it.
-_WITHOUT_PIXELS = {"BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS", "IPTC"}
 # Suffixes that are known not to be images: their files are not opened to find out. Raw files of
 # cameras look like TIFF, but Pillow would read their thumbnails.
 OTHER_SUFFIXES = frozenset(
@@ -65,7 +63,7 @@ def suffixes() -> list[str]:
     return sorted(
         suffix
         for suffix, kind in registered
-        if (kind in Image.OPEN or kind == "MPO") and kind not in _WITHOUT_PIXELS
+        if (kind in Image.OPEN or kind == "MPO") and kind not in images.WITHOUT_PIXELS
     )
 
 
