@@ -20,6 +20,7 @@ HOSTILE = [
 ]
 NETWORK = vit_config("vit_mu4", num_classes=6, image_size=(8, 16))
 METRICS = {"num_examples": 60, "accuracy": 0.75, "loss": 0.5, "num_skipped": 2}
+METRICS["fingerprint"] = "ab12"
 
 
 def write_run(workdir, *, name="pets", pretrained=None, **fields):

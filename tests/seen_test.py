@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +263,10 @@ def test_a_run_that_left_no_list_is_asked_for_its_data(tmp_path, caplog):
     assert count(tmp_path / "run", f"folder:{tmp_path}/moved", "test") == 0
     Image.new("RGB", (8, 8)).save(tmp_path / "moved/ant/new.png")
     assert count(tmp_path / "run", f"folder:{tmp_path}/moved", "test") is None
+    assert "not known" not in caplog.text
+    (tmp_path / "moved").rename(tmp_path / "data")
+    assert count(tmp_path / "run", source, "test") is None
+    assert "which of these images it was trained on is not known" in caplog.text
 
 
 def test_what_is_new_in_a_divided_set_is_said(tmp_path, caplog):
@@ -288,6 +294,42 @@ def test_moved_images_that_were_trained_on_choose_no_soup(finished, tmp_path):
     data, run = finished
     shutil.copytree(data, tmp_path / "copy")
     found = ingredients.find(str(run))
+    source = f"folder:{tmp_path}/copy"
     message = "36 of the 48 images of 'train' that would choose were trained on by .* another place"
     with pytest.raises(UserError, match=message):
-        ingredients.open_selection(found, source=f"folder:{tmp_path}/copy", split="train")
+        ingredients.open_selection(found, source=source, split="train")
+    message = "12 of the 12 images of 'test' that would choose were in data.eval_splits of "
+    with pytest.raises(UserError, match=message):
+        ingredients.open_selection(found, source=source, split="test")
+    _, split = ingredients.open_selection(found, source=source, split="test", allow_eval_split=True)
+    assert len(split) == 12
+
+
+def test_a_candidate_that_was_trained_on_what_ranks_is_left_out(finished, tmp_path):
+    selection = pytest.importorskip("vitcls.analysis.selection")
+    data, run = finished
+    pretrained.save(tmp_path / "weights", *pretrained.load(run))
+    source = f"folder:{data}"
+    split = sources.open_split(source, "train")
+    parts = selection.divide(split, holdout=0.25, per_class=0, seed=7)
+    names = [str(run), str(tmp_path / "weights")]
+    found = selection.select(
+        names, parts, folder=tmp_path / "features", num_epochs=1, source=source
+    )
+    assert [row.candidate.name for row in found.rows] == names[1:]
+    assert "It was trained on " in found.left_out[names[0]]
+
+
+@pytest.mark.parametrize(("split", "trained_on", "total"), [("train", 36, 48), ("test", 0, 12)])
+def test_evaluate_writes_what_was_trained_on(finished, tmp_path, split, trained_on, total):
+    data, run = finished
+    command = [sys.executable, "-m", "vitcls.evaluate", f"--checkpoint={run}", f"--split={split}"]
+    command += [f"--data=folder:{data}", f"--output={tmp_path}/out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["trained_on"], results["num_examples"]) == (trained_on, total)
+    manifest = json.loads((run / "manifest.json").read_text())
+    if split == "test":
+        assert results["fingerprint"] == manifest["data"]["test"]["fingerprint"]
+    assert ("checkpoint was trained on" in done.stderr) == bool(trained_on)

@@ -268,7 +268,7 @@ def open_selection(
             runs.setdefault(key, (ingredient, config))
     known = [config for _, config in runs.values()]
     source = source or _only("--data", {config.data.source for config in known})
-    elsewhere = [one for one, config in runs.values() if config.data.source != source]
+    elsewhere = [pair for pair in runs.values() if pair[1].data.source != source]
     runs = [pair for pair in runs.values() if pair[1].data.source == source]
     split = split or _only("--split", {config.eval.select_split for _, config in runs})
     opened = [(ingredient, config, *open_splits(config, begun=True)) for ingredient, config in runs]
@@ -277,7 +277,9 @@ def open_selection(
         data_dir = data_dir or next((config.data.data_dir for _, config in runs), "")
         division = next((config.data.division for _, config in runs), "") or DIVISIONS[0]
         selection = sources.open_split(source, split, data_dir=data_dir or None, division=division)
-    _check_elsewhere(elsewhere, selection, source, data_dir)
+    for ingredient, config in elsewhere:
+        measures = () if allow_eval_split else config.data.eval_splits
+        _check_elsewhere(ingredient, selection, source, data_dir, measures)
     chosen = {selection.id(index) for index in range(len(selection))}
     for ingredient, config, train, evaluated in opened:
         _check_same_data(ingredient, train)
@@ -301,17 +303,35 @@ def open_selection(
 
 
 def _check_elsewhere(
-    runs: Iterable[Ingredient], selection: sources.Split, source: str, data_dir: str
+    ingredient: Ingredient,
+    selection: sources.Split,
+    source: str,
+    data_dir: str,
+    measures: Iterable[str],
 ) -> None:
-    """Refuses what runs were trained on that name their data otherwise: moved, or listed anew."""
-    for ingredient in runs:
-        known = seen.find(ingredient.workdir, source, data_dir=data_dir or None)
-        if known is not None and (shared := known.num_trained_on(selection, source)):
-            raise UserError(
-                f"{shared} of the {len(selection)} images of {selection.name!r} that would choose "
-                f"were trained on by {ingredient.name}, from another place. Name a --split that "
-                "none was trained on, or use --how=uniform."
-            )
+    """Refuses what a run has seen that names its data otherwise: moved, or listed anew.
+
+    Args:
+      ingredient: Of the run.
+      selection: The images that would choose.
+      source: Their data set.
+      data_dir: Folder of all tfds data.
+      measures: The run's splits that may not choose.
+    """
+    known = seen.find(ingredient.workdir, source, data_dir=data_dir or None)
+    if known is None:
+        return
+    shared = known.num_trained_on(selection, source)
+    what = "trained on by"
+    if not shared:
+        shared = sum(known.num_evaluated(selection, source, name) for name in measures)
+        what = "in data.eval_splits of"
+    if shared:
+        raise UserError(
+            f"{shared} of the {len(selection)} images of {selection.name!r} that would choose were "
+            f"{what} {ingredient.name}, where the data have another place. Name a --split of "
+            "other images, or use --how=uniform."
+        )
 
 
 def _only(flag: str, values: set[str]) -> str:

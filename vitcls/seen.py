@@ -47,6 +47,11 @@ class Seen:
         """Returns how many images of a source's split were trained on."""
         return int(np.isin(self._hashes(split, source), self.train).sum())
 
+    def num_evaluated(self, split: Split, source: str, name: str) -> int:
+        """Returns how many images of a source's split the run evaluated under this name."""
+        known = self.evaluated.get(name, np.zeros(0, np.uint64))
+        return int(np.isin(self._hashes(split, source), known).sum())
+
     def num_new(self, split: Split, source: str) -> int:
         """Returns how many images of a source's split the run has not seen at all."""
         known = np.concatenate([self.train, *self.evaluated.values()])
@@ -111,6 +116,11 @@ def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) ->
         if records.recorded_fingerprints(run.directory).get(train.name) == train.fingerprint:
             evaluated = {name: split.hashes() for name, split in evaluated.items()}
             return Seen(sources.home(place), train.hashes(), evaluated, config.data.division)
+    if _is_within(sources.home(own), sources.home(source)):
+        log.warning(
+            "%s has no %s, and its data are not what they were: which of these images it was "
+            "trained on is not known.", run.directory, _FILE,
+        )  # fmt: skip
     return None
 
 
