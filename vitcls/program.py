@@ -254,6 +254,7 @@ def _make_program(
                 weight=config.loss.teacher_weight,
                 temperature=config.loss.temperature,
             ),
+            may_skip=config.data.on_error == "skip",
         ),
         tx,
         key=step_key,

@@ -308,6 +308,7 @@ def train_and_evaluate(
                     "images_per_second": progress.images_per_second(),
                     "window": metrics.window,
                     "skips": jax.tree.map(int, state.skips),
+                    "num_empty": int(state.num_empty),
                 }
                 checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
                 watchdog.expect("step")
