@@ -212,7 +212,7 @@ def make_training(
     apply = adapt.with_lora(model.apply) if has_lora else model.apply
     train_step = steps.make_train_step(
         augment.make_prepare(normalise, flip=True, label_smoothing=0.0),
-        steps.make_loss_fn(apply),
+        steps.make_loss_fn(apply, may_skip=False),
         tx,
         key=jax.random.key(0),
         schedule=schedule,

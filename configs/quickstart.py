@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vitcls.config import default_config, parse_arg
 from vitcls.errors import unknown
@@ -53,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.warmup_steps = 20
     config.train.global_batch_size = 64
     config.train.total_epochs = 10.0
-    config.eval.every_steps = 50
+    config.eval.every_steps = placeholder(int)
     config.eval.batch_size = 128
     config.log.every_steps = 10
     return config

@@ -10,7 +10,8 @@ On a small one, lower `--config.train.global_batch_size` and the learning rate w
 Accuracy as published, not measured here, by google-research/vision_transformer's README
 (in21k weights, 384 px, batch 512, SGD, dropout 0.0; one run each):
 CIFAR-10 99.02 % and CIFAR-100 92.06 % (10 000 steps, 2.2 h each), ImageNet 84.53 % (20 000 steps,
-6.5 h). With --config.train.total_steps=500: 98.59 and 89.17 %; with 1000: 98.86 and 91.15 %.
+6.5 h). With --config.train.total_steps=500: 98.59 and 89.17 %; with 1000: 98.86 and 91.15 %, and
+warm-ups of 50 and 100 steps, as here. That code crops otherwise: see vitcls/recipes.py.
 Nothing is published for the other data sets with these weights and this recipe.
 """
 

@@ -11,7 +11,8 @@ Accuracy as published, not measured here, by google-research/vision_transformer'
 (in21k weights, 384 px, batch 512, SGD, dropout 0.0; one run each):
 CIFAR-10 98.88 % and CIFAR-100 92.31 % (10 000 steps, 0.8 h each), ImageNet 81.66 % (20 000 steps,
 3.3 h). The header of big_vision's configs/transfer.py has Pets 93.78 % (93.62-94.00 in 5 runs) and
-Flowers 99.43 % (99.42-99.45), but from the AugReg weights, which are not these.
+Flowers 99.43 % (99.42-99.45), but from the AugReg weights, which are not these. The README's code
+crops otherwise: see vitcls/recipes.py.
 """
 
 from ml_collections import ConfigDict

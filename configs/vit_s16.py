@@ -10,7 +10,8 @@ On a small one, lower `--config.train.global_batch_size` and the learning rate w
 Accuracy as published, not measured here: google-research/vision_transformer's README has 83.73 % on
 ImageNet for AugReg S/16 from in21k weights (384 px, 20 000 steps, lr 0.03; one run). The checkpoint
 named here is another one, in Hugging Face format and already fine-tuned on ImageNet; nothing is
-published for it with this recipe.
+published for it with this recipe. That README's code crops
+otherwise: see vitcls/recipes.py.
 """
 
 from ml_collections import ConfigDict

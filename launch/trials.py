@@ -54,10 +54,14 @@ class Trial:
         write_json(self.workdir / "asked.json", self.config.to_dict())
 
     def total_steps(self) -> int | None:
-        """Returns the steps it trains for; None before a run of epochs has counted them."""
-        path = self.workdir / "config.json"
+        """Returns the steps it trains for; None before a run of so many epochs has counted them."""
+        path, asked = self.workdir / "config.json", self.workdir / "asked.json"
         if self.config.train.total_steps or not path.exists():
             return self.config.train.total_steps or None
+        if asked.exists():
+            epochs = json.loads(asked.read_text())["train"]["total_epochs"]
+            if epochs != self.config.train.total_epochs:  # what is there was counted for fewer
+                return None
         return json.loads(path.read_text())["train"]["total_steps"]
 
     def results(self) -> dict[str, Any] | None:

@@ -68,6 +68,14 @@ def test_valid_config_passes_as_it_is():
         ("train.total_epochs", 2.0, "exactly one must be positive"),
         ("train.total_steps", 0, "exactly one must be positive"),
         ("optim.warmup_steps", 11, "optim.warmup_steps=11 is more than the 10 steps of training."),
+        (
+            "optim.restarts",
+            (5, 10),
+            "optim.restarts=(5, 10) must be rising steps below train.total_",
+        ),
+        ("optim.restarts", (5, 3), "optim.restarts=(5, 3) must be rising steps below train.total_"),
+        ("optim.restarts", (0,), "optim.restarts=(0,) must be steps above 0: (1000,)."),
+        ("optim.restarts", (2.5,), "optim.restarts=(2.5,) must be steps above 0: (1000,)."),
         ("eval.select_metric", "acuracy", "Did you mean 'accuracy'?"),
         ("eval.tta", "flips", "Did you mean 'flip'?"),
         ("augment.policy", "randaugmnt", "Did you mean 'randaugment'?"),
@@ -172,6 +180,19 @@ def test_ways_of_tuning_that_exclude_each_other(fields, message):
     with pytest.raises(UserError) as error:
         check_config(config)
     assert message in str(error.value)
+
+
+def test_every_cycle_has_room_for_its_warm_up():
+    config = with_field("optim.restarts", (4, 8))
+    config.optim.warmup_steps = 1
+    check_config(config)
+    config.optim.warmup_steps = 2
+    with pytest.raises(UserError, match="each more than optim.warmup_steps=2 after the one before"):
+        check_config(config)
+    config.optim.warmup_steps = 0
+    config.optim.schedule = "constant"
+    with pytest.raises(UserError, match=r"optim.restarts=\(4, 8\) has no effect: optim.schedule="):
+        check_config(config)
 
 
 def test_logit_adjustment_of_a_sigmoid_is_refused():
@@ -294,3 +315,46 @@ def test_continuing_with_other_identity_fields_lists_them(tmp_path):
     assert "optim.lr: 0.0001 there, 0.5 asked for" in message
     assert "optim.args.b1: None there, 0.8 asked for" in message
     assert "train.total_steps: 10 there, 5 asked for" in message
+
+
+def test_a_longer_run_may_begin_its_schedule_anew_after_what_was_planned(tmp_path):
+    path = saved(valid_config(), tmp_path)
+    config = valid_config()
+    config.train.total_steps = 20
+    for step in (10, 15):
+        config.optim.restarts = (step,)
+        check_same_run(config, path)
+    config.optim.restarts = (9,)
+    with pytest.raises(UserError, match=r"optim.restarts: \[\] there, \[9\] asked for"):
+        check_same_run(config, path)
+    config.optim.restarts = (10,)
+    path = saved(config, tmp_path)
+    config.train.total_steps = 30
+    config.optim.restarts = (10, 20)
+    check_same_run(config, path)
+    config.optim.restarts = (20,)  # the steps that were taken would have had other rates
+    with pytest.raises(UserError, match=r"optim.restarts: \[10\] there, \[20\] asked for"):
+        check_same_run(config, path)
+
+
+def test_epochs_may_grow_as_steps_may(tmp_path):
+    config = valid_config()
+    config.train.update(total_steps=0, total_epochs=2.0)
+    path = saved(config, tmp_path)  # as a sweep writes what it asks for
+    config.train.total_epochs = 3.0
+    check_same_run(config, path)
+    config.train.total_epochs = 1.0
+    with pytest.raises(UserError, match="train.total_epochs: 2.0 there, 1.0 asked for"):
+        check_same_run(config, path)
+
+
+def test_a_field_that_a_run_did_not_have_counts_as_its_default(tmp_path):
+    config = valid_config()
+    path = tmp_path / "config.json"
+    content = config.to_dict()
+    del content["optim"]["restarts"], content["eval"]["tta"]
+    path.write_text(json.dumps(content))
+    check_same_run(config, path)
+    config.eval.tta = "flip"
+    with pytest.raises(UserError, match="eval.tta: 'none' there, 'flip' asked for"):
+        check_same_run(config, path)

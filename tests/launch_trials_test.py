@@ -83,6 +83,8 @@ def test_epochs_are_finished_at_the_steps_that_the_run_made_of_them(tmp_path):
     assert trial.results() is None
     (trial.workdir / "results.json").write_text(json.dumps({"step": 203}))
     assert trial.results() == {"step": 203}
+    (longer,) = make([{"optim.lr": 1}], tmp_path, overrides=["--config.train.total_epochs=20"])
+    assert longer.results() is None
 
 
 def test_metrics_and_last_words_are_the_newest(tmp_path):

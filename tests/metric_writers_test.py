@@ -105,6 +105,22 @@ def test_skipped_steps_are_named_counted_and_left_out_of_means(tmp_path, monkeyp
         assert len((tmp_path / "nonfinite.jsonl").read_text().splitlines()) == 1
 
 
+def test_steps_without_images_are_named_and_left_out_of_means(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    with (
+        MetricWriter(tmp_path, start_step=0) as writer,
+        Progress(0, 2, global_batch_size=8) as progress,
+    ):
+        metrics = late_metrics(writer, progress)
+        metrics.add(1, step_metrics(3.0) | {"is_empty": jnp.asarray(False)})
+        metrics.add(2, step_metrics(0.0, in_row=1) | {"is_empty": jnp.asarray(True)})
+        metrics.flush()
+    assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == [(2, 3.0)]
+    assert "train/is_empty" not in lines(tmp_path)[0]
+    assert "Step 2 changes nothing: no image of its batch counts." in caplog.text
+    assert not (tmp_path / "nonfinite.jsonl").exists()
+
+
 def test_event_files_are_those_that_another_library_reads(tmp_path):
     with MetricWriter(tmp_path, start_step=4) as writer:
         writer.write(5, {"train/loss": 1.5})

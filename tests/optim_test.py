@@ -1,5 +1,7 @@
 """Optimizers and schedules do what optax, called by hand, does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,10 +119,36 @@ def test_clipping_bounds_the_global_norm():
     np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-6)
 
 
-def test_step_schedule_divides_by_10_at_30_60_and_90_percent():
-    schedule = optim.make_schedule("step", lr=2.0, warmup_steps=10, total_steps=110)
-    rates = [float(schedule(step)) for step in (10, 39, 41, 69, 71, 99, 101)]
-    np.testing.assert_allclose(rates, [2, 2, 0.2, 0.2, 0.02, 0.02, 0.002], rtol=1e-6)
+# BiT-HyperRule's rates by hand, for a peak of 0.003: (step, rate).
+HYPERRULE = [
+    (0, 0.0), (250, 0.0015), (500, 0.003), (2_999, 0.003), (3_000, 3e-4), (5_999, 3e-4),
+    (6_000, 3e-5), (8_999, 3e-5), (9_000, 3e-6), (9_999, 3e-6),
+]  # fmt: skip
+
+
+def test_step_schedule_divides_by_10_at_30_60_and_90_percent_of_all_steps():
+    schedule = optim.make_schedule("step", lr=0.003, warmup_steps=500, total_steps=10_000)
+    rates = [float(schedule(step)) for step, _ in HYPERRULE]
+    np.testing.assert_allclose(rates, [rate for _, rate in HYPERRULE], rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 40])
+def test_step_schedule_divides_where_it_should_whatever_the_warm_up(warmup_steps):
+    """Also where the first division falls into the warm-up: what follows is as it would be."""
+    schedule = optim.make_schedule("step", lr=2.0, warmup_steps=warmup_steps, total_steps=100)
+    rates = [float(schedule(step)) for step in (40, 59, 60, 89, 90)]
+    np.testing.assert_allclose(rates, [0.2, 0.2, 0.02, 0.02, 0.002], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "step"])
+def test_a_restarted_schedule_is_two_one_after_the_other(name):
+    make = functools.partial(optim.make_schedule, name, lr=2.0, warmup_steps=10)
+    whole = make(total_steps=90, restarts=(50,))
+    first, second = make(total_steps=50), make(total_steps=40)
+    rates = [float(whole(step)) for step in range(91)]
+    expected = [float(first(step)) for step in range(50)]
+    expected += [float(second(step)) for step in range(41)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])

@@ -65,6 +65,27 @@ def test_deterministic_reaches_the_compiler_of_both_steps(monkeypatch, determini
     made.eval_step.lower(jax.eval_shape(made.init), batch).compile()
 
 
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_skipped_images_are_looked_for_where_there_can_be_some(monkeypatch, on_error):
+    config = default_config()
+    config.data.update(source="digits", image_size=(32, 32), on_error=on_error)
+    config.model.arch = "resnet_mu"
+    config.train.update(total_steps=1, global_batch_size=8)
+    _, model_config, processor = train_setup.open_model(config, ("a", "b"), begun=None)
+    made, make_loss_fn = [], program.steps.make_loss_fn
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            program.steps,
+            "make_loss_fn",
+            lambda *args, **options: made.append(options) or make_loss_fn(*args, **options),
+        )
+        program.make_program(
+            config, model_config, processor, sharding.make_mesh(1, 1, devices=jax.devices()[:1]),
+            class_names=("a", "b"), class_counts=np.array([1, 1]),
+        )  # fmt: skip
+    assert made == [{"may_skip": on_error == "skip"}]
+
+
 def probe_config():
     config = default_config()
     config.train.total_steps = 20

@@ -1,5 +1,6 @@
 """The config files for real work: valid for every data set, from any folder."""
 
+import functools
 import os
 import runpy
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vitcls import recipes
+from vitcls import program, recipes, train_setup
 from vitcls.config import check_config
 from vitcls.errors import UserError
 from vitcls.optim import check_args
@@ -31,6 +32,44 @@ def test_every_recipe_is_valid_for_every_data_set(name, source):
     assert config.data.source == source
     assert config.data.eval_splits == (schedule.eval_split,)
     assert (config.train.total_steps, config.optim.lr) == (schedule.total_steps, schedule.lr)
+
+
+# Steps, training images, warm-up and evaluation interval. The first five are cited: those of
+# google-research/vision_transformer's README, and big_vision's configs/transfer.py for Pets.
+LENGTHS = [
+    ("tfds:cifar10", 10_000, 49_000, 500, 1_000),
+    ("tfds:cifar10", 500, 49_000, 50, 50),
+    ("tfds:cifar10", 1_000, 49_000, 100, 100),
+    ("tfds:imagenet2012", 20_000, 1_268_355, 500, 2_000),
+    ("tfds:oxford_iiit_pet", 500, 3_312, 100, 50),
+    ("folder:my/images", 200, 1_000, 40, 50),
+    ("folder:my/images", 10, 1_000, 2, 50),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("source", "total_steps", "num_train", "warmup", "every"), LENGTHS)
+def test_warm_up_and_evaluations_follow_the_steps(
+    name, source, total_steps, num_train, warmup, every
+):
+    config = get_config(name, f"data={source}")
+    config.train.total_steps = total_steps
+    resolve = functools.partial(
+        train_setup.resolve, num_train=num_train, image_size=(384, 384), num_devices=1
+    )
+    check_config(config)
+    resolved = resolve(config)
+    assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (warmup, every)
+    rate = program.learning_rate(resolved)
+    assert float(rate(warmup)) == pytest.approx(config.optim.lr)
+    assert float(rate(total_steps)) == pytest.approx(0, abs=1e-6)
+    config.train.update(total_steps=0, total_epochs=total_steps * 512 / num_train)
+    check_config(config)
+    assert resolve(config).to_dict() == resolved.to_dict()
+    config.optim.warmup_steps = 1
+    config.eval.every_steps = 7
+    resolved = resolve(config)
+    assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (1, 7)
 
 
 @pytest.mark.parametrize("name", NAMES)

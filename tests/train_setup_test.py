@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from ml_collections.config_dict import placeholder
 from safetensors.torch import load_file
 
 from vitcls import pretrained, train, train_setup
 from vitcls.checkpoint import Checkpoints
-from vitcls.config import default_config
+from vitcls.config import check_same_run, default_config
 from vitcls.errors import UserError
 from vitcls.models import vit
 from vitcls.pretrained import formats
+from vitcls.program import with_fields
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -300,6 +302,74 @@ def test_resolve_fills_in_what_follows():
         train_setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
 
 
+def save_config(config, workdir):
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def test_what_was_left_open_is_kept_by_a_run_that_is_continued(tmp_path):
+    """Also by one of a version that wrote numbers only."""
+    config = make_config("x")
+    config.train.total_steps = 1000
+    config.optim.warmup_steps = config.eval.every_steps = placeholder(int)
+    resolve = functools.partial(
+        train_setup.resolve, num_train=100, image_size=(8, 8), num_devices=8
+    )
+    old = resolve(config)
+    assert (old.optim.warmup_steps, old.eval.every_steps) == (100, 100)
+    old.optim.warmup_steps, old.eval.every_steps = 77, 33
+    del old.optim.restarts
+    save_config(old, tmp_path)
+    config.train.total_steps = 2000
+    resolved = resolve(config, begun=tmp_path)
+    assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (77, 33)
+    check_same_run(resolved, tmp_path / "config.json")
+    # As a sweep asks, which leaves them open.
+    config.data.image_size, config.eval.batch_size = (8, 8), 16
+    check_same_run(config, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, None),
+        ({"train.total_steps": 2000, "optim.schedule": "constant"}, None),
+        (
+            {"train.total_steps": 2000},
+            "train.total_steps=2000 lengthens a run of 1000 steps: the learning rate goes from "
+            "1.8e-07 in step 990 to 0.00027 in the next. optim.schedule='cosine' is laid out anew "
+            "over all steps. Given in the first longer start, --config.optim.restarts='(1000,)' "
+            "begins it anew after step 1000 instead, with its warm-up.",
+        ),
+        (
+            {"train.total_steps": 2000, "optim.restarts": (1000,)},
+            "from 1.8e-07 in step 990 to 1.5e-07 in the next. optim.restarts=(1000,) begins optim.",
+        ),
+    ],
+)
+def test_a_run_that_is_lengthened_says_what_its_rate_does(fields, message, tmp_path):
+    config = make_config("x")
+    config.train.total_steps = 1000
+    config.optim.update(lr=5e-4, warmup_steps=100)
+    save_config(config, tmp_path)
+    config = with_fields(config, fields)
+    found = train_setup.rate_changes(config, tmp_path / "config.json", step=990)
+    assert len(found) == (message is not None) and (message or "") in "".join(found)
+
+
+def test_a_run_that_began_with_another_step_schedule_says_so(tmp_path):
+    config = make_config("x")
+    config.train.total_steps = 1000
+    config.optim.update(schedule="step", warmup_steps=100)
+    save_config(config, tmp_path)
+    assert not train_setup.rate_changes(config, tmp_path / "config.json", step=320)
+    old = config.copy_and_resolve_references()
+    del old.optim.restarts
+    save_config(old, tmp_path)
+    (warning,) = train_setup.rate_changes(config, tmp_path / "config.json", step=320)
+    assert "this run began when it did so at those of what follows the warm-up" in warning
+    assert warning.endswith("It continues with a learning rate of 1e-05.")
+
+
 def test_rates_are_scaled_with_the_batch():
     config = make_config("x")
     config.optim.update(lr=0.2, lr_batch_size=64)
@@ -324,6 +394,12 @@ def test_rates_are_scaled_with_the_batch():
         ),
         ("data.sampling", "sqrt", 0, "loss.class_weights and data.sampling each correct for rare"),
         ("optim.weight_decay", 0.1, 0, "draws the same weights to 0. Set optim.weight_decay=0."),
+        (
+            "optim.warmup_steps",
+            2,
+            0,
+            "optim.warmup_steps=2 is most of the 2 steps of optim.schedule='cosine', which hardly",
+        ),
     ],
 )
 def test_known_traps_are_warned_of(field, value, num_select, message):

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import signal
 import traceback
 from pathlib import Path
@@ -201,6 +202,36 @@ def test_a_finished_run_says_so_and_can_be_lengthened(config, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("test accuracy")
     config.train.total_steps = 4
     assert train.train_and_evaluate(config, tmp_path)["step"] == 4
+
+
+def test_a_longer_run_says_what_its_rate_does_and_continues_exactly(
+    config, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("vitcls"), "propagate", True)
+    config.train.update(total_steps=0, total_epochs=0.05)  # 5 steps of 16 among 1293 images
+    config.optim.warmup_steps = 1
+    train.train_and_evaluate(config, tmp_path / "parts")
+    shutil.copytree(tmp_path / "parts", tmp_path / "whole")
+    config.train.total_epochs = 0.12
+    config.optim.restarts = (5,)
+    train.train_and_evaluate(config, tmp_path / "whole")
+    assert "train.total_steps=10 lengthens a run of 5 steps: the learning rate goes" in caplog.text
+    with monkeypatch.context() as patch:
+        interrupt_at(7, patch)
+        with pytest.raises(Interrupted, match="SIGTERM: saved after step 7 of 10"):
+            train.train_and_evaluate(config, tmp_path / "parts")
+    caplog.clear()
+    train.train_and_evaluate(config, tmp_path / "parts")
+    assert "lengthens" not in caplog.text
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_items(tmp_path / "whole", 10),
+        final_items(tmp_path / "parts", 10),
+    )
+    # What was trained with: each cycle begins at 0.
+    rates = {line["step"]: line["train/lr"] for line in metric_lines(tmp_path / "parts")
+             if "train/lr" in line}  # fmt: skip
+    assert rates[6] == 0 < rates[8] and rates[10] < rates[8]
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

@@ -341,7 +341,7 @@ class Checkpoints:
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint, whole networks to be read without this run; `meta` has `skips`."""
+    """The items of a checkpoint, whole networks to be read without this run; `meta` has counts."""
     items = {"params": state.variables(), "opt_state": state.opt_state}
     return items | ({} if state.ema is None else {"ema": state.averages()})
 
@@ -363,14 +363,15 @@ def restore_state(
             "batch_stats": variables.get("batch_stats", {}),
         }
 
+    meta = checkpoints.meta(step)
     return TrainState(
         step=sharding.put(np.int32(step), shardings.step),
         frozen=adapt.subtree(items["params"]["params"], target.frozen),
         opt_state=items["opt_state"],
         ema=None if target.ema is None else trained(items["ema"]),
-        skips=sharding.put(
-            jax.tree.map(np.int32, checkpoints.meta(step)["skips"]), shardings.skips
-        ),
+        skips=sharding.put(jax.tree.map(np.int32, meta["skips"]), shardings.skips),
+        # Runs of earlier versions did not count them.
+        num_empty=sharding.put(np.int32(meta.get("num_empty", 0)), shardings.num_empty),
         **trained(items["params"]),
     )
 

@@ -4,6 +4,7 @@ A recipe (`configs/*.py`) starts from `default_config()` and sets what it needs.
 finds every mistake that can be found without data, weights or devices.
 """
 
+import itertools
 import json
 import math
 import re
@@ -149,10 +150,15 @@ def default_config() -> ConfigDict:
     # Global norm that gradients are clipped to; 0: no clipping.
     c.optim.clip_norm = 1.0
     # After the warm-up: "cosine" or "linear" to 0, "constant", or "step", divided by 10 at 30, 60
-    # and 90 %.
+    # and 90 % of all steps.
     c.optim.schedule = "cosine"
-    # Steps of linear warm-up from 0.
+    # Steps of linear warm-up from 0. Unset: a tenth of the steps and at most 500; with fewer than
+    # 20 000 training images a fifth and at most 100. A run that is continued keeps its own.
     c.optim.warmup_steps = 0
+    # Steps at which the schedule ends and begins anew, with its warm-up: (1000,) for a run that was
+    # planned for 1000 steps, when it is first continued to 2000. Without it a longer run jumps to
+    # the rate that it would have had if it had been planned so from the start.
+    c.optim.restarts = ()
     # Decay of the exponential moving average of the weights, which is then what is evaluated;
     # 0: no average.
     c.optim.ema_decay = 0.0
@@ -214,7 +220,7 @@ def default_config() -> ConfigDict:
     c.adapt.l2_sp_head = 0.01
 
     c.train = ConfigDict()
-    # Length of training: exactly one of the two is positive.
+    # Length of training: exactly one of the two is positive. It may grow when a run is continued.
     c.train.total_steps = 0
     c.train.total_epochs = 0.0
     # Images per step over all devices.
@@ -237,7 +243,8 @@ def default_config() -> ConfigDict:
     c.train.deterministic = False
 
     c.eval = ConfigDict()
-    # Steps between evaluations of select_split, each with a checkpoint; 0: only at the end.
+    # Steps between evaluations of select_split, each with a checkpoint; 0: only at the end. Unset:
+    # a tenth of the steps, but at least 50. A run that is continued keeps its own.
     c.eval.every_steps = 0
     # Split that chooses the best checkpoint: "holdout", or a split of the source that is not
     # in data.eval_splits; "": no choice, the last step is final.
@@ -283,8 +290,8 @@ def default_config() -> ConfigDict:
     return c
 
 
-# Fields that may differ when a workdir is continued: they do not change what is computed
-# (train.total_steps may only grow, which train.py checks).
+# Fields that may differ when a workdir is continued: they do not change what is computed. For those
+# that may only grow see `check_same_run`.
 RUN_FIELDS = (
     "data.data_dir", "data.cache", "data.num_threads", "data.num_workers", "model.allow_pickle",
     "model.remat", "train.micro_batch", "train.max_nonfinite", "train.deterministic",
@@ -449,6 +456,7 @@ def check_config(config: ConfigDict) -> None:
         _check_pattern(field, flat[field])
     _check_dependent(flat)
     _check_adapt(config)
+    _check_schedule(config)
     _check_combinations(config)
 
 
@@ -518,6 +526,17 @@ def _check_adapt(config: ConfigDict) -> None:
         )
 
 
+def _check_schedule(config: ConfigDict) -> None:
+    fields = config.optim
+    if not all(isinstance(step, int) and step > 0 for step in fields.restarts):
+        raise UserError(f"optim.restarts={fields.restarts} must be steps above 0: (1000,).")
+    if fields.restarts and fields.schedule == "constant" and fields.warmup_steps == 0:
+        raise UserError(
+            f"optim.restarts={fields.restarts} has no effect: optim.schedule='constant' without "
+            "optim.warmup_steps has nothing to begin anew. Set one of them, or leave it at ()."
+        )
+
+
 def _check_pairs(config: ConfigDict) -> None:
     size = config.data.image_size
     if size is not None and not (
@@ -555,7 +574,7 @@ def _check_combinations(config: ConfigDict) -> None:
     if bool(train.total_steps) == bool(train.total_epochs):
         raise UserError(
             f"train.total_steps={train.total_steps} and train.total_epochs={train.total_epochs}: "
-            "exactly one must be positive."
+            "exactly one must be positive; set the other to 0."
         )
     if train.total_steps:
         check_num_steps(config)
@@ -607,9 +626,9 @@ def _check_combinations(config: ConfigDict) -> None:
 
 
 def check_num_steps(config: ConfigDict) -> None:
-    """Raises `UserError` when `train.total_steps` has no room for the probe and the warm-up."""
-    total_steps, warmup_steps = config.train.total_steps, config.optim.warmup_steps
-    probe_steps = config.adapt.probe_steps
+    """Raises `UserError` when `train.total_steps` has no room for probe, warm-up and restarts."""
+    total_steps, restarts = config.train.total_steps, config.optim.restarts
+    probe_steps, warmup_steps = config.adapt.probe_steps, config.optim.warmup_steps or 0
     if probe_steps and probe_steps >= total_steps:
         raise UserError(
             f"adapt.probe_steps={probe_steps} leaves nothing of the {total_steps} steps of "
@@ -621,6 +640,18 @@ def check_num_steps(config: ConfigDict) -> None:
             f"optim.warmup_steps={warmup_steps} is more than the {total_steps - probe_steps} steps "
             f"of training{after}."
         )
+    if any(length <= warmup_steps for length in cycle_lengths(config)) and restarts:
+        raise UserError(
+            f"optim.restarts={restarts} must be rising steps below train.total_steps="
+            f"{total_steps}, each more than optim.warmup_steps={warmup_steps} after the one "
+            f"before{f' and after adapt.probe_steps={probe_steps}' if probe_steps else ''}."
+        )
+
+
+def cycle_lengths(config: ConfigDict) -> list[int]:
+    """Returns the steps from each start of the schedule to its end."""
+    ends = [config.adapt.probe_steps, *config.optim.restarts, config.train.total_steps]
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def read_class_weights(how: str) -> str:
@@ -687,7 +718,7 @@ def check_same_run(config: ConfigDict, path: Path, *, moved: Collection[str] = (
         f"  {field}: {saved.get(field)!r} there, {asked.get(field)!r} asked for"
         for field in sorted(saved.keys() | asked.keys())
         if field not in (*RUN_FIELDS, *moved) and saved.get(field) != asked.get(field)
-        and not (field == "train.total_steps" and asked[field] > saved[field])
+        and not _may_differ(field, saved, asked)
     ]  # fmt: skip
     if differences:
         raise UserError(
@@ -695,3 +726,16 @@ def check_same_run(config: ConfigDict, path: Path, *, moved: Collection[str] = (
             + "\n".join(differences)
             + "\nUse another --workdir, or the fields it was started with."
         )
+
+
+def _may_differ(field: str, saved: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a field is left open, or differs only in what comes after the planned steps."""
+    before, after = saved.get(field), asked.get(field)
+    if field in ("optim.warmup_steps", "eval.every_steps"):
+        return after is None
+    if field in ("train.total_steps", "train.total_epochs"):
+        return 0 < before < after
+    if field == "optim.restarts":
+        kept, added = after[: len(before)], after[len(before) :]
+        return kept == before and all(step >= saved["train.total_steps"] for step in added)
+    return False

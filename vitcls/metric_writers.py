@@ -134,7 +134,7 @@ class LateMetrics:
     """Reads a step's metrics after the next one has been sent off, and writes their means.
 
     Attributes:
-      window: Metrics of the steps since the last line that were not skipped; part of what a
+      window: Metrics of the steps since the last line that changed something; part of what a
         checkpoint keeps, so that a run that goes on writes the same means.
     """
 
@@ -176,7 +176,10 @@ class LateMetrics:
         self._pending = None
         metrics = jax.tree.map(lambda value: value.item(), jax.device_get(metrics))
         skips = metrics.pop("skips")
-        if skips["in_row"]:
+        # The loss of no image is 0, and would lower the mean.
+        if metrics.pop("is_empty", False):
+            log.warning("Step %d changes nothing: no image of its batch counts.", step)
+        elif skips["in_row"]:
             self._note_skipped(step, metrics, skips)
         else:
             self.window.append(metrics)

@@ -1,8 +1,9 @@
 """Optimizers and schedules: optax, by name."""
 
 import inspect
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -46,22 +47,38 @@ OPTIMIZERS = _find_optimizers(optax.contrib) | _find_optimizers(optax)
 _OWN_ARGS = {"learning_rate", "weight_decay", "mask", "weight_decay_mask"}
 
 
-def make_schedule(name: str, *, lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+def make_schedule(
+    name: str, *, lr: float, warmup_steps: int, total_steps: int, restarts: Sequence[int] = ()
+) -> optax.Schedule:
     """Returns step -> learning rate: linear warm-up from 0 to `lr`, then `name`.
 
     Args:
       name: "cosine" or "linear", both to 0 at `total_steps`; "constant"; or "step", divided by 10
-        at 30, 60 and 90 % of what follows the warm-up (Kolesnikov et al. 2020, arXiv:1912.11370,
-        section 3.3).
+        at 30, 60 and 90 % of all steps, the warm-up included (Kolesnikov et al. 2020,
+        arXiv:1912.11370, section 3.3).
+      lr: Peak rate.
+      warmup_steps: Its length.
+      total_steps: Where it ends.
+      restarts: Rising steps below `total_steps` at which it ends, too, and begins anew with its
+        warm-up (Loshchilov & Hutter 2017, arXiv:1608.03983).
     """
-    decay_steps = max(total_steps - warmup_steps, 1)
+    cycles = [
+        _make_cycle(name, lr=lr, warmup_steps=warmup_steps, num_steps=end - start)
+        for start, end in itertools.pairwise([0, *restarts, total_steps])
+    ]
+    return optax.join_schedules(cycles, list(restarts)) if restarts else cycles[0]
+
+
+def _make_cycle(name: str, *, lr: float, warmup_steps: int, num_steps: int) -> optax.Schedule:
+    decay_steps = max(num_steps - warmup_steps, 1)
+    divided = optax.piecewise_constant_schedule(
+        lr, {round(share * num_steps): 0.1 for share in (0.3, 0.6, 0.9)}
+    )
     after = {
         "cosine": optax.cosine_decay_schedule(lr, decay_steps),
         "linear": optax.linear_schedule(lr, 0.0, decay_steps),
         "constant": optax.constant_schedule(lr),
-        "step": optax.piecewise_constant_schedule(
-            lr, {round(share * decay_steps): 0.1 for share in (0.3, 0.6, 0.9)}
-        ),
+        "step": lambda step: divided(step + warmup_steps),
     }[name]
     if not warmup_steps:
         return after

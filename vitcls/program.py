@@ -254,6 +254,7 @@ def _make_program(
                 weight=config.loss.teacher_weight,
                 temperature=config.loss.temperature,
             ),
+            may_skip=config.data.on_error == "skip",
         ),
         tx,
         key=step_key,
@@ -319,12 +320,7 @@ def _make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer and its learning rate by step, of parameters of these shapes."""
     fields, probe_steps = config.optim, config.adapt.probe_steps
-    schedule = optim.make_schedule(
-        fields.schedule,
-        lr=fields.lr,
-        warmup_steps=fields.warmup_steps,
-        total_steps=config.train.total_steps - probe_steps,
-    )
+    probe_schedule, schedule = _make_schedules(config)
     alpha = config.adapt.l2_sp
     beta = config.adapt.l2_sp_head if config.model.head == "new" else alpha
     make = functools.partial(
@@ -350,11 +346,29 @@ def _make_optimizer(
             f"adapt.probe_steps={probe_steps} train the head alone, which adapt.freeze="
             f"{config.adapt.freeze!r} keeps as it is; change one of the two."
         )
-    probe_schedule = optax.constant_schedule(
-        fields.lr if config.adapt.probe_lr is None else config.adapt.probe_lr
-    )
     tx = optim.probe_first(make(probe_schedule), make(schedule), num_steps=probe_steps)
-    return tx, optax.join_schedules([probe_schedule, schedule], [probe_steps])
+    return tx, learning_rate(config)
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Returns the learning rate by step, the probe's before that of what follows."""
+    probe_schedule, schedule = _make_schedules(config)
+    if not config.adapt.probe_steps:
+        return schedule
+    return optax.join_schedules([probe_schedule, schedule], [config.adapt.probe_steps])
+
+
+def _make_schedules(config: ConfigDict) -> tuple[optax.Schedule, optax.Schedule]:
+    """Returns the rate of the probe, and that of what follows by step after the probe."""
+    fields, probe_steps = config.optim, config.adapt.probe_steps
+    probe_lr = fields.lr if config.adapt.probe_lr is None else config.adapt.probe_lr
+    return optax.constant_schedule(probe_lr), optim.make_schedule(
+        fields.schedule,
+        lr=fields.lr,
+        warmup_steps=fields.warmup_steps,
+        total_steps=config.train.total_steps - probe_steps,
+        restarts=[step - probe_steps for step in fields.restarts],
+    )
 
 
 def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:

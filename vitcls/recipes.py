@@ -6,6 +6,7 @@ In the package, so that a config file works from any folder and can be copied an
 import dataclasses
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vitcls.config import default_config, parse_arg
 
@@ -32,6 +33,7 @@ class Schedule:
     """What depends on the data set.
 
     Attributes:
+      total_steps: Length of training; warm-up and evaluations follow it.
       lr: Peak rate of SGD with momentum 0.9, batch 512.
       crop: See `data.crop`.
       holdout: Share of train that chooses the checkpoint.
@@ -39,24 +41,26 @@ class Schedule:
     """
 
     total_steps: int
-    warmup_steps: int
     lr: float
     crop: str = "inception"
     holdout: float = 0.1
     eval_split: str = "test"
 
 
-# Steps, warm-up, crop and hold-out are those of big_vision's configs/transfer.py (its header has
-# the table), and so are the rates of Pets and Flowers. The other rates are the default of
-# google-research/vision_transformer's README, which has the accuracies that the config files cite.
+# Steps, crop and hold-out are those of big_vision's configs/transfer.py (its header has the table),
+# and so are the rates of Pets and Flowers. The other rates are the default of
+# google-research/vision_transformer, whose README has the accuracies that the config files cite.
+# That code crops CIFAR at random areas ("inception") where transfer.py crops windows ("resmall"),
+# and evaluates images resized to 384 x 384, where both transfer.py and this crop the centre of 448.
+# It holds out as much as this does, however short the training.
 SCHEDULES = {
-    "tfds:imagenet2012": Schedule(20_000, 500, 0.03, holdout=0.01, eval_split="validation"),
-    "tfds:cifar10": Schedule(10_000, 500, 0.03, crop="resmall", holdout=0.02),
-    "tfds:cifar100": Schedule(10_000, 500, 0.03, crop="resmall", holdout=0.02),
-    "tfds:oxford_iiit_pet": Schedule(500, 100, 0.003),
-    "tfds:oxford_flowers102": Schedule(500, 100, 0.003),
+    "tfds:imagenet2012": Schedule(20_000, 0.03, holdout=0.01, eval_split="validation"),
+    "tfds:cifar10": Schedule(10_000, 0.03, crop="resmall", holdout=0.02),
+    "tfds:cifar100": Schedule(10_000, 0.03, crop="resmall", holdout=0.02),
+    "tfds:oxford_iiit_pet": Schedule(500, 0.003),
+    "tfds:oxford_flowers102": Schedule(500, 0.003),
     # In neither table: CIFAR-100's steps and transfer.py's rate for it, untuned.
-    "tfds:food101": Schedule(10_000, 500, 0.01, holdout=0.02, eval_split="validation"),
+    "tfds:food101": Schedule(10_000, 0.01, holdout=0.02, eval_split="validation"),
 }
 # The networks of the checkpoints that the recipes start from: a plan needs no hub for them.
 ARCHS = {
@@ -69,10 +73,11 @@ ARCHS = {
 # Whose accuracies the config files cite.
 _PUBLISHED = (
     "google-research/vision_transformer's README, not measured here: in21k weights, 384 pixels, "
-    "batch 512, SGD, dropout 0, evaluated without the last incomplete batch"
+    "batch 512, SGD, dropout 0, other crops (see vitcls/recipes.py), evaluated without the last "
+    "incomplete batch"
 )
 # For any other data, such as folders: a start for some thousand images, as for Pets.
-OTHER = Schedule(500, 100, 0.003)
+OTHER = Schedule(500, 0.003)
 
 
 def published(*, cifar10: float, cifar100: float, imagenet: float) -> dict[str, Expected]:
@@ -110,10 +115,11 @@ def fine_tune(arg: str, *, pretrained: str, image_size: int = 384, resize: int =
     config.optim.name = "sgd"
     config.optim.args.momentum = 0.9
     config.optim.lr = schedule.lr
-    config.optim.warmup_steps = schedule.warmup_steps
+    # Found when the steps are known: they may be overridden.
+    config.optim.warmup_steps = placeholder(int)
+    config.eval.every_steps = placeholder(int)
 
     config.train.global_batch_size = 512
     config.train.total_steps = schedule.total_steps
-    config.eval.every_steps = schedule.total_steps // 10
     config.log.every_steps = 50
     return config

@@ -124,7 +124,10 @@ def train_and_evaluate(
         train_setup.warn_of_changed_splits(known, eval_splits, select=config.eval.select_split)
         if is_finished:
             if is_main:
-                log.info("This run is finished; raise train.total_steps to continue it.")
+                log.info(
+                    "This run is finished; raise train.total_steps or train.total_epochs to "
+                    "continue it (optim.restarts says how the learning rate goes on)."
+                )
                 print(records.last_line(results, workdir, splits=config.data.eval_splits))
             return results
     if is_main:
@@ -134,6 +137,10 @@ def train_and_evaluate(
     start_step = checkpoints.latest_step() or 0
     if start_step:
         meta = checkpoints.meta(start_step)
+        if is_main:
+            path = workdir / "config.json"
+            for change in train_setup.rate_changes(config, path, step=start_step):
+                log.warning("%s", change)
         train_setup.check_same_data(meta["data"], train_split)
         train_setup.check_same_teacher(meta.get("teacher"), teacher)
         if start_step < config.train.total_steps:
@@ -308,6 +315,7 @@ def train_and_evaluate(
                     "images_per_second": progress.images_per_second(),
                     "window": metrics.window,
                     "skips": jax.tree.map(int, state.skips),
+                    "num_empty": int(state.num_empty),
                 }
                 checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
                 watchdog.expect("step")

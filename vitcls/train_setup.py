@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vitcls import images, pretrained, records
 from vitcls.config import (
     check_num_steps,
+    cycle_lengths,
     flatten,
     parse_fold,
     read_class_weights,
@@ -26,7 +27,7 @@ from vitcls.data.division import DIVISIONS
 from vitcls.data.split import check_no_class_is_empty, num_shared
 from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit
-from vitcls.program import Program, trains_statistics
+from vitcls.program import Program, learning_rate, trains_statistics, with_fields
 from vitcls.teacher import Teacher
 
 log = logging.getLogger("vitcls")
@@ -34,6 +35,10 @@ log = logging.getLogger("vitcls")
 # What `traps` warns of: fewer images that select, and of Adam on all of a ViT of this width or
 # more, a higher rate.
 _FEW_IMAGES, _SMALL_WIDTH, _MOST_LR = 100, 192, 3e-4
+# Below so many training images BiT-HyperRule trains for 500 steps.
+_SMALL_DATA = 20_000
+# Between evaluations where eval.every_steps leaves it open.
+_MIN_EVERY_STEPS = 50
 
 
 def keep_division(config: ConfigDict, begun: Path | None) -> ConfigDict:
@@ -224,12 +229,13 @@ def resolve(
 ) -> ConfigDict:
     """Returns a copy with what follows from data, checkpoint and devices filled in.
 
-    Of a workdir that goes on, `begun`, with `train.micro_batch=0` also what was chosen there.
+    What the config leaves open was chosen when a run began: `begun`, the workdir of a run that is
+    continued, has it.
     """
     config = ConfigDict(config.to_dict())
-    if begun is not None and config.train.micro_batch == 0:
-        saved = json.loads((begun / "config.json").read_text())
-        config.train.micro_batch = saved["train"]["micro_batch"] or 0
+    saved = read_saved_config(begun / "config.json") if begun is not None else None
+    if saved is not None and config.train.micro_batch == 0:
+        config.train.micro_batch = saved.train.micro_batch or 0
     batch_size = config.train.global_batch_size
     if batch_size % num_devices:
         below = batch_size // num_devices * num_devices
@@ -241,7 +247,13 @@ def resolve(
     if config.train.total_epochs:
         total_steps = math.ceil(config.train.total_epochs * num_train / batch_size)
         config.train.update(total_steps=total_steps, total_epochs=0.0)
-        check_num_steps(config)
+    if config.optim.warmup_steps is None:
+        planned = planned_warmup(cycle_lengths(config)[0], num_train=num_train)
+        config.optim.warmup_steps = planned if saved is None else saved.optim.warmup_steps
+    if config.eval.every_steps is None:
+        planned = max(config.train.total_steps // 10, _MIN_EVERY_STEPS)
+        config.eval.every_steps = planned if saved is None else saved.eval.every_steps
+    check_num_steps(config)
     if config.optim.lr_batch_size:
         factor = batch_size / config.optim.lr_batch_size
         config.optim.update(lr=config.optim.lr * factor, lr_batch_size=0)
@@ -252,6 +264,56 @@ def resolve(
     config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)
     return config
+
+
+def planned_warmup(num_steps: int, *, num_train: int) -> int:
+    """Returns the warm-up of so many steps where `optim.warmup_steps` leaves it open.
+
+    The numbers are those of BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3),
+    100 of 500 steps for small data and 500 of 10 000 or more for others, with the shares that
+    google-research/vision_transformer's README has for shorter training: 50 of 500, 100 of 1000.
+    """
+    if num_train < _SMALL_DATA:
+        return min(num_steps // 5, 100)
+    return min(num_steps // 10, 500)
+
+
+def rate_changes(config: ConfigDict, path: Path, *, step: int) -> list[str]:
+    """Returns a warning for each way in which a continued run has another rate than was planned.
+
+    Args:
+      config: The run's, as `resolve` returns it.
+      path: Its config as it was saved.
+      step: The last step that was saved.
+    """
+    changes, total_steps, saved = [], config.train.total_steps, read_saved_config(path)
+    planned, restarts = saved.train.total_steps, tuple(saved.optim.restarts)
+    before = with_fields(config, {"train.total_steps": planned, "optim.restarts": restarts})
+    # The field came along with the change.
+    is_old = "restarts" not in json.loads(path.read_text())["optim"]
+    if is_old and config.optim.schedule == "step" and config.optim.warmup_steps and step < planned:
+        changes.append(
+            "optim.schedule='step' divides at 30, 60 and 90 % of all steps; this run began when it "
+            f"did so at those of what follows the warm-up. It continues with a learning rate of "
+            f"{float(learning_rate(before)(step)):.2g}."
+        )
+    last = float(learning_rate(before)(step - 1))
+    rate = float(learning_rate(config)(step))
+    if planned >= total_steps or (config.optim.restarts == restarts and rate == last):
+        return changes
+    if config.optim.restarts != restarts:
+        how = f"optim.restarts={config.optim.restarts} begins optim.schedule anew"
+    else:
+        how = (
+            f"optim.schedule={config.optim.schedule!r} is laid out anew over all steps. Given in "
+            f"the first longer start, --config.optim.restarts='{(*restarts, planned)}' begins it "
+            f"anew after step {planned} instead, with its warm-up"
+        )
+    return [
+        *changes,
+        f"train.total_steps={total_steps} lengthens a run of {planned} steps: the learning rate "
+        f"goes from {last:.2g} in step {step} to {rate:.2g} in the next. {how}.",
+    ]
 
 
 def facts(
@@ -303,6 +365,13 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
             f"eval.select_split={config.eval.select_split!r} has {num_select} images: an accuracy "
             f"of 90 % has a standard error of {error:.1f} points there, so the checkpoint is "
             "chosen largely by chance. Hold out more (data.holdout), or set eval.select_split=''."
+        )
+    shortest = min(cycle_lengths(config))
+    if optim.schedule != "constant" and optim.warmup_steps > shortest / 2:
+        found.append(
+            f"optim.warmup_steps={optim.warmup_steps} is most of the {shortest} steps of "
+            f"optim.schedule={optim.schedule!r}, which hardly falls before the end. Set it to a "
+            "tenth, or train for longer."
         )
     corrections = {
         "loss.class_weights": config.loss.class_weights != "none",

@@ -34,6 +34,8 @@ class TrainState:
       ema: Moving averages of `params` and `batch_stats`, or None.
       skips: int32 () each, the steps so far that changed nothing because loss or gradient were not
         finite: `total`, and `in_row`, those since the last one that did.
+      num_empty: int32 (), the steps so far that changed nothing because no image of their batch
+        counted: all were skipped.
       teacher: Variables of the network to learn from, or None; not part of a checkpoint.
     """
 
@@ -44,6 +46,7 @@ class TrainState:
     opt_state: optax.OptState
     ema: PyTree | None
     skips: dict[str, jax.Array]
+    num_empty: jax.Array
     teacher: PyTree | None = None
 
     def variables(self) -> PyTree:
@@ -98,6 +101,7 @@ def init_state(
         if use_ema
         else None,
         skips={"total": jnp.zeros((), jnp.int32), "in_row": jnp.zeros((), jnp.int32)},
+        num_empty=jnp.zeros((), jnp.int32),
     )
 
 
@@ -106,35 +110,52 @@ def make_loss_fn(
     loss: losses.Loss = losses.cross_entropy,
     class_weights: np.ndarray | None = None,
     distil: Callable[..., jax.Array] | None = None,
+    *,
+    may_skip: bool = True,
 ) -> LossFn:
     """Returns the loss of a network, summed over a batch.
 
     Args:
       apply: A flax module's `apply`. BatchNorm's statistics come back as the mutable collection
-        `batch_stats`, if there are any.
+        `batch_stats`, if there are any; such a network takes a `mask`, see `resnet.ResNet`.
       loss: Of one image.
       class_weights: (K,) factors of an image's weight; that of a dense target is their mean under
         it. None: all 1.
-      distil: `(teacher, images, logits, loss (B,)) -> loss (B,)`, see `make_distil`; None: nobody
-        teaches.
+      distil: `(teacher, images, logits, loss (B,)) -> loss (B,)`, see `make_distil`; None: no
+        distillation.
+      may_skip: Whether images may have weight 0 because they were skipped. If not, BatchNorm is
+        computed without a mask: a tenth faster on CPU.
     """
 
     def loss_fn(params, fixed, batch_stats, images, targets, weights, keys):
         frozen, teacher = fixed
+        options = {}
+        if batch_stats and may_skip:
+            is_image = weights > 0
+            has_images = jnp.any(is_image)
+            # The mean of no image is not finite, and 0 times its gradient is not 0. A pass without
+            # images is normalised by its black rows instead, which enter no loss.
+            options = {"mask": is_image | ~has_images}
         logits, updated = apply(
             _variables(params, frozen, batch_stats),
             images,
             train=True,
             keys=keys,
             mutable=["batch_stats"],
+            **options,
         )
+        new_stats = updated.get("batch_stats", batch_stats)
+        if options:
+            new_stats = jax.tree.map(
+                lambda new, old: jnp.where(has_images, new, old), new_stats, batch_stats
+            )
         if class_weights is not None:
             weights = weights * jnp.sum(targets * class_weights[None], axis=-1)
         image_loss = loss(logits, targets)
         if distil is not None:
             image_loss = distil(teacher, images, logits, image_loss)
         loss_sum = jnp.sum(image_loss * weights)
-        return loss_sum, (jnp.sum(weights), updated.get("batch_stats", batch_stats))
+        return loss_sum, (jnp.sum(weights), new_stats)
 
     return loss_fn
 
@@ -227,11 +248,12 @@ def make_train_step(
     """Returns `(state, batch) -> (new state, metrics)`, for the caller to compile.
 
     The metrics are `loss`, `grad_norm` (of the mean loss, before clipping), `lr` (what `schedule`,
-    which `tx` follows, says of this step), and the new state's `skips`. For `num_passes` and
-    `group_size` see `in_passes`. In the first `probe_steps` only the head has a gradient, and only
-    that is computed.
+    which `tx` follows, says of this step), `is_empty` (whether no image counts), and the
+    new state's `skips`. For `num_passes` and `group_size` see `in_passes`. In the first
+    `probe_steps` only the head has a gradient, and only that is computed.
 
-    A step whose loss or gradient norm is not finite changes nothing but the counts of steps.
+    A step whose loss or gradient norm is not finite, or in which no image counts, changes nothing
+    but the counts of steps.
     """
 
     def batch_loss(params, fixed, batch_stats, batch, keys):
@@ -250,22 +272,25 @@ def make_train_step(
     def train_step(state, batch):
         keys = image_keys(key, state.step, batch["image"].shape[0])
         inputs = (state.params, (state.frozen, state.teacher), state.batch_stats, batch, keys)
-        num_updates = state.step - state.skips["total"]  # as `tx` counts
+        # As `tx` counts.
+        num_updates = state.step - state.skips["total"] - state.num_empty
         if probe_steps:  # one branch is executed
             result = jax.lax.cond(num_updates < probe_steps, probe_grad_fn, grad_fn, *inputs)
         else:
             result = grad_fn(*inputs)
         (loss_sum, (weight_sum, batch_stats)), grads = result
-        # All images of a batch may have been skipped: no gradient then, rather than 0 / 0.
-        weight_sum = jnp.where(weight_sum > 0, weight_sum, 1.0)
+        # No image counts where all are skipped, or of classes of weight 0: not 0 / 0 then.
+        is_empty = weight_sum == 0
+        weight_sum = jnp.where(is_empty, 1.0, weight_sum)
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
         loss, grad_norm = loss_sum / weight_sum, optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        skips = count_skips(state.skips, is_finite)
+        skips = count_skips(state.skips, is_finite, is_empty)
         step_metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": schedule(num_updates),
+            "is_empty": is_empty,
             "skips": skips,
         }
 
@@ -281,8 +306,10 @@ def make_train_step(
             return averaged | {"opt_state": opt_state, "ema": ema}
 
         old = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "ema")}
-        new = update_if(is_finite, update, old)
-        return state.replace(step=state.step + 1, skips=skips, **new), step_metrics
+        new = update_if(is_finite & ~is_empty, update, old)
+        num_empty = state.num_empty + is_empty.astype(jnp.int32)
+        counts = {"step": state.step + 1, "skips": skips, "num_empty": num_empty}
+        return state.replace(**counts, **new), step_metrics
 
     return train_step
 
@@ -301,10 +328,13 @@ def update_if(condition: jax.Array, update: Callable[[PyTree], PyTree], old: PyT
     return jax.lax.platform_dependent(old, cpu=branch, default=select)
 
 
-def count_skips(skips: dict[str, jax.Array], is_finite: jax.Array) -> dict[str, jax.Array]:
-    """Returns `TrainState.skips` after a step that was finite or not."""
+def count_skips(
+    skips: dict[str, jax.Array], is_finite: jax.Array, is_empty: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns `TrainState.skips` after a step: finite or not; an empty one changes no count."""
     skipped = 1 - is_finite.astype(jnp.int32)
-    return {"total": skips["total"] + skipped, "in_row": (skips["in_row"] + 1) * skipped}
+    counted = {"total": skips["total"] + skipped, "in_row": (skips["in_row"] + 1) * skipped}
+    return jax.tree.map(lambda new, old: jnp.where(is_empty, old, new), counted, skips)
 
 
 def update_ema(average: PyTree, new: PyTree, step: jax.Array, decay: float) -> PyTree:

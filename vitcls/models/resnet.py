@@ -110,7 +110,9 @@ class ConvLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, use_batch_statistics: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, *, use_batch_statistics: bool
+    ) -> jax.Array:
         x = nn.Conv(
             self.features,
             (self.kernel_size,) * 2,
@@ -124,7 +126,8 @@ class ConvLayer(nn.Module):
             name="convolution",
         )(x)
         # Statistics and normalisation in float32 whatever `dtype`. Under jit they are those of the
-        # global batch. The variance is E[x^2] - E[x]^2: one pass, and one all-reduce.
+        # global batch, without the images that `mask` (B,) leaves out. The variance is
+        # E[x^2] - E[x]^2: one pass, and one all-reduce.
         x = nn.BatchNorm(
             use_running_average=not use_batch_statistics,
             momentum=MOMENTUM,
@@ -132,7 +135,7 @@ class ConvLayer(nn.Module):
             dtype=self.dtype,
             use_fast_variance=True,
             name="normalization",
-        )(x)
+        )(x, mask=None if mask is None else mask[:, None, None, None])
         return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
 
@@ -145,16 +148,18 @@ class Layer(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, use_batch_statistics: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, *, use_batch_statistics: bool
+    ) -> jax.Array:
         shortcut = x
         if self.stride != 1 or x.shape[-1] != self.features:
             shortcut = ConvLayer(self.features, 1, self.stride, None, self.dtype, name="shortcut")(
-                x, use_batch_statistics=use_batch_statistics
+                x, mask, use_batch_statistics=use_batch_statistics
             )
         for index, (features, kernel_size, stride, activation) in enumerate(self._branch()):
             x = ConvLayer(
                 features, kernel_size, stride, activation, self.dtype, name=f"conv_layer_{index}"
-            )(x, use_batch_statistics=use_batch_statistics)
+            )(x, mask, use_batch_statistics=use_batch_statistics)
         return ACTIVATIONS[self.config.activation](x + shortcut)
 
     def _branch(self) -> list[tuple[int, int, int, str | None]]:
@@ -183,14 +188,18 @@ class Stage(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, use_batch_statistics: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, *, use_batch_statistics: bool
+    ) -> jax.Array:
         config = self.config
         stride = 2 if self.index > 0 or config.downsample_in_first_stage else 1
         features = config.hidden_sizes[self.index]
         for index in range(config.depths[self.index]):
             layer_stride = stride if index == 0 else 1
             layer = Layer(config, self.dtype, features, layer_stride, name=f"layer_{index}")
-            x = call_layer(layer, x, remat=self.remat, use_batch_statistics=use_batch_statistics)
+            x = call_layer(
+                layer, x, mask, remat=self.remat, use_batch_statistics=use_batch_statistics
+            )
         return x
 
 
@@ -202,10 +211,12 @@ class Encoder(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, use_batch_statistics: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, *, use_batch_statistics: bool
+    ) -> jax.Array:
         for index in range(len(self.config.depths)):
             x = Stage(self.config, self.dtype, index, self.remat, name=f"stage_{index}")(
-                x, use_batch_statistics=use_batch_statistics
+                x, mask, use_batch_statistics=use_batch_statistics
             )
         return x
 
@@ -226,7 +237,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
         """Computes logits, or features.
 
@@ -235,6 +251,8 @@ class ResNet(nn.Module):
           train: Whether BatchNorm uses and updates statistics, if `train_batch_norm`; then apply
             with `mutable=["batch_stats"]`.
           keys: Not used: nothing here is random.
+          mask: (B,) bool, which images BatchNorm's batch statistics are of; None: all. At least one
+            must be.
 
         Returns:
           (B, K) float32 logits; with `num_classes=0` (B, D) float32 pooled features.
@@ -246,11 +264,11 @@ class ResNet(nn.Module):
         check_image_size(images, config.image_size)
         use_batch_statistics = train and self.train_batch_norm
         x = ConvLayer(config.embedding_size, 7, 2, config.activation, self.dtype, name="embedder")(
-            images.astype(self.dtype), use_batch_statistics=use_batch_statistics
+            images.astype(self.dtype), mask, use_batch_statistics=use_batch_statistics
         )
         x = max_pool(x)
         encoder = Encoder(config, self.dtype, self.remat, name="encoder")
-        x = encoder(x, use_batch_statistics=use_batch_statistics)
+        x = encoder(x, mask, use_batch_statistics=use_batch_statistics)
         x = x.astype(jnp.float32).mean(axis=(1, 2))  # (B, D)
         if config.num_classes == 0:
             return x
