@@ -1,10 +1,12 @@
 import hashlib
+import json
 import sys
 import types
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 
 from vitcls.errors import UserError
 from vitcls.pretrained import find
@@ -16,7 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def write(folder, names=NAMES):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).write_text(name)
+        content = '{"weight_map": {}}' if name.endswith(".index.json") else name
+        (folder / name).write_text(content)
     return folder
 
 
@@ -255,3 +258,112 @@ def test_pickles_without_torch_are_not_downloaded(hub, monkeypatch):
     with pytest.raises(UserError, match="needs torch 2.10 or newer, and there is none; install"):
         find("owner/name", allow_pickle=True)
     assert hub.patterns is None
+
+
+# Parts of a checkpoint, on this machine
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's cache as huggingface_hub lays it out; makes a snapshot of these files, offline."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = tmp_path / "hub" / "models--owner--name"
+
+    def make(names, *, listed=()):
+        snapshot = write(model / "snapshots" / COMMIT, names)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / "main").write_text(COMMIT)
+        if listed:  # what a download of today's huggingface_hub leaves beside it
+            entry = TreeCacheEntry(
+                size=1, blob_id="0" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None
+            )
+            write_tree_cache(str(model), COMMIT, dict.fromkeys(listed, entry))
+        return snapshot
+
+    return make
+
+
+@pytest.mark.parametrize("source", ["owner/name", "owner/name@main", f"owner/name@{COMMIT}"])
+def test_what_we_downloaded_is_enough_offline(cache, source):
+    """Of a repository with more files, which huggingface_hub calls an incomplete snapshot."""
+    snapshot = cache(NAMES, listed=(*NAMES, "README.md", "pytorch_model.bin"))
+    files = find(source)
+    assert (files.directory, files.revision) == (snapshot, COMMIT)
+
+
+INCOMPLETE = (
+    r"The download of 'owner/name@main' \(commit 0123.*\) is not complete: .* {}.* It lies in "
+    r".*{}, and the Hugging Face hub cannot be reached \(HF_HUB_OFFLINE is set\)\. Download it "
+    r"where there is a network: `HF_HUB_OFFLINE=0 hf download owner/name --revision main`; or name"
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (NAMES[:1], "has no preprocessor_config.json"),
+        (NAMES[1:], "has no config.json"),
+        (NAMES[:2], "has no weights: neither model.safetensors nor model.safetensors.index.json"),
+        (
+            (*NAMES[:2], "model.safetensors.index.json", "model-1.safetensors"),
+            "has no model-0.safetensors, model-2.safetensors, which model.safetensors.index.json",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_a_part_of_a_download_is_named_with_what_to_type(cache, names, missing, is_listed):
+    snapshot = cache(names, listed=("README.md", *NAMES) if is_listed else ())
+    if "config.json" in names:
+        (snapshot / "config.json").write_text('{"model_type": "vit"}')
+    place = {str(number): f"model-{number}.safetensors" for number in range(3)}
+    if "model.safetensors.index.json" in names:
+        (snapshot / names[2]).write_text(json.dumps({"weight_map": place}))
+    with pytest.raises(UserError, match=INCOMPLETE.format(missing, COMMIT)):
+        find("owner/name@main")
+
+
+def test_a_link_to_a_file_that_was_not_downloaded_does_not_count(cache):
+    snapshot = cache(NAMES[:2])
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    with pytest.raises(UserError, match=INCOMPLETE.format("has no weights", COMMIT)):
+        find("owner/name@main")
+
+
+def test_a_revision_that_was_not_downloaded(cache):
+    cache(NAMES)
+    with pytest.raises(
+        UserError,
+        match=rf"no folder, the cache has no revision 'v2' of it but {COMMIT}, and .*cannot be "
+        "reached .*`HF_HUB_OFFLINE=0 hf download owner/name --revision v2`; or name a folder",
+    ):
+        find("owner/name@v2")
+
+
+def test_a_model_that_was_not_downloaded(cache, tmp_path):
+    with pytest.raises(
+        UserError,
+        match=rf"nothing of it is in the cache \({tmp_path}/hub\), and .*hf download other/name`",
+    ):
+        find("other/name")
+
+
+@pytest.mark.parametrize(
+    ("index", "end"),
+    [("model.safetensors.index.json", "safetensors"), ("pytorch_model.bin.index.json", "bin")],
+)
+def test_a_folder_that_lacks_shards(tmp_path, index, end):
+    place = {str(number): f"{index.split('.')[0]}-{number}.{end}" for number in range(3)}
+    folder = write(tmp_path, (*NAMES[:2], place["1"]))
+    (folder / index).write_text(json.dumps({"weight_map": place}))
+    with pytest.raises(
+        UserError, match=rf"has no {place['0']}, {place['2']}, which {index} names; copy all files"
+    ):
+        find(folder, allow_pickle=True)
+
+
+def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path):
+    folder = write(tmp_path)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid ...")
+    with pytest.raises(UserError, match="model.safetensors is a pointer of Git LFS, not the file"):
+        find(folder)

@@ -183,6 +183,10 @@ def test_a_missing_shard_is_named(folder, tensors):
     write_sharded(folder, tensors)
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(UserError, match=r"pytorch_model-00002-of-00002.bin is missing, damaged"):
+        TorchWeights(folder / INDEX)
+    with pytest.raises(
+        UserError, match=r"has no pytorch_model-00002-of-00002.bin, which pytorch_m"
+    ):
         pretrained.load(folder, allow_pickle=True)
 
 

@@ -14,6 +14,11 @@ from vitcls.pretrained.timm import is_timm
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # of image-text models that transformers 5 wrote
+_LFS_POINTER = b"version https://git-lfs.github.com/"  # opens what Git leaves in place of a file
+
+
+class _Incomplete(UserError):
+    """A file is not there, and may be elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +41,15 @@ class Files:
 
     def patterns(self) -> list[str]:
         """Globs of the files to read. Raises `UserError` if they make no checkpoint."""
-        return _patterns(
+        patterns = _patterns(
             self.source,
-            [path.name for path in self.directory.iterdir()],
+            # Links to nothing are what an interrupted download or copy may leave.
+            [path.name for path in self.directory.iterdir() if path.exists()],
             config=lambda: self.directory / CONFIG,
             allow_pickle=self.allow_pickle,
         )
+        _check_whole(self.source, self.directory, patterns)
+        return patterns
 
 
 def find(checkpoint: str | Path, *, allow_pickle: bool = False) -> Files:
@@ -84,11 +92,11 @@ def _patterns(
     """
     names = set(names)
     if CONFIG not in names:
-        raise UserError(
+        raise _Incomplete(
             f"{source!r} has no {CONFIG}, so it is no checkpoint in Hugging Face format."
         )
     if names.isdisjoint((PREPROCESSOR, PROCESSOR)) and not is_timm(JsonFields.read(config())):
-        raise UserError(
+        raise _Incomplete(
             f"{source!r} has no {PREPROCESSOR}, which says how images are prepared for the "
             "network; add the one it was trained with."
         )
@@ -105,7 +113,26 @@ def _patterns(
             "let torch read it with safeguards: model.allow_pickle=True, or allow_pickle=True in "
             "Python."
         )
-    raise UserError(f"{source!r} has no weights: neither {' nor '.join(formats.FORMATS)}.")
+    raise _Incomplete(f"{source!r} has no weights: neither {' nor '.join(formats.FORMATS)}.")
+
+
+def _check_whole(source: str, directory: Path, patterns: list[str]) -> None:
+    """Raises `UserError` if a file of weights is not there, or only what stands for it."""
+    for name in patterns:
+        if name.endswith(".index.json"):
+            missing = [path.name for path in formats.shards(directory / name) if not path.exists()]
+            if missing:
+                raise _Incomplete(
+                    f"{source!r} has no {', '.join(missing)}, which {name} names; copy all files "
+                    "of the checkpoint."
+                )
+        for path in directory.glob(name):
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise _Incomplete(
+                        f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` "
+                        "in its folder."
+                    )
 
 
 def _from_hub(source: str, allow_pickle: bool) -> Files:
@@ -158,17 +185,45 @@ def _from_hub(source: str, allow_pickle: bool) -> Files:
 def _from_cache(
     source: str, repo_id: str, revision: str, allow_pickle: bool, *, cause: Exception
 ) -> Files:
+    """The copy that an earlier download left; `cause` says why there is none today."""
     from huggingface_hub import errors, snapshot_download
 
+    reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        reason, command = "HF_HUB_OFFLINE is set", f"HF_HUB_OFFLINE=0 {command}"
+    advice = (
+        f"the Hugging Face hub cannot be reached ({reason}). Download it where there is a network: "
+        f"`{command}`; or name a folder."
+    )
     try:
         directory = snapshot_download(repo_id, revision=revision or None, local_files_only=True)
+    except errors.IncompleteSnapshotError as error:
+        # Most of a repository is nothing that we download: what we need is looked for below.
+        directory = error.snapshot_path
     except errors.LocalEntryNotFoundError:
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise UserError(
-            f"{source!r} is no folder, and the Hugging Face hub cannot be reached ({reason}). "
-            "Download it where there is a network and name the folder."
+            f"{source!r} is no folder, {_cached_revisions(repo_id, revision)}, and {advice}"
         ) from cause
     commit = Path(directory).name  # of snapshots/COMMIT
     files = Files(Path(directory), source, commit, allow_pickle)
-    files.patterns()
+    try:
+        files.patterns()
+    except _Incomplete as error:
+        raise UserError(
+            f"The download of {source!r} (commit {commit}) is not complete: {error} It lies in "
+            f"{directory}, and {advice}"
+        ) from cause
     return files
+
+
+def _cached_revisions(repo_id: str, revision: str) -> str:
+    """Says what the hub's cache has of a model instead of this revision."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    model = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+    found = sorted(path.name for path in (model / "snapshots").glob("*"))
+    if not found:
+        return f"nothing of it is in the cache ({constants.HF_HUB_CACHE})"
+    return f"the cache has no revision {revision or 'main'!r} of it but {', '.join(found)}"
