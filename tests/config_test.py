@@ -294,3 +294,29 @@ def test_continuing_with_other_identity_fields_lists_them(tmp_path):
     assert "optim.lr: 0.0001 there, 0.5 asked for" in message
     assert "optim.args.b1: None there, 0.8 asked for" in message
     assert "train.total_steps: 10 there, 5 asked for" in message
+
+
+def test_fields_that_a_run_lacks_have_the_values_of_then(tmp_path):
+    path = saved(valid_config(), tmp_path)
+    content = json.loads(path.read_text())
+    del content["model"]["attention"], content["data"]["division"]
+    path.write_text(json.dumps(content))
+    config = valid_config()
+    check_same_run(config, path)  # an empty division is that of the run
+    config.data.division = "position"
+    check_same_run(config, path)
+    config.data.division = "hash"
+    with pytest.raises(UserError, match="data.division: 'position' there, 'hash' asked for"):
+        check_same_run(config, path)
+    config.data.division, config.model.attention = "", "cudnn"
+    with pytest.raises(UserError, match="model.attention: 'xla' there, 'cudnn' asked for"):
+        check_same_run(config, path)
+
+
+def test_moved_fields_may_differ(tmp_path):
+    path = saved(valid_config(), tmp_path)
+    config = valid_config()
+    config.data.source = "folder:elsewhere"
+    check_same_run(config, path, moved=["data.source"])
+    with pytest.raises(UserError, match="data.source"):
+        check_same_run(config, path)
