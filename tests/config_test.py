@@ -358,3 +358,29 @@ def test_a_field_that_a_run_did_not_have_counts_as_its_default(tmp_path):
     config.eval.tta = "flip"
     with pytest.raises(UserError, match="eval.tta: 'none' there, 'flip' asked for"):
         check_same_run(config, path)
+
+
+def test_fields_that_a_run_lacks_have_the_values_of_then(tmp_path):
+    path = saved(valid_config(), tmp_path)
+    content = json.loads(path.read_text())
+    del content["model"]["attention"], content["data"]["division"]
+    path.write_text(json.dumps(content))
+    config = valid_config()
+    check_same_run(config, path)  # an empty division is that of the run
+    config.data.division = "position"
+    check_same_run(config, path)
+    config.data.division = "hash"
+    with pytest.raises(UserError, match="data.division: 'position' there, 'hash' asked for"):
+        check_same_run(config, path)
+    config.data.division, config.model.attention = "", "cudnn"
+    with pytest.raises(UserError, match="model.attention: 'xla' there, 'cudnn' asked for"):
+        check_same_run(config, path)
+
+
+def test_moved_fields_may_differ(tmp_path):
+    path = saved(valid_config(), tmp_path)
+    config = valid_config()
+    config.data.source = "folder:elsewhere"
+    check_same_run(config, path, moved=["data.source"])
+    with pytest.raises(UserError, match="data.source"):
+        check_same_run(config, path)
