@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
-    {"lock", "seal", "step_folders", "wandb_sender"},
+    {"files", "ownership", "lock", "seal", "step_folders", "wandb_sender"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}

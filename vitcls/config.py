@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vitcls.errors import UserError, unknown
+from vitcls.files import read_json
 
 
 def default_config() -> ConfigDict:
@@ -638,15 +639,22 @@ def read_class_weights(how: str) -> str:
     return json.dumps(table)
 
 
+def read_saved(path: Path) -> dict[str, Any]:
+    """Returns the config, saved at `path`, of a run that has checkpoints.
+
+    Raises:
+      UserError: it is missing, empty or cut.
+    """
+    return read_json(
+        path,
+        what="the config of a run that has checkpoints",
+        remedy="put it back, or use another --workdir",
+    )
+
+
 def check_same_run(config: ConfigDict, path: Path) -> None:
     """Raises `UserError` when the run saved at `path` was started with other identity fields."""
-    try:
-        saved = flatten(ConfigDict(json.loads(path.read_text())))
-    except (OSError, ValueError, AttributeError) as error:  # not read, no JSON, no object
-        raise UserError(
-            f"{path}, the config of a run that has checkpoints, cannot be read ({error}): put it "
-            "back, or use another --workdir."
-        ) from error
+    saved = flatten(ConfigDict(read_saved(path)))
     asked = flatten(ConfigDict(json.loads(json.dumps(config.to_dict()))))
     differences = [
         f"  {field}: {saved.get(field)!r} there, {asked.get(field)!r} asked for"

@@ -16,6 +16,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import make_folder, write_json
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
 _DATA = flags.DEFINE_string(
@@ -64,7 +65,7 @@ def main() -> None:
     split = sources.open_split(data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
     skipped = None
     if output is not None:
-        records.make(output, flag="--output")
+        make_folder(output, flag="--output")
         (output / "skipped.jsonl").unlink(missing_ok=True)
     if _ON_ERROR.value == "skip":
         skipped = Skipped(output / "skipped.jsonl")
@@ -82,7 +83,7 @@ def main() -> None:
             output / "predictions" / f"{split.name}.npz", ids=ids, **predictions
         )
         origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
-        records.write_json(output / "results.json", origin | metrics)
+        write_json(output / "results.json", origin | metrics)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import json
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from vitcls import pretrained
 from vitcls.config import default_config
 from vitcls.data import sources
 from vitcls.errors import UserError
+from vitcls.files import read_json
 from vitcls.pretrained.workdir import find_run
 from vitcls.train_setup import open_splits
 
@@ -66,7 +66,9 @@ class Ingredient:
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.workdir and self.workdir / name
-        return json.loads(path.read_text()) if path and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        return read_json(path, remedy="put a sound copy there, or leave this checkpoint out")
 
 
 def find(references: str) -> list[Ingredient]:

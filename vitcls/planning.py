@@ -6,7 +6,6 @@ K classes.
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import math
 import time
@@ -19,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vitcls import chips, footprint, pretrained, records, sharding, train_setup
+from vitcls import chips, footprint, pretrained, sharding, train_setup
 from vitcls.chips import Chip
 from vitcls.choices import Choice, first_fitting
 from vitcls.config import check_config
 from vitcls.data import builders
 from vitcls.errors import UserError
+from vitcls.files import read_or_set_aside, write_json
 from vitcls.program import (
     Program,
     check_passes_are_free,
@@ -227,11 +227,11 @@ def _analyse(
     key = f"{_COUNTING} {jax.__version__} {compiler} {where.topology} {passes}"
     digest = hashlib.sha256(f"{key}\n{lowered.as_text()}".encode()).hexdigest()
     path = Path(cache) / "plans" / f"{digest}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if (kept := read_or_set_aside(path)) is not None:
+        return kept
     analysis = analyse(lowered)
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write_json(path, analysis)
+    write_json(path, analysis)
     return analysis
 
 

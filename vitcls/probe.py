@@ -21,6 +21,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import make_folder
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir, Hugging Face folder or hub id; a head it may have is not used."
@@ -59,7 +60,7 @@ def main() -> None:
             "another folder."
         )
     # These import jax: only once the flags are known to be right.
-    from vitcls import probing, records
+    from vitcls import probing
     from vitcls.data import sources
     from vitcls.train_setup import check_same_classes
 
@@ -72,7 +73,7 @@ def main() -> None:
     train, validation = sources.hold_out(train, _HOLDOUT.value, seed=_SEED.value)
     if _PER_CLASS.value:
         train = sources.take_per_class(train, _PER_CLASS.value, seed=_SEED.value)
-    records.make(output, flag="--output")
+    make_folder(output, flag="--output")
     content = probing.probe(
         checkpoint,
         {"train": train, "validation": validation, "test": test},

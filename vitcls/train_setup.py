@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vitcls import images, pretrained
-from vitcls.config import check_num_steps, flatten, parse_fold, read_class_weights
+from vitcls.config import check_num_steps, flatten, parse_fold, read_class_weights, read_saved
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.errors import UserError, unknown
@@ -105,7 +104,13 @@ def open_model(
         is not needed any more.
     """
     if begun is not None:
-        return None, *pretrained.read_json(begun / "model", tensors=None)
+        try:
+            return None, *pretrained.read_json(begun / "model", tensors=None)
+        except UserError as error:
+            raise UserError(
+                f"{error} It is of a run that has checkpoints: put it back, or use another "
+                "--workdir."
+            ) from error
     image_size = config.data.image_size
     if not config.model.pretrained:
         files = None
@@ -190,7 +195,7 @@ def resolve(
     """
     config = ConfigDict(config.to_dict())
     if begun is not None and config.train.micro_batch == 0:
-        saved = json.loads((begun / "config.json").read_text())
+        saved = read_saved(begun / "config.json")
         config.train.micro_batch = saved["train"]["micro_batch"] or 0
     batch_size = config.train.global_batch_size
     if batch_size % num_devices:
