@@ -63,13 +63,13 @@ def test_what_fails_leaves_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", '{"a": 1', "[1]", "\0" * 40, "null"])
-def test_a_cut_file_has_one_message_or_is_set_aside(text, tmp_path, caplog):
+def test_a_cut_file_has_one_message_or_is_set_aside(text, tmp_path, monkeypatch, caplog):
     path = tmp_path / "results.json"
     path.write_text(text)
     message = f"{path}, a list, cannot be read"
     with pytest.raises(UserError, match=f"^{re.escape(message)} .*: put it back.$"):
         files.read_json(path, what="a list", remedy="put it back")
-    files.log.propagate = True
+    monkeypatch.setattr(files.log, "propagate", True)
     assert files.read_or_set_aside(path) is None
     assert "results.json cannot be read" in caplog.text and "results.json.unread" in caplog.text
     assert os.listdir(tmp_path) == ["results.json.unreadable"]

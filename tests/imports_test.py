@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
     {"files", "ownership", "lock", "seal", "step_folders", "wandb_sender"},
-    {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
+    {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding", "devices"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
     | {"distributed", "watchdog", "contact_sheet", "chips", "hlo", "collectives"}

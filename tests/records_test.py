@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 
@@ -86,3 +87,14 @@ def test_results_that_are_cut_count_as_none_and_are_kept(left, tmp_path):
     (tmp_path / "results.json").write_text(left)
     assert records.read_results(tmp_path) is None
     assert os.listdir(tmp_path) == ["results.json.unreadable"]
+
+
+def test_a_continuation_with_other_settings_of_jax_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(records.log, "propagate", True)
+    path, mesh = tmp_path / "manifest.json", sharding.make_mesh(-1, 1)
+    write_json(path, records.manifest(mesh, [], None))
+    records.note_continuation(path, mesh, [], source="", step=1)
+    assert not caplog.text
+    with jax.default_matmul_precision("highest"):
+        records.note_continuation(path, mesh, [], source="", step=2)
+    assert "JAX_DEFAULT_MATMUL_PRECISION=highest, and None when this run began" in caplog.text

@@ -26,9 +26,10 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     `main` is given what the command line has beside flags, as a list of one or more, where
     `arguments` says what that is, such as "DIR"; otherwise nothing, and there may be nothing.
 
-    0 finished or `--help`; 2 the user's mistake, one message without a traceback; 74 storage;
-    75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`); 87 non-finite loss; 1
-    anything else. Of several processes the first that ends with an error ends all, with its code.
+    0 finished or `--help`; 2 the user's mistake, one message without a traceback; 69 a device is
+    not available; 74 storage; 75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`);
+    87 non-finite loss; 1 anything else. Of several processes the first that ends with an error
+    ends all, with its code.
     """
     main_module = sys.modules["__main__"]
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
@@ -66,14 +67,21 @@ def start_logging() -> None:
     log.propagate = False
 
 
-def keep_compiled_programs() -> None:
-    """Lets jax keep what it compiles in the user's cache folder, which may be deleted at any time.
+def prepare_jax() -> None:
+    """Checks jax's settings and lets it keep what it compiles in the user's cache folder.
 
-    The folder is `$XDG_CACHE_HOME/vitcls/xla`, by default in `~/.cache`; jax's own
-    `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
+    The folder, which may be deleted at any time, is `$XDG_CACHE_HOME/vitcls/xla`, by default in
+    `~/.cache`; jax's own `JAX_COMPILATION_CACHE_DIR` names another,
+    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
+
+    Raises:
+      UserError: see `devices.check_settings`.
     """
     import jax  # not at the top: `--help` should not wait for it
 
+    from vitcls import devices
+
+    devices.check_settings()
     home = os.path.expanduser("~")  # stays "~" where the user has none, as in some containers
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
     if jax.config.jax_compilation_cache_dir is None and os.path.isabs(cache):

@@ -19,6 +19,12 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class Unavailable(RuntimeError):
+    """No device, or no port for processes to meet at; a new start may find one, elsewhere."""
+
+    exit_code = 69
+
+
 class StorageError(RuntimeError):
     """The file system refused to take or to give back what a run needs."""
 

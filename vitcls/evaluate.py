@@ -61,7 +61,7 @@ def main() -> None:
     from vitcls.data import sources
     from vitcls.data.skipped import Skipped
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     split = sources.open_split(data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
     skipped = None
     if output is not None:

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from vitcls import __version__, model_card, pretrained
+from vitcls.devices import start_devices
 from vitcls.errors import UserError
 from vitcls.files import folder_aside, write_json
 from vitcls.pretrained import formats
@@ -120,6 +121,7 @@ def export(checkpoint: str, *, format: str, output: str | Path) -> dict[str, Any
       RuntimeError: what was written answers differently; nothing of it is left.
     """
     # The default products of GPUs and TPUs have 8 to 11 bits, too few to compare anything.
+    start_devices()
     with folder_aside(output) as aside, jax.default_matmul_precision("highest"):
         source = _load(checkpoint)
         check = FORMATS[format](aside, Path(output).resolve().name, source)

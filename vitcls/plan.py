@@ -70,7 +70,7 @@ def main() -> None:
     from vitcls import planning
     from vitcls.plan_table import format_plan
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     if topology != "local":  # jax cannot read again what it would keep: `planning` keeps figures
         jax.config.update("jax_enable_compilation_cache", False)
     if _OUTPUT.value:

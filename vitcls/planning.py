@@ -74,9 +74,10 @@ def open_slice(topology: str, *, dtype: str) -> Slice:
       dtype: Of the computation, for devices that have to be measured.
     """
     if topology == "local":
-        devices = jax.devices()
+        mesh = sharding.make_mesh(-1, 1)  # starts them
+        devices = mesh.devices.flatten().tolist()
         chip = chips.find_chip(devices[0].device_kind) or measure_chip(devices, dtype=dtype)
-        usable = footprint.usable_bytes(sharding.make_mesh(-1, 1))
+        usable = footprint.usable_bytes(mesh)
         return Slice(topology, devices, chip, usable)
     chip, _ = chips.parse_topology(topology)
     return Slice(topology, chips.open_topology(topology), chip, _TPU_SHARE * chip.memory)

@@ -64,7 +64,7 @@ def main() -> None:
     from vitcls.data import sources
     from vitcls.train_setup import check_same_classes
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     train, test = (
         sources.open_split(data, name, data_dir=_DATA_DIR.value or None)
         for name in (_TRAIN_SPLIT.value, _SPLIT.value)

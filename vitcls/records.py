@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoints and metrics: config, manifest, results, predictions."""
 
 import importlib.metadata
+import logging
 import platform
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from jax.sharding import Mesh
 
 from vitcls import __version__, pretrained
 from vitcls.data.sources import Split
+from vitcls.devices import settings
 from vitcls.files import read_or_set_aside, write_json, written_aside
+
+log = logging.getLogger("vitcls")
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy",
@@ -30,6 +34,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "command": sys.orig_argv,
         "git_commit": _git_commit(),
         "versions": versions,
+        "jax_settings": settings(),
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,
@@ -75,6 +80,13 @@ def note_continuation(
     if content is None:
         began = {"source": source, "revision": None, "sha256": {}} if source else None
         content = manifest(mesh, splits, None) | {"pretrained": began, "rebuilt": True}
+    before = content.get("jax_settings", {})
+    for name, value in settings().items():
+        if before.get(name, value) != value:
+            log.warning(
+                "%s=%s, and %s when this run began: it will not end with the same numbers.",
+                name.upper(), value, before[name],
+            )  # fmt: skip
     content["continued"].append({"step": step} | environment(mesh))
     write_json(path, content)
 

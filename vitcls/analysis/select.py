@@ -72,7 +72,7 @@ def main() -> None:
         ) from error
     from vitcls.data import sources
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     output = Path(output)
     split = sources.open_split(data, _TRAIN_SPLIT.value, data_dir=_DATA_DIR.value or None)
     parts = selection.divide(

@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from vitcls import adapt
 from vitcls.checkpoint import Checkpoints
+from vitcls.devices import start_devices
 from vitcls.errors import UserError
 from vitcls.pretrained.find import CONFIG
 from vitcls.train_step import fold_lora
@@ -30,12 +31,12 @@ class Run:
 
     def step(self) -> int:
         """The training step it was saved after. Raises as `read_variables`."""
-        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+        with self._open() as checkpoints:
             return self._step(checkpoints)
 
     def steps(self) -> list[int]:
         """The same as a list; of `DIR@all`, which is no single checkpoint, all that are kept."""
-        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+        with self._open() as checkpoints:
             all_steps = checkpoints.steps() if self.which == "all" else []
             return all_steps or [self._step(checkpoints)]
 
@@ -51,8 +52,8 @@ class Run:
           UserError: there is no such checkpoint.
           StorageError: it cannot be read.
         """
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+        with self._open() as checkpoints:
+            device = SingleDeviceSharding(jax.local_devices()[0])
             step = self._step(checkpoints)
             item = "ema" if "ema" in checkpoints.item_names(step) else "params"
             target = jax.tree.map(
@@ -61,6 +62,10 @@ class Run:
             )
             restored = checkpoints.restore(step, {item: target})[item]
         return jax.tree.map(np.asarray, fold_lora(restored))
+
+    def _open(self) -> Checkpoints:
+        start_devices()  # Orbax asks them who it is
+        return Checkpoints(self.directory / "checkpoints", read_only=True)
 
     def _step(self, checkpoints: Checkpoints) -> int:
         steps = checkpoints.steps()
