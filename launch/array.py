@@ -1,6 +1,5 @@
 """Trials as one SLURM array job, watched from here; the job goes on without the watcher."""
 
-import json
 import logging
 import shlex
 import time
@@ -12,8 +11,8 @@ from launch import slurm, watch
 from launch.resources import Resources
 from launch.stopping import StopRequest
 from launch.trials import Trial
-from vitcls import records
 from vitcls.errors import UserError
+from vitcls.files import read_json, write_json
 
 _POLL_SECS = 5
 _SETTLE_SECS = 30  # after a task left the queue; on NFS its last files may show up later
@@ -37,7 +36,8 @@ class Array:
         self.states: dict[str, dict[str, Any]] = {}
         self._trials = {trial.name: trial for trial in trials}
         self._path, self._on_change = workdir / "slurm.json", on_change
-        self._jobs = json.loads(self._path.read_text()) if self._path.exists() else {}
+        remedy = "end the sweep's jobs with scancel, remove the file, and run the command again"
+        self._jobs = read_json(self._path, remedy=remedy) if self._path.exists() else {}
 
     def submit(self, resources: Resources, *, jobs: int | None) -> None:
         """Submits what is not in the queue yet, as one array; at most `jobs` tasks run at a time.
@@ -62,7 +62,7 @@ class Array:
         )
         job = slurm.submit(text, stem.with_suffix(".sh"))
         self._jobs[job] = [trial.name for trial in new]
-        records.write_json(self._path, self._jobs)
+        write_json(self._path, self._jobs)
         log.info("Job %s with %d trials; `scancel %s` ends it.", job, len(new), job)
 
     def run(self, stop: StopRequest) -> None:

@@ -1,8 +1,8 @@
 """Kubernetes: one JobSet per run, a pod per machine.
 
 What happens after an exit code is the manifest's: 75 (stopped after saving) and evicted pods are
-replaced and do not count, 2 and 87 fail the JobSet at once, anything else restarts all pods, at
-most `--max_restarts` times.
+replaced and do not count, 2 and 87 fail the JobSet at once, anything else, such as 69 (no devices),
+restarts all pods, at most `--max_restarts` times.
 """
 
 import math
@@ -58,8 +58,10 @@ def manifest(
     if tpu:
         selector, chips, num_machines = _tpu_slice(tpu)
         limits["google.com/tpu"] = chips
+    env = {"PYTHONUNBUFFERED": "1"}
     if resources.gpus_per_node:
         limits["nvidia.com/gpu"] = resources.gpus_per_node
+        env["JAX_PLATFORMS"] = "cuda,cpu"  # else jax computes on the processor without a driver
     if resources.cpus:
         limits["cpu"] = resources.cpus
     if resources.memory:
@@ -69,7 +71,7 @@ def manifest(
         "name": _CONTAINER,
         "image": image,
         "command": ["bash", "-c", _shell(command, name, num_machines, bool(tpu), resources)],
-        "env": [{"name": "PYTHONUNBUFFERED", "value": "1"}],
+        "env": [{"name": name, "value": value} for name, value in env.items()],
         "resources": {"limits": limits},  # and so requested
         "volumeMounts": mounts,
     }

@@ -8,9 +8,12 @@ import time
 from typing import IO
 
 from launch.stopping import StopRequest
+from vitcls.errors import Unavailable
 
 _POLL_SECS = 0.2
 _PAUSE_SECS = 1
+# After a start without devices: another process may be about to give them back.
+_NO_DEVICE_PAUSE_SECS = 10
 ENDS = (0, 2, 87)  # finished, a mistake, diverged: another start would end the same
 
 log = logging.getLogger("vitcls")
@@ -43,7 +46,14 @@ def run(command: list[str], *, max_restarts: int) -> int:
             if stop.name or code in ENDS or failures > max_restarts:
                 return code if code >= 0 else 128 - code
             log.info("Ended with %d: starting again.", code)
-            time.sleep(_PAUSE_SECS)
+            pause = _NO_DEVICE_PAUSE_SECS if code == Unavailable.exit_code else _PAUSE_SECS
+            _sleep(pause, stop)
+
+
+def _sleep(seconds: float, stop: StopRequest) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not stop.name:
+        time.sleep(_POLL_SECS)
 
 
 def _run_once(command: list[str], stop: StopRequest) -> int:

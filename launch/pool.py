@@ -13,10 +13,11 @@ from typing import Any
 from launch import local, watch
 from launch.stopping import StopRequest
 from launch.trials import Trial
-from vitcls.errors import UserError
+from vitcls.errors import Unavailable, UserError
 from vitcls.progress import duration
 
 _POLL_SECS = 0.5
+_MAX_STARTS = 4  # of a trial that finds no devices, on other GPUs where there are any
 
 log = logging.getLogger("vitcls")
 
@@ -59,6 +60,9 @@ class Pool:
         self._free = share_gpus(jobs)
         self._jobs, self._on_change = jobs, on_change
         self._num_trials, self._seconds = len(trials), []
+        self._slots = set(self._free)
+        # Of trials that found no devices: the GPUs of each such start.
+        self._without_device: dict[str, list[str | None]] = {}
 
     def run(self, stop: StopRequest) -> None:
         """Runs all trials; returns early, with the running ones saved, when `stop` is asked."""
@@ -66,8 +70,8 @@ class Pool:
         told = False
         try:
             while self._running or (self._waiting and not stop.name):
-                while self._waiting and self._free and not stop.name:
-                    self._start(self._waiting.popleft())
+                while not stop.name and (found := self._next()):
+                    self._start(*found)
                 if stop.name and not told:
                     told = True
                     log.info("%s: %d running, which save and stop.", stop.name, len(self._running))
@@ -84,9 +88,19 @@ class Pool:
                 (process.kill if told else process.terminate)()
                 process.wait()
 
-    def _start(self, trial: Trial) -> None:
+    def _next(self) -> tuple[Trial, str | None] | None:
+        """The next trial to start and its GPUs, others than those where it found no devices."""
+        for trial in self._waiting:
+            tried = set(self._without_device.get(trial.name, ()))
+            for gpus in self._free:
+                if gpus not in tried or tried == self._slots:
+                    return trial, gpus
+        return None
+
+    def _start(self, trial: Trial, gpus: str | None) -> None:
         trial.prepare()
-        gpus = self._free.pop(0)
+        self._waiting.remove(trial)
+        self._free.remove(gpus)
         with (trial.workdir / "log.txt").open("a") as file:
             print("$", shlex.join(trial.command), file=file, flush=True)
             process = local.start(trial.command, output=file, gpus=gpus)
@@ -96,7 +110,8 @@ class Pool:
         self._on_change()
 
     def _ended(self, trial: Trial, code: int, *, stopping: bool) -> None:
-        self._free.append(self._running.pop(trial.name)[2])
+        gpus = self._running.pop(trial.name)[2]
+        self._free.append(gpus)
         if code == 0 and (results := trial.results()):
             state = "finished"
             self._seconds.append(results["seconds"])
@@ -106,6 +121,12 @@ class Pool:
                 self._waiting.appendleft(trial)
         else:
             state = "failed"
+            if code == Unavailable.exit_code:
+                starts = self._without_device.setdefault(trial.name, [])
+                starts.append(gpus)
+                if len(starts) < _MAX_STARTS:
+                    state = "waiting"
+                    self._waiting.append(trial)
         self.states[trial.name] = {"state": state, "exit_code": code}
         watch.log_end(trial, state, code)
         self._on_change()

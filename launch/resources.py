@@ -29,7 +29,8 @@ _GRACE = flags.DEFINE_integer(
 )
 _MAX_RESTARTS = flags.DEFINE_integer(
     "max_restarts", 3, "How often a run is started again after a failure that a new start may "
-    "mend; after a stop with 75 it is always, after 2 or 87 never.", lower_bound=0,
+    "mend, such as 69, no devices; after a stop with 75 it is always, after 2 or 87 never.",
+    lower_bound=0,
 )  # fmt: skip
 _SETUP = flags.DEFINE_string(
     "setup", "", "Shell line before each start, such as 'module load cuda' or "

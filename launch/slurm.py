@@ -3,6 +3,8 @@
 A process per GPU; jax finds the others by SLURM's variables. SLURM sends SIGTERM to the processes
 before the time limit, at preemption and at `scontrol requeue`; a run then saves and ends with 75,
 and the script puts its own job back into the queue, under the same id.
+
+Where GPUs are asked for, jax must start them: without a driver it would compute on the processor.
 """
 
 import shlex
@@ -25,8 +27,18 @@ case $code in
     ;;
 esac
 if [ -n "$told" ]; then exit $code; fi
+# Without devices on its one node the job goes elsewhere, as long as the partition has other nodes.
+if [ "$code" = 69 ] && [ "$SLURM_JOB_NUM_NODES" = 1 ]; then
+  before=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'ExcNodeList=[^( ]*' | cut -d= -f2)
+  excluded=${{before:+$before,}}$SLURM_JOB_NODELIST
+  num_excluded=$(scontrol show hostnames "$excluded" | sort -u | wc -l)
+  all_nodes=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N)
+  if [ "$num_excluded" -ge "$(sort -u <<< "$all_nodes" | wc -l)" ]; then excluded=; fi
+fi
 echo "Ended with $code: back into the queue."
+trap '' TERM  # which SLURM now sends to this shell and to what it starts
 scontrol requeue "$SLURM_JOB_ID"
+if [ -n "$excluded" ]; then scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"; fi
 exit $code
 """
 
@@ -78,6 +90,7 @@ def _head(workdir: Path, resources: Resources, *, output: str) -> list[str]:
         *(f"#SBATCH {option}" for option in options if option),
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
         "export PYTHONUNBUFFERED=1",
+        *(["export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}"] if resources.gpus_per_node else []),
         *filter(None, [resources.setup]),
         # Sent to this shell too by scancel, scontrol requeue and preemption: the run saves, and
         # SLURM decides what becomes of the job.

@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 from launch import commands, kubernetes, local, resources, slurm, tpu_vm
 from vitcls import cli
+from vitcls.files import make_folder
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -98,9 +99,8 @@ def _slurm(command: list[str], workdir: str, asked: resources.Resources) -> None
     if _DRY_RUN.value:
         print(text, end="")
         return
-    from vitcls import records
 
-    records.make(folder)
+    make_folder(folder)
     job = slurm.submit(text, folder / "submit.sh")
     print(f"Job {job}, log in {folder}/slurm-{job}.log; `scancel {job}` ends it.")
 

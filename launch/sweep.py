@@ -30,6 +30,7 @@ from launch import trials as trials_lib
 from launch.stopping import StopRequest
 from vitcls import cli
 from vitcls.errors import Interrupted
+from vitcls.files import make_folder
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -91,13 +92,12 @@ def main() -> None:
 
 def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resources) -> None:
     from launch import array, pool, tables  # these import jax
-    from vitcls import records
 
     def write() -> None:
         tables.write(workdir, trials, runner.states, _METRICS.value)
 
     tables.check_metrics(_METRICS.value, trials)
-    records.make(workdir)
+    make_folder(workdir)
     log.info("%d trials, %d finished before.", len(trials), len(trials) - len(unfinished))
     with StopRequest() as stop:
         if _ON.value == "local":

@@ -9,7 +9,7 @@ from typing import Any
 from launch.trials import SEED, Trial
 from vitcls.config import SELECT_METRICS
 from vitcls.errors import unknown
-from vitcls.records import write_json, written_aside
+from vitcls.files import write_json, written_aside
 
 _METRICS = (*SELECT_METRICS, "head_accuracy", "medium_accuracy", "tail_accuracy")
 

@@ -14,9 +14,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import commands
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.config import check_same_run
 from vitcls.errors import UserError
+from vitcls.files import read_json, write_json
 
 _MAX_NAME = 120  # characters; file systems take 255 bytes, and paths go on behind it
 SEED = "train.seed"
@@ -48,8 +49,6 @@ class Trial:
 
     def prepare(self) -> None:
         """Makes the folder, and notes what is asked for: another sweep must not take it over."""
-        from vitcls.records import write_json  # imports jax: not before the flags are checked
-
         self.workdir.mkdir(parents=True, exist_ok=True)
         write_json(self.workdir / "asked.json", self.config.to_dict())
 
@@ -59,18 +58,16 @@ class Trial:
         if self.config.train.total_steps or not path.exists():
             return self.config.train.total_steps or None
         if asked.exists():
-            epochs = json.loads(asked.read_text())["train"]["total_epochs"]
+            epochs = (_read_if_sound(asked) or {}).get("train", {}).get("total_epochs")
             if epochs != self.config.train.total_epochs:  # what is there was counted for fewer
                 return None
-        return json.loads(path.read_text())["train"]["total_steps"]
+        saved = _read_if_sound(path) or {}
+        return saved.get("train", {}).get("total_steps")
 
     def results(self) -> dict[str, Any] | None:
         """Returns its `results.json` once it is at the last step, else None."""
-        path = self.workdir / "results.json"
-        if not path.exists():
-            return None
-        results = json.loads(path.read_text())
-        return results if results["step"] == self.total_steps() else None
+        results = _read_if_sound(self.workdir / "results.json")
+        return results if results and results.get("step") == self.total_steps() else None
 
     def metrics(self) -> dict[str, float]:
         """Returns the newest line of training metrics, {} before the first."""
@@ -98,6 +95,17 @@ class Trial:
         lines = log[log.rfind("\n$ ") + 1 :].splitlines()[1:]  # what followed the last command
         errors = [line for line in lines if line.startswith("ERROR: ")]
         return (errors or [line for line in lines if line.strip()] or [""])[-1]
+
+
+def _read_if_sound(path: Path) -> dict[str, Any] | None:
+    """The object in a trial's JSON file; None without one.
+
+    One that is cut counts as none: the trial, which is started then, makes it again.
+    """
+    try:
+        return read_json(path, remedy="") if path.exists() else None
+    except UserError:
+        return None
 
 
 def load_sweep(path: str) -> list[dict[str, Any]]:
@@ -156,8 +164,10 @@ def make_trials(
         arguments = [_config_flag(config_file, fields.get("config", "")), *overrides]
         arguments += [f"--config.{key}={fields[key]}" for key in fields if key != "config"]
         trial = Trial(fields, workdir / name, _read_config(arguments, name, here=here), arguments)
-        if (trial.workdir / "asked.json").exists():
+        if _read_if_sound(trial.workdir / "asked.json"):
             check_same_run(trial.config, trial.workdir / "asked.json")
+        else:
+            ownership.check_run(trial.workdir)
         trials[name] = trial
     return list(trials.values())
 

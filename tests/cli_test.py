@@ -94,6 +94,7 @@ def test_a_config_file_that_does_not_run_says_why(tmp_path, text, message):
     ("raised", "code", "expected"),
     [
         ("UserError('mend it')", 2, "ERROR: mend it"),
+        ("Unavailable('no GPU')", 69, "ERROR: no GPU"),
         ("StorageError('no space')", 74, "ERROR: no space"),
         ("OSError(28, 'No space left on device')", 74, "No space left"),
         ("Interrupted('saved')", 75, "saved"),
@@ -121,7 +122,7 @@ def test_every_way_to_fail_has_its_code(tmp_path, raised, code, expected):
 def test_compiled_programs_are_kept(tmp_path, is_named):
     program = (
         "from vitcls import cli\n"
-        "cli.keep_compiled_programs()\n"
+        "cli.prepare_jax()\n"
         "import jax\n"
         "print(jax.jit(lambda x: x @ x)(jax.numpy.eye(3))[0, 0])\n"
     )

@@ -1,6 +1,7 @@
 """Processes find each other, agree, vote and end together; their runs are those of one process."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -117,6 +118,26 @@ def test_one_process_passes_through_all_of_it(tmp_path):
 def test_flags_that_do_not_go_together_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         distributed.initialize(*flags)
+
+
+def test_a_taken_port_has_a_message_and_is_tried_again():
+    program = (
+        "import sys; from vitcls import cli, distributed\n"
+        "address, sys.argv = sys.argv[1], sys.argv[:1]\n"
+        "cli.run(lambda: distributed.initialize(address, 2, 0))\n"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = subprocess.run(
+            [sys.executable, "-c", program, address], cwd=ROOT, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+    assert result.returncode == 69, result.stderr
+    message = f"ERROR: The processes of the run cannot meet at {address} (--coordinator_address)"
+    assert message in result.stderr and "another program has the port" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_rows_of_a_process_are_neighbours_whatever_the_order_of_devices():

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
-    {"lock", "seal", "step_folders", "wandb_sender", "user_folders", "image_metadata", "progress"},
-    {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding"},
+    {"files", "ownership", "lock", "seal", "step_folders", "wandb_sender", "user_folders"}
+    | {"image_metadata", "progress"},
+    {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding", "devices"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
     {"data", "pretrained", "checkpoint", "signals", "metric_writers", "parameters"}
     | {"distributed", "watchdog", "contact_sheet", "chips", "hlo", "collectives"}

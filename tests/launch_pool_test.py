@@ -17,7 +17,7 @@ from vitcls.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # What it does is the trial's warm-up: 1 finishes, 2 fails, 3 is stopped once by somebody else,
-# 4 trains until it is asked to stop.
+# 4 trains until it is asked to stop, 5 and 6 find no devices, on GPU 0 or anywhere.
 FAKE = """
 import json, os, pathlib, signal, sys, time
 workdir, what = pathlib.Path(sys.argv[1]), int(sys.argv[2])
@@ -25,6 +25,8 @@ starts = workdir / "starts"
 starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
 if what == 2:
     print("ERROR: diverged"); sys.exit(87)
+if what == 6 or (what == 5 and os.environ["CUDA_VISIBLE_DEVICES"] == "0"):
+    print("ERROR: no devices"); sys.exit(69)
 if what == 3 and starts.read_text() == "x":
     print("SIGTERM: saved"); sys.exit(75)
 if what == 4 and starts.read_text() == "x":
@@ -59,6 +61,26 @@ def make(tmp_path, monkeypatch):
 def starts(trial) -> int:
     path = trial.workdir / "starts"
     return len(path.read_text()) if path.exists() else 0
+
+
+def test_a_trial_without_devices_starts_again_elsewhere(make, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    trials = make(5, 4, 6)  # the second keeps GPU 1 from the first, which waits for it
+    runner = pool.Pool(trials, jobs=2, on_change=lambda: None)
+
+    def free_gpu_1() -> None:
+        wait_for(lambda: starts(trials[0]) == 1 and (trials[1].workdir / "trains").exists())
+        os.kill(runner._running[trials[1].name][1].pid, signal.SIGTERM)
+
+    helper = threading.Thread(target=free_gpu_1)
+    helper.start()
+    with StopRequest() as stop:
+        runner.run(stop)
+    helper.join()
+    ends = [runner.states[trial.name] for trial in trials]
+    assert [end["state"] for end in ends] == ["finished", "finished", "failed"]
+    assert ends[2]["exit_code"] == 69
+    assert [starts(trial) for trial in trials] == [2, 2, 4]
 
 
 def test_one_failure_stops_nobody_and_a_stopped_trial_goes_on(make):
@@ -152,6 +174,8 @@ def wait_for(condition) -> None:
         ([87], 1, 87),
         ([75, 75, 75, 75, 0], 5, 0),
         ([1, 75, 86, 0], 4, 0),
+        ([69, 75, 69, 0], 4, 0),
+        ([69, 69, 69, 0], 3, 69),
         ([1, 1, 86, 1, 0], 3, 86),
     ],
 )
@@ -159,6 +183,7 @@ def test_what_follows_an_exit_code_here(codes, num_starts, result, tmp_path, mon
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(local, "_POLL_SECS", 0.02)
     monkeypatch.setattr(local, "_PAUSE_SECS", 0)
+    monkeypatch.setattr(local, "_NO_DEVICE_PAUSE_SECS", 0)
     count = tmp_path / "count"
     program = (
         "import pathlib, sys; path = pathlib.Path(sys.argv[1])\n"

@@ -34,6 +34,7 @@ CODES = [
     ([87], 87),
     ([75, 75, 75, 75, 0], 0),
     ([1, 75, 134, 0], 0),
+    ([69, 75, 69, 0], 0),
     ([1, 1, 86, 0], 86),
 ]
 
@@ -64,7 +65,8 @@ def submit(*args: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(("codes", "last"), CODES)
 def test_slurm_puts_a_job_back_as_its_code_says(codes, last, programs, tmp_path):
     fake(programs, "srun", ENDS_WITH.format(folder=programs))
-    fake(programs, "scontrol", f'#!/bin/bash\necho "$*" > {programs}/requeued\n')
+    requeue = f'#!/bin/bash\nif [ "$1" = requeue ]; then echo "$*" > {programs}/requeued; fi\n'
+    fake(programs, "scontrol", requeue)
     (programs / "codes").write_text("".join(f"{code}\n" for code in codes))
     text = slurm.script(COMMAND, tmp_path, Resources(max_restarts=2))
     starts = 0
@@ -81,6 +83,45 @@ def test_slurm_puts_a_job_back_as_its_code_says(codes, last, programs, tmp_path)
     assert done.returncode == last and starts == (len(codes) - (last == 86))
     call = (programs / "calls").read_text().splitlines()[0]
     assert call.endswith(" ".join(COMMAND))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "before", "num_nodes", "updated"),
+    [
+        ("n1", "(null)", 3, "update JobId=7 ExcNodeList=n1"),
+        ("n2", "n1,n7", 4, "update JobId=7 ExcNodeList=n1,n7,n2"),
+        ("n2", "n1", 2, None),  # there is no other
+        ("n[1-2]", "(null)", 9, None),  # and nobody knows which of the two it is
+    ],
+)
+def test_slurm_sends_a_job_without_devices_elsewhere(
+    nodes, before, num_nodes, updated, programs, tmp_path
+):
+    fake(programs, "srun", "#!/bin/bash\nexit 69\n")
+    fake(
+        programs, "scontrol",
+        f'#!/bin/bash\necho "$*" >> {programs}/calls\ncase "$*" in\n'
+        f"  'show job 7') echo '   ReqNodeList=(null) ExcNodeList={before}' ;;\n"
+        "  'show hostnames '*) tr , '\\n' <<< $3 ;;\nesac\n",
+    )  # fmt: skip
+    fake(programs, "sinfo", f"#!/bin/bash\nseq {num_nodes}\n")
+    own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": nodes, "SLURM_JOB_PARTITION": "all"}
+    own["SLURM_JOB_NUM_NODES"] = "2" if "[" in nodes else "1"
+    text = slurm.script(COMMAND, tmp_path, Resources())
+    done = subprocess.run(["bash", "-c", text], env=os.environ | own, check=False)
+    assert done.returncode == 69
+    calls = (programs / "calls").read_text().splitlines()
+    # Nothing comes between: SLURM ends what the script starts after it has put the job back.
+    assert calls[calls.index("requeue 7") + 1 :] == [updated] * bool(updated)
+
+
+@pytest.mark.parametrize(("gpus", "platforms"), [(0, ""), (2, "cuda,cpu")])
+def test_slurm_has_jax_start_the_gpus_that_are_asked_for(gpus, platforms, programs, tmp_path):
+    fake(programs, "srun", f'#!/bin/bash\necho "$JAX_PLATFORMS" > {programs}/platforms\n')
+    text = slurm.script(COMMAND, tmp_path, Resources(gpus_per_node=gpus))
+    own = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    subprocess.run(["bash", "-c", text], env=own | {"SLURM_JOB_ID": "7"}, check=True)
+    assert (programs / "platforms").read_text().strip() == platforms
 
 
 def test_slurm_asks_for_what_is_wanted(tmp_path):
@@ -148,6 +189,8 @@ def test_manifests_hold_to_the_schemas(asked, tpu, machines, limits):
     assert spec["completions"] == spec["parallelism"] == machines
     container = spec["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"] == limits
+    env = {one["name"]: one["value"] for one in container["env"]}
+    assert env.get("JAX_PLATFORMS") == ("cuda,cpu" if asked.gpus_per_node else None)
 
 
 def test_schemas_refuse_what_is_wrong():

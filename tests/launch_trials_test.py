@@ -87,6 +87,28 @@ def test_epochs_are_finished_at_the_steps_that_the_run_made_of_them(tmp_path):
     assert longer.results() is None
 
 
+@pytest.mark.parametrize("name", ["asked.json", "config.json", "results.json"])
+@pytest.mark.parametrize("left", ["", '{"train": {"tot'])
+def test_a_file_that_is_cut_does_not_stop_the_sweep(name, left, tmp_path):
+    (trial,) = make([{"optim.lr": 1}], tmp_path)
+    trial.prepare()
+    (trial.workdir / "config.json").write_text(json.dumps({"train": {"total_steps": 203}}))
+    (trial.workdir / "manifest.json").write_text('{"command": [], "data": {}, "versions": {}}')
+    (trial.workdir / "results.json").write_text(json.dumps({"step": 203}))
+    (trial.workdir / name).write_text(left)
+    (again,) = make([{"optim.lr": 1}], tmp_path)
+    assert (again.results() is None) == (name != "asked.json")
+    again.prepare()
+    assert json.loads((trial.workdir / "asked.json").read_text())["optim"]["lr"] == 1
+
+
+def test_a_trials_folder_that_is_no_runs_is_refused(tmp_path):
+    (tmp_path / "optim.lr=1").mkdir()
+    (tmp_path / "optim.lr=1/config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="holds config.json, which this command has not written"):
+        make([{"optim.lr": 1}], tmp_path)
+
+
 def test_metrics_and_last_words_are_the_newest(tmp_path):
     (trial,) = make([{"optim.lr": 1}], tmp_path)
     assert trial.metrics() == {} and trial.last_words() == ""

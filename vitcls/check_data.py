@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from vitcls import cli
 from vitcls.config import check_config
 from vitcls.errors import UserError
+from vitcls.files import make_folder, write_json
 
 _DATA = flags.DEFINE_string(
     "data", "", "Data set, such as digits, tfds:NAME, folder:PATH, csv:PATH; empty: the config's."
@@ -63,14 +64,14 @@ def main() -> None:
         used = [data.train_split, config.eval.select_split, *data.eval_splits]
         names = names or [name for name in dict.fromkeys(used) if name not in ("", "holdout")]
     # These import jax: only once the flags are known to be right.
-    from vitcls import data_checks, records
+    from vitcls import data_checks
 
     if output is not None:
-        records.make(output, flag="--output")
+        make_folder(output, flag="--output")
     splits, report = data_checks.check(source, names, data_dir=data_dir or None, **options)
     print(data_checks.format_report(report))
     if output is not None:
-        records.write_json(output / "report.json", report)
+        write_json(output / "report.json", report)
         if splits:
             data_checks.draw_examples(splits, report).save(output / "contact_sheet.png")
         if report["duplicates"]:

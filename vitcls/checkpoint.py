@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from vitcls import adapt, distributed, lock, seal, sharding, step_folders
 from vitcls.errors import NonFiniteLoss, StorageError, UserError
+from vitcls.files import written_aside
 from vitcls.train_step import TrainState, fold_lora
 
 PyTree = Any
@@ -182,9 +183,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             path = self._directory / str(step) / "metrics" / "metrics"  # as Orbax has it
             path.parent.mkdir(exist_ok=True)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps({"score": _finite(score)}))
-            aside.replace(path)
+            with written_aside(path) as aside:
+                aside.write_text(json.dumps({"score": _finite(score)}))
             seal.write(self._directory / str(step))
         distributed.wait_for_all(f"score of {step}")
         self._manager.reload()

@@ -27,9 +27,10 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     `main` is given what the command line has beside flags, as a list of one or more, where
     `arguments` says what that is, such as "DIR"; otherwise nothing, and there may be nothing.
 
-    0 finished or `--help`; 2 the user's mistake, one message without a traceback; 74 storage;
-    75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`); 87 non-finite loss; 1
-    anything else. Of several processes the first that ends with an error ends all, with its code.
+    0 finished or `--help`; 2 the user's mistake, one message without a traceback; 69 a device is
+    not available; 74 storage; 75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`);
+    87 non-finite loss; 1 anything else. Of several processes the first that ends with an error
+    ends all, with its code.
     """
     main_module = sys.modules["__main__"]
     # Names of classes and files may hold what the terminal's encoding lacks.
@@ -70,14 +71,21 @@ def start_logging() -> None:
     log.propagate = False
 
 
-def keep_compiled_programs() -> None:
-    """Lets jax keep what it compiles in the user's cache folder, which may be deleted at any time.
+def prepare_jax() -> None:
+    """Checks jax's settings and lets it keep what it compiles in the user's cache folder.
 
-    The folder is `xla` in `user_folders.cache`, if there is one; jax's own
-    `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
+    The folder, which may be deleted at any time, is `xla` in `user_folders.cache`, if there is one;
+    jax's own `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps
+    nothing.
+
+    Raises:
+      UserError: see `devices.check_settings`.
     """
     import jax  # not at the top: `--help` should not wait for it
 
+    from vitcls import devices
+
+    devices.check_settings()
     cache = user_folders.cache()
     if jax.config.jax_compilation_cache_dir is None and cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla" / _processor()))

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vitcls.errors import UserError, unknown
+from vitcls.files import read_json
 
 
 def default_config() -> ConfigDict:
@@ -680,15 +681,15 @@ def read_saved_config(path: Path) -> ConfigDict:
     """Reads a run's `config.json`, in which fields that are newer than it have their defaults.
 
     Raises:
-      UserError: it is not there, or is damaged.
+      UserError: it is missing, empty or cut, or is not a config.
     """
+    remedy = "put it back, or use another --workdir"
+    what = "the config of a run that has checkpoints"
+    saved = read_json(path, what=what, remedy=remedy)
     try:
-        return restore_config(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # no file, JSON, object
-        raise UserError(
-            f"{path}, the config of a run that has checkpoints, cannot be read ({error}): put it "
-            "back, or use another --workdir."
-        ) from error
+        return restore_config(saved)
+    except (ValueError, AttributeError, TypeError) as error:  # JSON, but of another kind
+        raise UserError(f"{path}, {what}, cannot be read ({error}): {remedy}.") from error
 
 
 def restore_config(saved: dict[str, Any]) -> ConfigDict:

@@ -28,7 +28,8 @@ from jax._src.distributed import global_state  # the store has no public door
 from jax.sharding import Mesh
 
 from vitcls import sharding
-from vitcls.errors import STALLED, UserError
+from vitcls.devices import settings
+from vitcls.errors import STALLED, Unavailable, UserError
 
 log = logging.getLogger("vitcls")
 
@@ -60,6 +61,7 @@ def initialize(
 
     Raises:
       UserError: some are set and others are not, or one makes no sense.
+      Unavailable: the port of process 0 is taken, or process 0 does not answer.
     """
     given = [coordinator_address, num_processes, process_id]
     if num_processes == 1 or any(value is not None for value in given):
@@ -80,6 +82,13 @@ def initialize(
         if "coordinator_address should be defined" in str(error):
             return  # no cluster
         raise
+    except jax.errors.JaxRuntimeError as error:
+        address = coordinator_address or global_state.coordinator_address
+        raise Unavailable(
+            f"The processes of the run cannot meet at {address} (--coordinator_address): {error}. "
+            "If process 0 says so, another program has the port, perhaps an earlier start of this "
+            "run: end it, or name another port in all processes."
+        ) from error
     if global_state.num_processes > 1:
         if global_state.process_id:
             log.setLevel(logging.WARNING)  # process 0 speaks for all
@@ -149,7 +158,7 @@ def check_same(facts: dict[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    own = {"code of vitcls": _code_digest(), "jax": jax.__version__, **facts}
+    own = {"code of vitcls": _code_digest(), "jax": jax.__version__, **settings(), **facts}
     own = {"host": socket.gethostname(), **json.loads(json.dumps(own))}
     if jax.process_index() == 0:
         global_state.client.key_value_set("vitcls/facts", json.dumps(own))

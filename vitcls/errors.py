@@ -23,6 +23,12 @@ class NotFinite(UserError):
     """A checkpoint's network answers with nan or infinity, which no number may be made of."""
 
 
+class Unavailable(RuntimeError):
+    """No device, or no port for processes to meet at; a new start may find one, elsewhere."""
+
+    exit_code = 69
+
+
 class StorageError(RuntimeError):
     """The file system refused to take or to give back what a run needs."""
 

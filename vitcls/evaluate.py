@@ -19,6 +19,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import make_folder, write_json
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
 _DATA = flags.DEFINE_string(
@@ -62,12 +63,12 @@ def main() -> None:
     from vitcls import evaluation, records, seen
     from vitcls.data.skipped import Skipped
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     split, known = seen.open_split(checkpoint, data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
     trained_on = seen.count_and_warn(known, split, data)
     skipped = None
     if output is not None:
-        records.make(output, flag="--output")
+        make_folder(output, flag="--output")
         (output / "skipped.jsonl").unlink(missing_ok=True)
     if _ON_ERROR.value == "skip":
         skipped = Skipped(output / "skipped.jsonl")
@@ -87,7 +88,7 @@ def main() -> None:
         )
         origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
         origin["fingerprint"] = split.fingerprint
-        records.write_json(output / "results.json", origin | metrics)
+        write_json(output / "results.json", origin | metrics)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})")

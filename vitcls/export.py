@@ -30,7 +30,7 @@ def main() -> None:
     checkpoint, format_, output = map(cli.required, (_CHECKPOINT, _FORMAT, _OUTPUT))
     from vitcls import exporting  # imports jax: only once the flags are known to be right
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     record = exporting.export(checkpoint, format=format_, output=output)
     print(
         f"largest difference {record['largest_difference']:.1e} on {record['num_images']} images, "

@@ -19,8 +19,10 @@ from jax import export as jax_export
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vitcls import __version__, inference, model_card, pretrained, records
+from vitcls import __version__, inference, model_card, pretrained
+from vitcls.devices import start_devices
 from vitcls.errors import UserError
+from vitcls.files import folder_aside, write_json
 from vitcls.pretrained import formats
 from vitcls.pretrained.workdir import find_run
 from vitcls.train_step import make_predict_step
@@ -121,7 +123,8 @@ def export(checkpoint: str, *, format: str, output: str | Path) -> dict[str, Any
       RuntimeError: what was written answers differently; nothing of it is left.
     """
     # The default products of GPUs and TPUs have 8 to 11 bits, too few to compare anything.
-    with records.folder_aside(output) as aside, jax.default_matmul_precision("highest"):
+    start_devices()
+    with folder_aside(output) as aside, jax.default_matmul_precision("highest"):
         source = _load(checkpoint)
         check = FORMATS[format](aside, Path(output).resolve().name, source)
         inference.check_answers(check.expected, "random image {}".format)
@@ -143,7 +146,7 @@ def export(checkpoint: str, *, format: str, output: str | Path) -> dict[str, Any
             "versions": {"python": platform.python_version(), "vitcls": __version__}
             | {name: importlib.metadata.version(name) for name in sorted(packages)},
         }
-        records.write_json(aside / "export.json", record)
+        write_json(aside / "export.json", record)
     return record
 
 

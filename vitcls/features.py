@@ -19,9 +19,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from vitcls import inference, pretrained, progress, records, sharding
+from vitcls import inference, pretrained, progress, sharding
 from vitcls.data import cache, loader
 from vitcls.data.split import Split
+from vitcls.files import written_aside
 
 log = logging.getLogger("vitcls")
 
@@ -105,7 +106,7 @@ def features_of(backbone: Backbone, split: Split, *, folder: Path, batch_size: i
     found = extract(backbone, split, batch_size=batch_size)
     inference.check_answers(found.features, split.id)
     folder.mkdir(parents=True, exist_ok=True)
-    with records.written_aside(path) as aside, aside.open("wb") as file:
+    with written_aside(path) as aside, aside.open("wb") as file:
         np.savez(file, **found._asdict())
     return found
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from vitcls.config import restore_config
 from vitcls.data import sources
 from vitcls.data.division import DIVISIONS
 from vitcls.errors import UserError
+from vitcls.files import read_json
 from vitcls.pretrained.workdir import find_run
 from vitcls.train_setup import open_splits
 
@@ -62,7 +62,9 @@ class Ingredient:
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.workdir and self.workdir / name
-        return json.loads(path.read_text()) if path and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        return read_json(path, remedy="put a sound copy there, or leave this checkpoint out")
 
 
 def find(references: str) -> list[Ingredient]:

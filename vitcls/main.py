@@ -59,7 +59,7 @@ def main() -> None:
     # These import jax: only once the flags are known to be right.
     from vitcls import START_TIME, distributed, train
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     distributed.initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     train.train_and_evaluate(
         config, workdir, num_profiled_steps=_PROFILE.value, start_time=START_TIME

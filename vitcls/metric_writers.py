@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from vitcls.errors import NonFiniteLoss
+from vitcls.files import written_aside
 from vitcls.progress import Progress
 from vitcls.wandb_sender import WandbSender
 
@@ -217,12 +218,14 @@ def _drop_lines(path: Path, step: int, again: Sequence[str] = ()) -> None:
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
+        try:
+            written = json.loads(line)
+        except ValueError:  # cut by a kill, or blank after a power loss, as is what follows
+            break
         if not line.endswith("\n"):
             break
-        written = json.loads(line)
         is_again = any(name.split("/")[0] in again for name in written)
         if written["step"] < step or (written["step"] == step and not is_again):
             kept.append(line)
-    aside = path.with_suffix(".jsonl.tmp")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text("".join(kept))

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vitcls import pretrained, records
 from vitcls.config import RUN_FIELDS, default_config, flatten
+from vitcls.files import read_json
 
 # Shown whatever their values; of the others those that differ from the defaults.
 _RECIPE = (
@@ -70,7 +71,9 @@ def origin_of_run(workdir: Path, *, step: int) -> Origin:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Of what was copied elsewhere, the files that only people read may be missing."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return read_json(path, remedy="put a sound copy there, or remove it to do without")
 
 
 def origin_of_files(files: pretrained.Files) -> Origin:

@@ -106,7 +106,8 @@ def check_args(name: str, args: dict[str, Any]) -> None:
         return tx.update(x, tx.init(x), x)
 
     try:
-        jax.eval_shape(try_out, jnp.zeros(()))
+        # Shapes alone: an array would start the devices, for which launchers have no use.
+        jax.eval_shape(try_out, jax.ShapeDtypeStruct((), jnp.float32))
     except Exception as error:
         raise UserError(f"optim.args={args} does not suit {name}: {error}") from error
 

@@ -24,6 +24,7 @@ from ml_collections import config_flags
 
 from vitcls import chips, cli
 from vitcls.config import check_config
+from vitcls.files import make_folder, write_json
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -66,14 +67,14 @@ def main() -> None:
 
     import jax  # with the environment prepared, and only once the flags are known to be right
 
-    from vitcls import planning, records
+    from vitcls import planning
     from vitcls.plan_table import format_plan
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     if topology != "local":  # jax cannot read again what it would keep: `planning` keeps figures
         jax.config.update("jax_enable_compilation_cache", False)
     if _OUTPUT.value:
-        records.make(Path(_OUTPUT.value).parent, flag="--output")
+        make_folder(Path(_OUTPUT.value).parent, flag="--output")
     plans = planning.Plans(
         config,
         planning.open_slice(topology, dtype=config.model.dtype),
@@ -84,7 +85,7 @@ def main() -> None:
     plan = planning.make_plan(plans)
     print(json.dumps(plan, indent=2) if _JSON.value else format_plan(plan))
     if _OUTPUT.value:
-        records.write_json(Path(_OUTPUT.value), plan)
+        write_json(Path(_OUTPUT.value), plan)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ K classes.
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import math
 import time
@@ -19,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vitcls import chips, footprint, pretrained, records, sharding, train_setup
+from vitcls import chips, footprint, pretrained, sharding, train_setup
 from vitcls.chips import Chip
 from vitcls.choices import Choice, first_fitting
 from vitcls.config import check_config
 from vitcls.data import builders
 from vitcls.errors import UserError
+from vitcls.files import read_or_set_aside, write_json
 from vitcls.program import (
     Program,
     check_passes_are_free,
@@ -74,9 +74,10 @@ def open_slice(topology: str, *, dtype: str) -> Slice:
       dtype: Of the computation, for devices that have to be measured.
     """
     if topology == "local":
-        devices = jax.devices()
+        mesh = sharding.make_mesh(-1, 1)  # starts them
+        devices = mesh.devices.flatten().tolist()
         chip = chips.find_chip(devices[0].device_kind) or measure_chip(devices, dtype=dtype)
-        usable = footprint.usable_bytes(sharding.make_mesh(-1, 1))
+        usable = footprint.usable_bytes(mesh)
         return Slice(topology, devices, chip, usable)
     chip, _ = chips.parse_topology(topology)
     return Slice(topology, chips.open_topology(topology), chip, _TPU_SHARE * chip.memory)
@@ -227,11 +228,11 @@ def _analyse(
     key = f"{_COUNTING} {jax.__version__} {compiler} {where.topology} {passes}"
     digest = hashlib.sha256(f"{key}\n{lowered.as_text()}".encode()).hexdigest()
     path = Path(cache) / "plans" / f"{digest}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if (kept := read_or_set_aside(path)) is not None:
+        return kept
     analysis = analyse(lowered)
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write_json(path, analysis)
+    write_json(path, analysis)
     return analysis
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     output, top_k = _OUTPUT.value, _TOP_K.value
     prediction.check_output(output)
     paths = prediction.find_images(images)
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     rows = prediction.predict_files(checkpoint, paths, top_k=top_k, batch_size=_BATCH_SIZE.value)
     num_bad = prediction.write_rows(rows, output, top_k=top_k, num_rows=len(paths))
     line = f"{len(paths)} images" + (f", {num_bad} of them unreadable" if num_bad else "")

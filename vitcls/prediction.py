@@ -19,10 +19,11 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from vitcls import images, inference, progress, records, sharding
+from vitcls import images, inference, progress, sharding
 from vitcls import train_step as steps
 from vitcls.data import image_files
 from vitcls.errors import UserError
+from vitcls.files import written_aside
 
 log = logging.getLogger("vitcls")
 
@@ -225,7 +226,7 @@ def _whole_file(output: str) -> Iterator[TextIO]:
         yield sys.stdout
         return
     with (
-        records.written_aside(Path(output)) as aside,
+        written_aside(Path(output)) as aside,
         aside.open("w", encoding="utf-8", errors=escape, newline="") as file,
     ):
         yield file

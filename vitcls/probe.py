@@ -21,6 +21,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import make_folder
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Workdir, Hugging Face folder or hub id; a head it may have is not used."
@@ -59,11 +60,11 @@ def main() -> None:
             "another folder."
         )
     # These import jax: only once the flags are known to be right.
-    from vitcls import probing, records, seen
+    from vitcls import probing, seen
     from vitcls.data import classes, sources
     from vitcls.data.split import num_shared
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     (train, _), (test, known) = (
         seen.open_split(checkpoint, data, name, data_dir=_DATA_DIR.value or None)
         for name in (_TRAIN_SPLIT.value, _SPLIT.value)
@@ -77,7 +78,7 @@ def main() -> None:
     train, validation = sources.hold_out(train, _HOLDOUT.value, seed=_SEED.value)
     if _PER_CLASS.value:
         train = sources.take_per_class(train, _PER_CLASS.value, seed=_SEED.value)
-    records.make(output, flag="--output")
+    make_folder(output, flag="--output")
     content = probing.probe(
         checkpoint,
         {"train": train, "validation": validation, "test": test},

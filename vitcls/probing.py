@@ -20,6 +20,7 @@ from vitcls import features as features_lib
 from vitcls import footprint, heads, pretrained, records, sharding
 from vitcls.data.split import Split
 from vitcls.features import Backbone, Features
+from vitcls.files import write_json
 from vitcls.pretrained.saving import config_to_json
 
 log = logging.getLogger("vitcls")
@@ -113,7 +114,7 @@ def probe(
         "model": {"method": best.method, "test_accuracy": best.test_accuracy_of_head},
         "seconds": {"features": extracted - start, "heads": time.monotonic() - extracted},
     }
-    records.write_json(output / "results.json", content)
+    write_json(output / "results.json", content)
     return content
 
 

@@ -1,14 +1,11 @@
 """What a run leaves beside its checkpoints and metrics: config, manifest, results, predictions."""
 
-import contextlib
 import importlib.metadata
 import json
-import os
+import logging
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,70 +15,15 @@ from jax.sharding import Mesh
 
 from vitcls import __version__, pretrained
 from vitcls.data.sources import Split
-from vitcls.errors import StorageError, UserError
+from vitcls.devices import settings
+from vitcls.files import read_or_set_aside, write_json, written_aside
+
+log = logging.getLogger("vitcls")
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy",
     "pillow", "ml_collections", "safetensors", "huggingface_hub",
 )  # fmt: skip
-
-
-def make(folder: Path, *, flag: str = "--workdir") -> None:
-    """Makes the folder of a flag; raises `UserError` or `StorageError` when that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{flag}={folder} cannot be made: {error.strerror}.") from error
-    except OSError as error:
-        raise StorageError(f"{flag}={folder} cannot be made: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}={folder} cannot be written to; name another.")
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which is renamed to `path` at the end, or removed on failure."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def folder_aside(output: str | Path, *, flag: str = "--output") -> Iterator[Path]:
-    """Gives an empty folder aside, which becomes `output` at the end and goes if the block fails.
-
-    Args:
-      output: A flag's value: new, or an empty folder.
-      flag: Its name.
-
-    Raises:
-      UserError: the folder is in use, or cannot be made.
-    """
-    directory = Path(output).expanduser().resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{flag}={output} exists and is not an empty folder; name another.")
-    # In the nearest folder that exists: parents that are missing are made at the end, too.
-    home = next(folder for folder in directory.parents if folder.exists())
-    aside = home / f".{directory.name}.{os.getpid()}.tmp"
-    try:
-        try:
-            aside.mkdir()
-        except (NotADirectoryError, PermissionError) as error:
-            raise UserError(f"{flag}={directory} cannot be made: {error.strerror}.") from error
-        yield aside
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        aside.replace(directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes indented JSON aside and renames it, so that the file is always whole."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
@@ -93,6 +35,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "command": sys.orig_argv,
         "git_commit": _git_commit(),
         "versions": versions,
+        "jax_settings": settings(),
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,
@@ -140,21 +83,35 @@ def _describe_files(files: pretrained.Files) -> dict[str, Any]:
 def note_continuation(
     path: Path,
     mesh: Mesh,
+    splits: list[Split],
     *,
+    source: str,
     step: int,
-    splits: list[Split] = (),
     files: pretrained.Files | None = None,
 ) -> None:
-    """Adds to the manifest at `path` that a run went on after `step`, and in what environment.
+    """Adds to the manifest at `path` that a run continues after `step`, and in what environment.
+
+    A manifest that is lost or cut is made again, of what is known now.
 
     Args:
       path: Of the manifest.
-      mesh: The devices.
-      step: The last finished one.
-      splits: What the run goes on with, in place of what there was.
+      mesh: The devices that continue.
+      splits: What the run continues with, in place of what there was.
+      source: The checkpoint it began from; "": none.
+      step: The last finished step.
       files: Where its pretrained weights are now, if they were moved.
     """
-    content = json.loads(path.read_text())
+    content = read_or_set_aside(path)
+    if content is None:
+        began = {"source": source, "revision": None, "sha256": {}} if source else None
+        content = manifest(mesh, splits, None) | {"pretrained": began, "rebuilt": True}
+    before = content.get("jax_settings", {})
+    for name, value in settings().items():
+        if before.get(name, value) != value:
+            log.warning(
+                "%s=%s, and %s when this run began: it will not end with the same numbers.",
+                name.upper(), value, before[name],
+            )  # fmt: skip
     content["continued"].append({"step": step} | environment(mesh))
     content["data"] |= describe_splits({split.name: split for split in splits})
     if files is not None:
@@ -201,9 +158,8 @@ def save_predictions(path: Path, *, labels: np.ndarray, logits: np.ndarray, ids:
 
 
 def read_results(workdir: Path) -> dict[str, Any] | None:
-    """Returns `results.json`, or None when the run has not ended yet."""
-    path = workdir / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """Returns `results.json`; None: the run has not ended, or has to evaluate again."""
+    return read_or_set_aside(workdir / "results.json")
 
 
 def count_images(summary: dict[str, Any]) -> str:

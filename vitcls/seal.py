@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from vitcls.files import written_aside
+
 NAME = "sha256.json"
 # Orbax writes the last two after the seal, and reads a checkpoint without them.
 _UNSEALED = {NAME, f"{NAME}.tmp", "_CHECKPOINT_METADATA", "commit_success.txt"}
@@ -14,12 +16,8 @@ _UNSEALED = {NAME, f"{NAME}.tmp", "_CHECKPOINT_METADATA", "commit_success.txt"}
 def write(folder: Path) -> None:
     """Writes the seal of what lies in `folder`, or a new one, once that is on the disk itself."""
     digests = _digests(sorted(_files(folder)), folder, sync=True)
-    aside = folder / f"{NAME}.tmp"
-    with aside.open("w") as file:
-        json.dump(digests, file, indent=0)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(folder / NAME)
+    with written_aside(folder / NAME) as aside:
+        aside.write_text(json.dumps(digests, indent=0))
 
 
 def damage(folder: Path, *, part: str = "") -> str | None:

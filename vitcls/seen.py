@@ -19,6 +19,7 @@ from vitcls.config import read_saved_config
 from vitcls.data import sources
 from vitcls.data.split import Split, hash_ids
 from vitcls.errors import StorageError, UserError
+from vitcls.files import written_aside
 from vitcls.pretrained.workdir import find_run
 
 log = logging.getLogger("vitcls")
@@ -74,7 +75,7 @@ def write(
     """Writes what a run sees of a source."""
     arrays = {f"evaluated/{name}": split.hashes() for name, split in evaluated.items()}
     arrays[_TRAIN] = train.hashes()
-    with records.written_aside(workdir / _FILE) as aside, aside.open("wb") as file:
+    with written_aside(workdir / _FILE) as aside, aside.open("wb") as file:
         np.savez(file, home=sources.home(source), division=division, **arrays)
 
 

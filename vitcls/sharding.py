@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vitcls.devices import start_devices
 from vitcls.errors import UserError
 
 # Below this number of elements an array is replicated: gathering it would cost more than it saves.
@@ -27,8 +28,11 @@ def make_mesh(data: int, fsdp: int, *, devices: list[jax.Device] | None = None) 
 
     Raises:
       UserError: the product of the sizes is not the number of devices.
+      Unavailable: see `devices.start_devices`.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        start_devices()
+        devices = jax.devices()
     if data == -1 and len(devices) % fsdp == 0:
         data = len(devices) // fsdp
     if data * fsdp != len(devices):

@@ -83,7 +83,7 @@ def main() -> None:
         )
     from vitcls import souping  # imports jax: only once the flags are known to be right
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     record = souping.make(
         checkpoints,
         how=how,

@@ -21,6 +21,7 @@ from vitcls import (
 from vitcls.data.skipped import Skipped
 from vitcls.data.split import Split
 from vitcls.errors import NotFinite, UserError
+from vitcls.files import folder_aside, write_json
 from vitcls.metrics import select_score
 
 log = logging.getLogger("vitcls")
@@ -65,7 +66,7 @@ def make(
     Raises:
       UserError: checkpoints or images are not there, or do not fit together.
     """
-    with records.folder_aside(output) as aside, tempfile.TemporaryDirectory() as scratch:
+    with folder_aside(output) as aside, tempfile.TemporaryDirectory() as scratch:
         found = {one.name: one for one in ingredients.find(checkpoints)}
         first, digests = next(iter(found.values())), {}
         if how == "wise" and len(found) > 1:
@@ -119,7 +120,7 @@ def make(
                 "network would measure: compare it with a single checkpoint before you use it."
             )
         pretrained.save(aside, pretrained.make_model(first.network), weights, first.processor)
-        records.write_json(aside / "soup.json", record)
+        write_json(aside / "soup.json", record)
         if listed.exists():
             shutil.move(listed, aside)
     return record

@@ -16,6 +16,7 @@ from vitcls import (
     distributed,
     footprint,
     optim,
+    ownership,
     pretrained,
     records,
     seen,
@@ -29,6 +30,7 @@ from vitcls.data import loader
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted, NonFiniteLoss
 from vitcls.evaluation import check_logits, evaluate
+from vitcls.files import make_folder, write_json
 from vitcls.metric_writers import LateMetrics, MetricWriter
 from vitcls.metrics import select_score
 from vitcls.parameters import memory_line, parameter_table
@@ -69,6 +71,7 @@ def train_and_evaluate(
 
     # Mistakes first: a field, a data set or a checkpoint that does not fit stops here.
     check_config(config)
+    ownership.check_run(workdir)
     optim.check_args(config.optim.name, dict(config.optim.args))
     wandb_sender.check(config.log.wandb_project)
     begun = workdir if step_folders.has_steps(workdir / "checkpoints") else None
@@ -117,7 +120,7 @@ def train_and_evaluate(
         check_same_run(config, workdir / "config.json", moved=moved)
         known = records.recorded_fingerprints(workdir)
         results = records.read_results(workdir)
-        is_finished = results is not None and results["step"] == config.train.total_steps
+        is_finished = results is not None and results.get("step") == config.train.total_steps
         if is_finished:
             splits = results["splits"].items()
             known |= {name: one["fingerprint"] for name, one in splits if "fingerprint" in one}
@@ -131,7 +134,7 @@ def train_and_evaluate(
                 print(records.last_line(results, workdir, splits=config.data.eval_splits))
             return results
     if is_main:
-        records.make(workdir)
+        make_folder(workdir)
     distributed.check_shared(workdir)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     start_step = checkpoints.latest_step() or 0
@@ -145,17 +148,17 @@ def train_and_evaluate(
         train_setup.check_same_teacher(meta.get("teacher"), teacher)
         if start_step < config.train.total_steps:
             train_setup.check_same_passes(meta.get("num_passes", 1), program, config)
+    used = [train_split, *eval_splits.values()]
     if is_main:
-        records.write_json(workdir / "config.json", config.to_dict())
+        if not begun:  # the manifest first: by it the folder is known to be a run's
+            manifest = records.manifest(mesh, used, files, teacher=teacher and teacher.sha256)
+            write_json(workdir / "manifest.json", manifest)
+            pretrained.write_config(workdir / "model", model_config, processor)
+            (workdir / "skipped.jsonl").unlink(missing_ok=True)
+        write_json(workdir / "config.json", config.to_dict())
         seen.write(
             workdir, config.data.source, train_split, eval_splits, division=config.data.division
         )
-        used = [train_split, *eval_splits.values()]
-        if not begun:
-            pretrained.write_config(workdir / "model", model_config, processor)
-            manifest = records.manifest(mesh, used, files, teacher=teacher and teacher.sha256)
-            records.write_json(workdir / "manifest.json", manifest)
-            (workdir / "skipped.jsonl").unlink(missing_ok=True)
 
     is_trained = start_step < config.train.total_steps
     compiling = is_trained and background.submit(lowered.compile)  # while data get ready
@@ -169,8 +172,8 @@ def train_and_evaluate(
         state = program.with_teacher(state)
         if is_main:
             records.note_continuation(
-                workdir / "manifest.json", mesh, step=start_step, splits=used,
-                files=moved.get("model.pretrained"),
+                workdir / "manifest.json", mesh, used, source=config.model.pretrained,
+                step=start_step, files=moved.get("model.pretrained"),
             )  # fmt: skip
         log.info("Continuing after step %d of %d.", start_step, config.train.total_steps)
     else:
@@ -182,7 +185,7 @@ def train_and_evaluate(
         log.info("%s", program.passes_line())
 
     # Data: a cache on disk is filled first; then local uint8 batches, one ahead on the devices.
-    for split in [train_split, *eval_splits.values()]:
+    for split in used:
         split.fill_cache(num_threads=config.data.num_threads)
     distributed.wait_for_all("data")  # from here on nobody waits long for the others
     skipped = Skipped(workdir / "skipped.jsonl") if config.data.on_error == "skip" else None
@@ -348,7 +351,7 @@ def train_and_evaluate(
             if name != select:
                 writer.write(total_steps, {f"{name}/{k}": x for k, x in summaries[name].items()})
     if skipped is not None:
-        skipped.log_counts([train_split, *eval_splits.values()])
+        skipped.log_counts(used)
     results = {
         "step": total_steps,
         "seconds": seconds(),
@@ -365,7 +368,7 @@ def train_and_evaluate(
             program, dtype=config.model.dtype, images_per_second=speed
         )
     if is_main:
-        records.write_json(workdir / "results.json", results)
+        write_json(workdir / "results.json", results)
         print(records.last_line(results, workdir, splits=config.data.eval_splits))
     distributed.wait_for_all("results")  # the coordinator waits a short while only for the others
     return results

@@ -147,7 +147,13 @@ def open_model(
         is not needed any more.
     """
     if begun is not None:
-        return None, *pretrained.read_json(begun / "model", tensors=None)
+        try:
+            return None, *pretrained.read_json(begun / "model", tensors=None)
+        except UserError as error:
+            raise UserError(
+                f"{error} It is of a run that has checkpoints: put it back, or use another "
+                "--workdir."
+            ) from error
     image_size = config.data.image_size
     if not config.model.pretrained:
         files = None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcls.errors import UserError
+from vitcls.files import written_aside
 
 _INIT_SECS, _FINISH_SECS = 60, 15  # that it waits for the network
 _GRACE_SECS = 5  # to end after that
@@ -52,7 +53,8 @@ class WandbSender:
         key = kept.read_text() if kept.exists() else ""
         if not key:
             key = secrets.token_hex(4)
-            kept.write_text(key)
+            with written_aside(kept) as aside:
+                aside.write_text(key)
         path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         # Of a session of its own: Ctrl-C is for the run, which then ends this one.
         self._process = subprocess.Popen(

@@ -163,6 +163,22 @@ def test_a_mistake_is_not_put_back(flags, tmp_path):
     assert "ERROR: " in (tmp_path / f"run/slurm-{number}.log").read_text()
 
 
+def test_a_job_without_devices_goes_to_the_other_node(flags, tmp_path):
+    workdir = tmp_path / "run"
+    # As on a node whose driver is broken, which jax's CPU would stand in for.
+    broken = '[ "$SLURM_JOB_NODELIST" = n2 ] || export JAX_PLATFORMS=cuda,cpu'
+    number = submit(
+        *flags, f"--workdir={workdir}", f"--setup={broken}", "--sbatch=--nodelist=n1",
+        "--config.train.total_steps=20", "--config.eval.every_steps=10",
+    )  # fmt: skip
+    wait_for(lambda: job(number)["ExcNodeList"] == "n1")
+    run("scontrol", "update", f"JobId={number}", "ReqNodeList=")
+    start_soon(number)
+    end = finish(number)
+    assert (end["JobState"], end["NodeList"], end["Restarts"]) == ("COMPLETED", "n2", "1")
+    assert "jax cannot start its devices" in (workdir / f"slurm-{number}.log").read_text()
+
+
 def test_a_sweep_is_one_array_and_goes_on(flags, tmp_path):
     sweep = tmp_path / "six.py"
     sweep.write_text(

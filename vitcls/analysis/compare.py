@@ -18,6 +18,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import make_folder, written_aside
 
 _SPLIT = flags.DEFINE_string("split", "test", "Split whose images are compared.")
 _METRIC = flags.DEFINE_enum(
@@ -42,11 +43,10 @@ def main(directories: list[str]) -> None:
         raise UserError(
             f"Comparisons need {error.name}: pip install -r requirements-analysis.txt"
         ) from error
-    from vitcls import records
 
     output = Path(_OUTPUT.value)
     if _OUTPUT.value:
-        records.make(output, flag="--output")
+        make_folder(output, flag="--output")
     found = comparison.read(directories, split=split, metric=_METRIC.value)
     markdown = comparison_page.to_markdown(found)
     print(markdown)
@@ -57,7 +57,7 @@ def main(directories: list[str]) -> None:
     contents = {name: text.encode("utf-8", errors="replace") for name, text in files.items()}
     contents["groups.png"] = comparison_page.to_png(found)
     for name, content in contents.items():
-        with records.written_aside(output / name) as aside:
+        with written_aside(output / name) as aside:
             aside.write_bytes(content)
     print(f"-> {output}/comparison.html, comparison.md, groups.png, and groups, pairs, runs.csv")
 

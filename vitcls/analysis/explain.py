@@ -79,7 +79,7 @@ def main() -> None:
         found = explaining.split_sources(split, num=_NUM_IMAGES.value)
     else:
         found = explaining.file_sources(prediction.find_images(_IMAGES.value))
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     explainer = explaining.load(
         checkpoint, num_images=len(found), method=_METHOD.value, batch_size=_BATCH_SIZE.value
     )

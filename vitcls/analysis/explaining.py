@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from vitcls import images as pixels_of
-from vitcls import inference, progress, records, sharding
+from vitcls import inference, progress, sharding
 from vitcls.analysis import gallery, overlay, saliency
 from vitcls.data.split import Split
 from vitcls.errors import UserError, unknown
+from vitcls.files import folder_aside
 from vitcls.pretrained import Processor
 from vitcls.train_step import probabilities
 
@@ -195,7 +196,7 @@ def write(explainer: Explainer, sources: Sequence[Source], output: str, *, class
     asked = class_index(class_name, names)
     num_bad = 0
     with (
-        records.folder_aside(output) as folder,
+        folder_aside(output) as folder,
         (folder / "explained.csv").open(
             "w", encoding="utf-8", errors="surrogateescape", newline=""
         ) as file,

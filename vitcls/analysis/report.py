@@ -17,6 +17,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import written_aside
 
 _OUTPUT = flags.DEFINE_string(
     "output", "", "The page, of one DIR; empty: report.html in every DIR."
@@ -55,7 +56,6 @@ def main(directories: list[str]) -> None:
         raise UserError(
             f"Reports need {error.name}: pip install -r requirements-analysis.txt"
         ) from error
-    from vitcls import records
 
     unknown = predictions.read_confidence(Path(_UNKNOWN.value)) if _UNKNOWN.value else None
     for workdir in workdirs:
@@ -66,7 +66,7 @@ def main(directories: list[str]) -> None:
             unknown=unknown,
             explain=explaining.for_gallery(workdir) if _EXPLAIN.value else None,
         )
-        with records.written_aside(output) as aside:
+        with written_aside(output) as aside:
             aside.write_text(text, encoding="utf-8")
         print(f"{workdir}: {len(text.encode()) / 1e6:.1f} MB -> {output}")
 

@@ -29,6 +29,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import write_json
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Folder of the run; empty: runs/reproduce/NAME. A finished run is not repeated."
@@ -67,10 +68,9 @@ def main(names: list[str]) -> None:
         )
     accuracy, num_images = (splits[expected.split][key] for key in ("accuracy", "num_examples"))
     is_inside, sentence = expectation.answer(expected, accuracy, num_images)
-    from vitcls import records
 
     found = {"inside": is_inside, "answer": sentence, "expected": list(expected.accuracies)}
-    records.write_json(workdir / "reproduced.json", found | {"set": changes})
+    write_json(workdir / "reproduced.json", found | {"set": changes})
     print(sentence)
     if not is_inside:
         sys.exit(_OUTSIDE)

@@ -13,6 +13,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import make_folder, write_json, written_aside
 
 _ADD = flags.DEFINE_list(
     "add", [], "Folders to keep the results of: workdirs, or folders of them such as launch.sweep "
@@ -24,17 +25,16 @@ def main(folders: list[str]) -> None:
     """Keeps what is to be added, then writes the page."""
     if len(folders) > 1:
         raise UserError(f"{folders[1]!r} is one FOLDER too many: name runs with --add.")
-    from vitcls import records
     from vitcls.analysis import kept
 
     folder = Path(folders[0])
     added = {Path(name).absolute().name: kept.extract(name) for name in _ADD.value}
-    records.make(folder, flag="FOLDER")
+    make_folder(folder, flag="FOLDER")
     for name, content in added.items():
-        records.write_json(folder / f"{name}.json", content)
+        write_json(folder / f"{name}.json", content)
     page = folder.absolute().with_name(f"{folder.absolute().name}.md")
     text = kept.to_markdown(folder)
-    with records.written_aside(page) as aside:
+    with written_aside(page) as aside:
         aside.write_text(text, encoding="utf-8")
     print(f"-> {page}")
 

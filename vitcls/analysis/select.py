@@ -22,6 +22,7 @@ from absl import flags
 
 from vitcls import cli
 from vitcls.errors import UserError
+from vitcls.files import make_folder, written_aside
 
 _CANDIDATES = flags.DEFINE_list(
     "candidates", None,
@@ -69,16 +70,15 @@ def main() -> None:
         raise UserError(
             f"Selection needs {error.name}: pip install -r requirements-analysis.txt"
         ) from error
-    from vitcls import records
     from vitcls.data import sources
 
-    cli.keep_compiled_programs()
+    cli.prepare_jax()
     output = Path(output)
     split = sources.open_split(data, _TRAIN_SPLIT.value, data_dir=_DATA_DIR.value or None)
     parts = selection.divide(
         split, holdout=_HOLDOUT.value, per_class=_PER_CLASS.value, seed=_SEED.value
     )
-    records.make(output, flag="--output")
+    make_folder(output, flag="--output")
     found = selection.select(
         names,
         parts,
@@ -92,7 +92,7 @@ def main() -> None:
     print(markdown)
     files = {"md": markdown.encode(), "csv": selection_page.to_csv(found).encode()}
     for suffix, content in (files | selection_page.to_pictures(found)).items():
-        with records.written_aside(output / f"selection.{suffix}") as aside:
+        with written_aside(output / f"selection.{suffix}") as aside:
             aside.write_bytes(content)
     print(f"-> {output}/selection.png, selection.svg, selection.md, selection.csv")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vitcls import user_folders
+from vitcls.files import sync
 
 
 def cached_labels(fingerprint: str, read: Callable[[], Sequence[int]]) -> np.ndarray:
@@ -30,6 +31,7 @@ def cached_labels(fingerprint: str, read: Callable[[], Sequence[int]]) -> np.nda
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             np.save(pathlib.Path(folder) / path.name, labels)
+            sync(pathlib.Path(folder) / path.name)
             os.replace(pathlib.Path(folder) / path.name, path)  # all of it or nothing
     except OSError:
         pass  # a cache that cannot be written only costs the next run the reading

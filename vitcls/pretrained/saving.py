@@ -1,9 +1,6 @@
 """From a network to a folder that Hugging Face's tools load unchanged."""
 
 import dataclasses
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import jax
 import numpy as np
 
 from vitcls.errors import UserError
+from vitcls.files import folder_aside, write_json
 from vitcls.pretrained import formats, keys
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR
 from vitcls.pretrained.json_fields import JsonFields
@@ -42,9 +40,6 @@ def save(
       UserError: the folder is not empty, the format cannot describe the network, or a tensor is not
         finite in the type to store.
     """
-    directory = Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not an empty folder; name another.")
     arrays = jax.tree.map(np.asarray, dict(variables))
     family = FAMILIES[model.config.family]
     prefix = family.written_prefix(model.config)
@@ -54,13 +49,9 @@ def save(
             tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     # Without them `transformers` reports tensors as missing, and makes them up.
     tensors |= {prefix + name: tensor for name, tensor in family.unused(model.config).items()}
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
+    with folder_aside(directory, flag="") as aside:
         write_config(aside, model.config, processor)
         formats.write(aside / formats.SINGLE, tensors)
-        aside.replace(directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_config(directory: str | Path, config: Config, processor: Processor) -> None:
@@ -82,8 +73,8 @@ def write_config(directory: str | Path, config: Config, processor: Processor) ->
         "dtype": "float32",  # what to compute in; stored weights may be narrower
     }
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / CONFIG, content)
-    _write_json(directory / PREPROCESSOR, to_json(processor))
+    write_json(directory / CONFIG, content)
+    write_json(directory / PREPROCESSOR, to_json(processor))
 
 
 def config_to_json(config: Config) -> dict[str, Any]:
@@ -100,9 +91,3 @@ def config_to_json(config: Config) -> dict[str, Any]:
     if read != config:
         raise UserError(f"The {config.family!r} format cannot describe this network: {config}.")
     return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)

@@ -12,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from vitcls import adapt
 from vitcls.checkpoint import Checkpoints
+from vitcls.devices import start_devices
 from vitcls.errors import UserError
 from vitcls.pretrained import values
 from vitcls.pretrained.find import CONFIG
@@ -32,12 +33,12 @@ class Run:
 
     def step(self) -> int:
         """The training step it was saved after. Raises as `read_variables`."""
-        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+        with self._open() as checkpoints:
             return self._step(checkpoints)
 
     def steps(self) -> list[int]:
         """The same as a list; of `DIR@all`, which is no single checkpoint, all that are kept."""
-        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+        with self._open() as checkpoints:
             all_steps = checkpoints.steps() if self.which == "all" else []
             return all_steps or [self._step(checkpoints)]
 
@@ -53,8 +54,8 @@ class Run:
           UserError: there is no such checkpoint, or its values are of no use.
           StorageError: it cannot be read.
         """
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        with Checkpoints(self.directory / "checkpoints", read_only=True) as checkpoints:
+        with self._open() as checkpoints:
+            device = SingleDeviceSharding(jax.local_devices()[0])
             step = self._step(checkpoints)
             item = "ema" if "ema" in checkpoints.item_names(step) else "params"
             target = jax.tree.map(
@@ -69,6 +70,10 @@ class Run:
             advice="Choose another step of this run.",
         )
         return variables
+
+    def _open(self) -> Checkpoints:
+        start_devices()  # Orbax asks them who it is
+        return Checkpoints(self.directory / "checkpoints", read_only=True)
 
     def _step(self, checkpoints: Checkpoints) -> int:
         steps = checkpoints.steps()
