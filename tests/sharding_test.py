@@ -20,6 +20,34 @@ def test_mesh_that_does_not_fit_is_refused(data, fsdp):
         sharding.make_mesh(data, fsdp)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("jax_enable_x64", True, "is True, which changes what is computed. It must be False"),
+        ("jax_explicit_x64_dtypes", "allow", "must be warn or error"),
+        ("jax_numpy_dtype_promotion", "strict", "must be standard"),
+        ("jax_default_matmul_precision", "bfloat16", "must be None or float32 or highest"),
+        ("jax_default_prng_impl", "rbg", "must be threefry2x32"),
+        ("jax_threefry_partitionable", False, "must be True"),
+        ("jax_random_seed_offset", 1, "must be 0"),
+        ("jax_disable_jit", True, "must be False"),
+    ],
+)
+def test_settings_that_change_numbers_are_refused(name, value, shown):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(UserError, match=f"{name.upper()}: .*{shown}.* `unset {name.upper()}`"):
+            sharding.make_mesh(-1, 1)
+    finally:
+        jax.config.update(name, before)
+
+
+def test_what_is_more_precise_is_allowed_and_so_are_strict_ranks():
+    with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("raise"):
+        assert sharding.make_mesh(-1, 1).size == 8
+
+
 def test_large_arrays_are_split_over_fsdp_and_small_ones_are_not():
     mesh = sharding.make_mesh(2, 4)
     tree = {

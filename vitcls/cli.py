@@ -75,9 +75,15 @@ def keep_compiled_programs() -> None:
 
     The folder is `xla` in `user_folders.cache`, if there is one; jax's own
     `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
+
+    Raises:
+      UserError: see `sharding.check_settings`; every command that computes comes here first.
     """
     import jax  # not at the top: `--help` should not wait for it
 
+    from vitcls import sharding
+
+    sharding.check_settings()
     cache = user_folders.cache()
     if jax.config.jax_compilation_cache_dir is None and cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla" / _processor()))

@@ -150,6 +150,7 @@ def check_same(facts: dict[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     own = {"code of vitcls": _code_digest(), "jax": jax.__version__, **facts}
+    own["JAX_DEFAULT_MATMUL_PRECISION"] = jax.config.jax_default_matmul_precision
     own = {"host": socket.gethostname(), **json.loads(json.dumps(own))}
     if jax.process_index() == 0:
         global_state.client.key_value_set("vitcls/facts", json.dumps(own))
@@ -192,14 +193,16 @@ def check_shared(folder: Path, *, patience_secs: float = 10) -> None:
         global_state.client.key_value_set("vitcls/probe", first)
     host, name = json.loads(global_state.client.blocking_key_value_get("vitcls/probe", _FOREVER))
     try:
-        start = time.monotonic()
-        while not (folder / name).exists():  # network file systems may be late
-            if time.monotonic() - start > patience_secs:
+        # Network file systems may be late. Looks are counted, not seconds: a pause is not one.
+        looks_left = round(patience_secs / 0.1)
+        while not (folder / name).exists():
+            if not looks_left:
                 raise UserError(
                     f"--workdir={folder} of process {jax.process_index()} on "
                     f"{socket.gethostname()} is not the folder that process 0 on {host} sees "
                     "under this name; put it on a file system that all machines share."
                 )
+            looks_left -= 1
             time.sleep(0.1)
         wait_for_all("probe")
     finally:

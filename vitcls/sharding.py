@@ -4,6 +4,7 @@ Batches are split over both axes. Parameters, and whatever has their shape, are 
 `data` and split over `fsdp` along one dimension.
 """
 
+import enum
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,37 @@ from vitcls.errors import UserError
 # Below this number of elements an array is replicated: gathering it would cost more than it saves.
 MIN_SHARDED_SIZE = 2**16
 
+# jax's settings that would change numbers, or end a command in jax's middle -> the allowed values.
+_SETTINGS = {
+    "jax_enable_x64": (False,),
+    "jax_explicit_x64_dtypes": ("warn", "error"),
+    "jax_numpy_dtype_promotion": ("standard",),
+    # More precise than the default is allowed, less is not.
+    "jax_default_matmul_precision": (None, "float32", "highest"),
+    "jax_default_prng_impl": ("threefry2x32",),
+    "jax_threefry_partitionable": (True,),
+    "jax_random_seed_offset": (0,),
+    "jax_disable_jit": (False,),
+}
+
+
+def check_settings() -> None:
+    """Returns if jax computes as vitcls was tested; starts no backend.
+
+    Raises:
+      UserError: an environment variable, or the calling program, changes what jax computes.
+    """
+    for name, allowed in _SETTINGS.items():
+        # Versions of jax differ in which settings they have.
+        value = getattr(jax.config, name, allowed[0])
+        value = value.name.lower() if isinstance(value, enum.Enum) else value
+        if value not in allowed:
+            raise UserError(
+                f"{name.upper()}: jax.config.{name} is {value}, which changes what is computed. It "
+                f"must be {' or '.join(map(str, allowed))}: type `unset {name.upper()}`, or do not "
+                "set it in your program."
+            )
+
 
 def make_mesh(data: int, fsdp: int, *, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over all devices.
@@ -26,8 +58,9 @@ def make_mesh(data: int, fsdp: int, *, devices: list[jax.Device] | None = None) 
       devices: The devices to use; default all.
 
     Raises:
-      UserError: the product of the sizes is not the number of devices.
+      UserError: the product of the sizes is not the number of devices, or `check_settings`.
     """
+    check_settings()
     devices = jax.devices() if devices is None else devices
     if data == -1 and len(devices) % fsdp == 0:
         data = len(devices) // fsdp
