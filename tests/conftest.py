@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -27,6 +28,14 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["JAX_COMPILATION_CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 flags.FLAGS.mark_as_parsed()
+
+# `nohup`, background jobs and some CI runners ignore signals, which commands would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(_number, signal.SIG_DFL)
+# A handler is not inherited, so that commands get the default; the tests still outlive a terminal.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 @pytest.fixture(scope="session", autouse=True)
