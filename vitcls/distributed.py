@@ -150,7 +150,6 @@ def check_same(facts: dict[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     own = {"code of vitcls": _code_digest(), "jax": jax.__version__, **facts}
-    own["JAX_DEFAULT_MATMUL_PRECISION"] = jax.config.jax_default_matmul_precision
     own = {"host": socket.gethostname(), **json.loads(json.dumps(own))}
     if jax.process_index() == 0:
         global_state.client.key_value_set("vitcls/facts", json.dumps(own))
