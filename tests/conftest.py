@@ -9,6 +9,13 @@ import tempfile
 import pytest
 from absl import flags
 
+# What a cluster, or the user's shell, tells jax and wandb is not meant for tests.
+_FOREIGN = ("JAX_", "KUBERNETES_", "OMPI_", "SLURM_", "TPU_", "WANDB_")
+for _name in list(os.environ):
+    # pytest's worker processes inherit the one that is kept, see below.
+    if _name.startswith(_FOREIGN) and _name != "JAX_COMPILATION_CACHE_DIR":
+        del os.environ[_name]
+
 # Read when a test module imports jax; commands that tests start inherit all of it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of what small tests do: machine code that is not optimised saves a third of it.
