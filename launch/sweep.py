@@ -11,8 +11,9 @@ of them, for example
   --config.data.source=folder:PATH --config.train.total_epochs=5
 
 Ctrl-C lets the running trials save. Run the same command again to go on: finished trials never run
-again, stopped ones continue, failed ones are tried again; trials may be added to the sweep file. At
-the end stands a table, grouped by everything but the seed; it is also in sweep.json and sweep.csv.
+again, stopped ones continue, failed ones are tried again; trials may be added to the sweep file. A
+second start is refused while the first one runs. At the end stands a table, grouped by everything
+but the seed; it is also in sweep.json and sweep.csv.
 
 --on=slurm runs the trials as one array job, of which each task gets --nodes, --gpus_per_node and so
 on. This command then only watches: after Ctrl-C the job goes on.
@@ -92,12 +93,15 @@ def main() -> None:
 
 def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resources) -> None:
     from launch import array, pool, tables  # these import jax
+    from vitcls import lock
 
     def write() -> None:
         tables.write(workdir, trials, runner.states, _METRICS.value)
 
     tables.check_metrics(_METRICS.value, trials)
     make_folder(workdir)
+    # A second start would run the same trials, and write the same tables.
+    lock.take(workdir / "lock", verb="run")
     log.info("%d trials, %d finished before.", len(trials), len(trials) - len(unfinished))
     with StopRequest() as stop:
         if _ON.value == "local":

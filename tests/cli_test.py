@@ -173,3 +173,24 @@ cli.run(main)
     assert result.stdout == "caf\\xe9 \\udce9\n"
     assert r" \u732b" in result.stderr and result.stderr.endswith("ERROR: no \\u732b\n")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "args"),
+    [
+        ("vitcls.main", [CONFIG, "--workdir={folder}/run"]),
+        (
+            "vitcls.export",
+            ["--checkpoint={folder}", "--format=huggingface", "--output={folder}/out"],
+        ),
+    ],
+)
+def test_double_precision_is_refused_before_anything_is_made(tmp_path, monkeypatch, module, args):
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    result = run(*(arg.format(folder=tmp_path) for arg in args), module=module)
+    assert result.returncode == 2, result.stderr
+    assert (
+        "ERROR: JAX_ENABLE_X64=True computes in float64" in result.stderr
+        and "Traceback" not in result.stderr
+    )
+    assert not list(tmp_path.iterdir())

@@ -3,10 +3,18 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
 from absl import flags
+
+# What a cluster, or the user's shell, tells jax and wandb is not meant for tests.
+_FOREIGN = ("JAX_", "KUBERNETES_", "OMPI_", "SLURM_", "TPU_", "WANDB_")
+for _name in list(os.environ):
+    # pytest's worker processes inherit the one that is kept, see below.
+    if _name.startswith(_FOREIGN) and _name != "JAX_COMPILATION_CACHE_DIR":
+        del os.environ[_name]
 
 # Read when a test module imports jax; commands that tests start inherit all of it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,6 +35,14 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["JAX_COMPILATION_CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 flags.FLAGS.mark_as_parsed()
+
+# `nohup`, background jobs and some CI runners ignore signals, which commands would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(_number, signal.SIG_DFL)
+# A handler is not inherited, so that commands get the default; the tests still outlive a terminal.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -72,6 +72,25 @@ def test_dry_run_shows_the_commands_and_makes_nothing(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_second_start_names_the_first_and_runs_nothing(tmp_path):
+    program = (
+        "import pathlib, sys; from vitcls import lock\n"
+        "lock.take(pathlib.Path(sys.argv[1]) / 'lock', verb='run')\n"
+        "print('held', flush=True); input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as first:  # fmt: skip
+        assert first.stdout.readline() == b"held\n"
+        result = sweep("--sweep=configs/sweeps/lr_wd.py", f"--workdir={tmp_path}")
+        first.communicate(b"\n")
+    assert result.returncode == 2, result.stderr
+    assert f"{tmp_path} is being run by process {first.pid} on " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 def test_an_array_takes_only_what_is_not_in_the_queue(tmp_path, monkeypatch):
     """With a SLURM that notes what it is given, and finishes a task at each look at its queue."""
     monkeypatch.setattr(array, "_POLL_SECS", 0)

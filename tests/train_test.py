@@ -257,6 +257,12 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path):
         train.train_and_evaluate(config, tmp_path)
 
 
+def test_double_precision_of_the_calling_program_is_refused(config, tmp_path):
+    with jax.enable_x64(True), pytest.raises(UserError, match="JAX_ENABLE_X64=True"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_mistake_does_not_claim_the_workdir(config, tmp_path):
     config.train.total_steps = 1
     config.adapt.freeze = "encoder"

@@ -1,12 +1,14 @@
 """A process without progress ends, says where it was, and nothing else ends it."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from vitcls.watchdog import Watchdog
+from vitcls.watchdog import RunningClock, Watchdog
 
 
 def test_a_stuck_process_ends_and_says_where_it_is():
@@ -46,3 +48,35 @@ def test_nothing_is_expected_before_it_is_said_and_only_what_is_known():
         time.sleep(0.7)
         with pytest.raises(KeyError):
             watchdog.expect("stop")
+
+
+def test_a_pause_counts_as_one_second_at_most_and_work_as_what_it_takes():
+    now = 100.0
+    clock = RunningClock(lambda: now)
+    for seconds, counted in [(0.5, 0.5), (0.75, 1.25), (8 * 3600, 2.25), (0.0, 2.25), (0.5, 2.75)]:
+        now += seconds
+        assert clock.read() == counted
+
+
+def test_a_process_that_was_stopped_and_continued_is_not_stuck():
+    program = """
+import time
+from vitcls.watchdog import Watchdog
+
+with Watchdog(step_secs=2.0) as watchdog:
+    watchdog.expect("step")
+    print("begun", flush=True)
+    time.sleep(0.4)
+    watchdog.expect("step")
+    time.sleep(0.8)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        os.kill(process.pid, signal.SIGSTOP)
+        # Longer than the whole budget.
+        time.sleep(2.5)
+        os.kill(process.pid, signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors

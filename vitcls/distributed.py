@@ -201,14 +201,16 @@ def check_shared(folder: Path, *, patience_secs: float = 10) -> None:
         global_state.client.key_value_set("vitcls/probe", first)
     host, name = json.loads(global_state.client.blocking_key_value_get("vitcls/probe", _FOREVER))
     try:
-        start = time.monotonic()
-        while not (folder / name).exists():  # network file systems may be late
-            if time.monotonic() - start > patience_secs:
+        # Network file systems may be late. Looks are counted, not seconds: a pause is not one.
+        looks_left = round(patience_secs / 0.1)
+        while not (folder / name).exists():
+            if not looks_left:
                 raise UserError(
                     f"--workdir={folder} of process {jax.process_index()} on "
                     f"{socket.gethostname()} is not the folder that process 0 on {host} sees "
                     "under this name; put it on a file system that all machines share."
                 )
+            looks_left -= 1
             time.sleep(0.1)
         wait_for_all("probe")
     finally:

@@ -32,8 +32,12 @@ _MISSING = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _WARNED: set[int] = set()  # numbers of file systems
 
 
-def take(path: Path) -> None:
+def take(path: Path, *, verb: str = "written to") -> None:
     """Takes the lock at `path` for this process, which may hold it already.
+
+    Args:
+      path: The file; its folder is what the message names.
+      verb: What another holder of the lock does with the folder, for the message.
 
     Raises:
       UserError: another process holds it.
@@ -46,7 +50,7 @@ def take(path: Path) -> None:
     if _lock(file, fcntl.lockf, fcntl.LOCK_NB) is False:
         with file:
             raise UserError(
-                f"{path.parent} is being written to by {_holder(file)}. Wait until it ends, "
+                f"{path.parent} is being {verb} by {_holder(file)}. Wait until it ends, "
                 "stop it, or use another --workdir."
             )
     _HELD[path] = file

@@ -70,6 +70,7 @@ def train_and_evaluate(
     workdir, start_time = Path(workdir), start_time or time.time()
 
     # Mistakes first: a field, a data set or a checkpoint that does not fit stops here.
+    sharding.check_settings()
     check_config(config)
     ownership.check_run(workdir)
     optim.check_args(config.optim.name, dict(config.optim.args))
