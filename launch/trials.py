@@ -57,8 +57,8 @@ class Trial:
         path, asked = self.workdir / "config.json", self.workdir / "asked.json"
         if self.config.train.total_steps or not path.exists():
             return self.config.train.total_steps or None
-        if asked.exists():
-            epochs = (_read_if_sound(asked) or {}).get("train", {}).get("total_epochs")
+        if before := _read_if_sound(asked):
+            epochs = before.get("train", {}).get("total_epochs")
             if epochs != self.config.train.total_epochs:  # what is there was counted for fewer
                 return None
         saved = _read_if_sound(path) or {}
