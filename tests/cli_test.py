@@ -194,3 +194,17 @@ def test_double_precision_is_refused_before_anything_is_made(tmp_path, monkeypat
         and "Traceback" not in result.stderr
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_no_command_is_silent_for_long():
+    program = """
+import time
+from vitcls import cli, progress
+progress.LINE_SECS = 0.3
+cli.run(lambda: time.sleep(1))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert re.search(r"^\S+ vitcls: 00:00 so far\.$", result.stderr, re.MULTILINE)

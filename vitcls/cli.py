@@ -1,5 +1,6 @@
 """What all commands share: flags, help, logging, and the exit code of every way to end."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -42,9 +43,15 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     start_logging()
     # Ends as errors do, so that half-written files are removed; training's loop has its own way.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    from vitcls import progress  # not at the top: `--help` should not wait for it
+
     try:
         rest = _parse_flags(sys.argv, arguments)
-        main(*([rest] if arguments else []))
+        name = getattr(main_module.__spec__, "name", "vitcls")
+        # A launcher's jobs have logs of their own.
+        quiet = contextlib.nullcontext() if name.startswith("launch.") else progress.doing(name)
+        with quiet:
+            main(*([rest] if arguments else []))
         return
     except SystemExit as error:
         code, message = error.code, "stopped by a signal."

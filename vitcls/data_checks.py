@@ -24,6 +24,7 @@ from vitcls.data.split import check_no_class_is_empty, num_shared
 from vitcls.data.survey import Facts, find_duplicates, survey
 from vitcls.errors import UserError
 from vitcls.program import make_program
+from vitcls.progress import doing
 
 Report = dict[str, Any]
 
@@ -173,7 +174,9 @@ def _duplicates(
         for name, split in splits.items()
     }
     groups = []
-    for group in find_duplicates(everything):
+    with doing("Looking for duplicates"):
+        found = find_duplicates(everything)
+    for group in found:
         images = [
             {
                 "split": name,

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vitcls import footprint, parameters, pretrained, sharding
+from vitcls import footprint, parameters, pretrained, progress, sharding
 from vitcls.errors import NotFinite, UserError
 
 PyTree = Any
@@ -102,7 +102,8 @@ def compile_step(
             ),
             row,
         )
-        return step.lower(variables, batch).compile()
+        with progress.doing(f"Compiling for {size * mesh.size} images"):
+            return step.lower(variables, batch).compile()
 
     def bytes_needed(size: int) -> float:
         """Beside the variables, on each device."""

@@ -98,7 +98,7 @@ def wait_for(file: IO, *, log_as: str = "") -> bool:
         return bool(_lock(file, fcntl.flock))
     message = f"Waiting for {_holder(file)}, which {log_as}."
     log.info("%s", message)
-    with doing(lambda: message):
+    with doing(message):
         return bool(_lock(file, fcntl.flock))
 
 

@@ -22,6 +22,7 @@ from vitcls.data.split import Split
 from vitcls.features import Backbone, Features
 from vitcls.files import write_json
 from vitcls.pretrained.saving import config_to_json
+from vitcls.progress import doing
 
 log = logging.getLogger("vitcls")
 
@@ -121,10 +122,12 @@ def probe(
 def fit_all(parts: dict[str, Features], *, num_classes: int, num_epochs: int) -> list[Result]:
     """The results of all methods on "train", "validation" and "test"."""
     scaling, scaled = standardise(parts)
-    results = [neighbours(parts, num_classes=num_classes)]
+    with doing("Looking for neighbours"):
+        results = [neighbours(parts, num_classes=num_classes)]
     for fit in (ridge, linear_probe):
         options = {"num_epochs": num_epochs} if fit is linear_probe else {}
-        result = fit(scaled, num_classes=num_classes, **options)
+        with doing(f"Fitting {fit.__name__}"):
+            result = fit(scaled, num_classes=num_classes, **options)
         head = scaling.fold(result.head)
         accuracy = float(_hits(_in_a_row(head), parts["test"]).mean())
         results.append(result._replace(head=head, test_accuracy_of_head=accuracy))

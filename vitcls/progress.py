@@ -39,18 +39,24 @@ def on_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def doing(describe: Callable[[], str]) -> Iterator[None]:
-    """Work that may take long: what `describe` says is logged while nothing else is.
+def doing(what: str | Callable[[], str]) -> Iterator[None]:
+    """Work that may take long: `what` is logged while nothing else is, see above.
 
     Args:
-      describe: Called in another thread.
+      what: Text, to which the time since the start is added; or what makes a whole line, called in
+        another thread.
     """
     global _last_line
+    start = time.monotonic()
+
+    def describe() -> str:
+        return what() if callable(what) else f"{what}: {duration(time.monotonic() - start)} so far."
+
     if on_terminal():
         yield
         return
-    if not silence() < LINE_SECS:  # of other work, before this began
-        _last_line = time.monotonic()
+    if silence() >= LINE_SECS:  # of what came before
+        _last_line = start
     _DOING.append(describe)
     _start_talking()
     try:
@@ -92,9 +98,9 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
     def describe() -> str:
         seconds = time.monotonic() - start
         if not total or not num_done:
-            return f"{description}: {num_done} of {total or '?'} in {duration(seconds)}"
+            return f"{description}: {num_done} of {total or '?'} in {duration(seconds)}."
         left = seconds / num_done * (total - num_done)
-        return f"{description}: {num_done} of {total}, {duration(left)} left"
+        return f"{description}: {num_done} of {total}, {duration(left)} left."
 
     with doing(describe):
         for item in items:
@@ -115,13 +121,17 @@ class Progress:
         self._seconds = self._window_seconds = self._window_waited = 0.0
         self._started, self._last = False, time.monotonic()
         self._redirect = logging_redirect_tqdm(loggers=[log])
+        self._step = start_step
+        self._doing = doing(lambda: f"step {self._step}/{total_steps}.")
 
     def __enter__(self) -> "Progress":
+        self._doing.__enter__()
         if not self._bar.disable:
             self._redirect.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
+        self._doing.__exit__(*error)
         self._bar.close()
         if not self._bar.disable:
             self._redirect.__exit__(*error)
@@ -143,6 +153,7 @@ class Progress:
     def step_done(self) -> None:
         now = time.monotonic()
         self._bar.update()
+        self._step += 1
         if not self._started:  # the first step compiles: it says nothing about speed
             self._started, self._last, self._window_waited = True, now, 0.0
             return

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from vitcls.files import written_aside
+from vitcls.progress import doing
 
 NAME = "sha256.json"
 # Orbax writes the last two after the seal, and reads a checkpoint without them.
@@ -56,6 +57,6 @@ def _digests(paths: list[Path], folder: Path, *, sync: bool = False) -> dict[str
                 os.fsync(file.fileno())
             return hashlib.file_digest(file, "sha256").hexdigest()  # lets other threads run
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with doing(f"Hashing {folder}"), concurrent.futures.ThreadPoolExecutor(4) as pool:
         names = [path.relative_to(folder).as_posix() for path in paths]
         return dict(zip(names, pool.map(digest, paths), strict=True))

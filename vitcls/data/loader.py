@@ -12,14 +12,15 @@ and a pure function of its number: Grain, which runs ahead in threads and proces
 where and when it is made.
 """
 
+import atexit
 import contextlib
-import ctypes
 import dataclasses
 import itertools
 import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import signal
-import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import grain
@@ -38,7 +39,6 @@ Batch = dict[str, np.ndarray]
 # More only wait for Python's lock: on two processors 8 threads are a fifth slower than 4.
 _PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 _MOST_THREADS = 2 * len(_PROCESSORS)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -306,10 +306,13 @@ def _iterate(
             grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_end_with_parent
         )
     iterator = iter(dataset)
+    if num_workers:  # also where nobody closes it, such as after an error in a notebook
+        atexit.register(iterator.close)
     try:
         with _holding_back_signals() if num_workers else contextlib.nullcontext():
             first = list(itertools.islice(iterator, 1))
         for batch in itertools.chain(first, iterator):
+            _unlink(batch)
             errors, bad = batch.pop("errors"), batch.pop("bad")
             if errors:
                 raise UserError(errors[0])
@@ -317,6 +320,19 @@ def _iterate(
             yield batch
     finally:
         iterator.close()
+        atexit.unregister(iterator.close)
+
+
+def _unlink(batch: Batch) -> None:
+    """Takes the names off the shared memory that a worker's arrays lie in.
+
+    The memory lasts as long as the arrays. Grain would only unlink it when an array is deleted, in
+    another thread, for which a process that ends does not wait.
+    """
+    for array in batch.values():
+        if (memory := getattr(array, "shm", None)) is not None:
+            memory.unlink()
+            memory.unlink = lambda: None
 
 
 def _take_note(
@@ -352,9 +368,18 @@ def _holding_back_signals() -> Iterator[None]:
 
 
 def _end_with_parent(worker_index: int, worker_count: int) -> None:
-    """Called in each worker: lets the system kill it when its parent dies, however that dies."""
+    """Called in each worker: ends it when the process that started it ends, however that does.
+
+    Linux could send a signal, but it does so already when the thread ends that started the worker:
+    at the end of a pass, before the worker has let go of its shared memory.
+    """
     del worker_index, worker_count
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != multiprocessing.parent_process().pid:  # already gone
-            os._exit(1)
+    threading.Thread(target=_wait_for_parent, name="parent", daemon=True).start()
+    # Else a worker that is closed makes all batches that its threads have been asked for. Its
+    # queues, which have priority -5, are emptied before.
+    multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
+
+
+def _wait_for_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from vitcls import lock, user_folders
 from vitcls.data import builders
 from vitcls.errors import STORAGE_ERRNOS, StorageError, UserError
+from vitcls.progress import doing
 
 _FORMAT = "array_record"
 _TAIL = 2000  # characters of a failed preparation's output that its error shows
@@ -73,15 +74,16 @@ def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
     print(f"Preparing {source}: once, in a separate process.", flush=True)
     # Progress bars go to the terminal; only what explains a failure is kept. The process may
     # outlive this one: with the open lock file it inherits the lock.
-    done = subprocess.run(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        errors="backslashreplace",
-        check=False,
-        pass_fds=[lock.fileno()],
-    )
+    with doing(f"Preparing {source}"):
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+            check=False,
+            pass_fds=[lock.fileno()],
+        )
     if done.returncode == 0:
         return
     error = StorageError if done.returncode == StorageError.exit_code else UserError

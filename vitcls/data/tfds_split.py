@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from vitcls.data.label_cache import cached_labels
 from vitcls.data.split import Split
 from vitcls.errors import StorageError, UserError, unknown
+from vitcls.progress import track
 
 # Reading every label waits for the disk or the network: more threads than processors.
 _NUM_THREADS = 16
@@ -94,7 +95,10 @@ class TfdsSplit(Split):
             return [self.read(index)[1] for index in range(start, stop)]
 
         with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-            chunks = pool.map(read_chunk, range(0, len(self), _CHUNK))
+            starts = range(0, len(self), _CHUNK)
+            chunks = track(
+                pool.map(read_chunk, starts), f"Labels of {self.name}", total=len(starts)
+            )
             return list(itertools.chain.from_iterable(chunks))
 
 

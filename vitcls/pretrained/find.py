@@ -10,6 +10,7 @@ from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.pretrained import formats, torch_file
 from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.timm import is_timm
+from vitcls.progress import doing
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -35,7 +36,7 @@ class Files:
         digests = {}
         patterns = self.patterns()
         for path in sorted(p for pattern in patterns for p in self.directory.glob(pattern)):
-            with path.open("rb") as file:
+            with path.open("rb") as file, doing(f"Hashing {path}"):
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         return digests
 
@@ -160,7 +161,8 @@ def _from_hub(source: str, allow_pickle: bool) -> Files:
             config=lambda: Path(hf_hub_download(repo_id, CONFIG, revision=info.sha)),
             allow_pickle=allow_pickle,
         )
-        directory = snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns)
+        with doing(f"Downloading {source}"):
+            directory = snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns)
     except UserError:
         raise
     except errors.GatedRepoError as error:
