@@ -29,7 +29,7 @@ from vitcls.data import loader
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
 from vitcls.evaluation import evaluate
-from vitcls.files import make_folder, write_json
+from vitcls.files import expand, make_folder, write_json
 from vitcls.metric_writers import LateMetrics, MetricWriter
 from vitcls.metrics import select_score
 from vitcls.parameters import memory_line, parameter_table
@@ -66,7 +66,7 @@ def train_and_evaluate(
     Raises:
       UserError, StorageError, Interrupted, NonFiniteLoss: see `vitcls.errors`.
     """
-    workdir, start_time = Path(workdir), start_time or time.time()
+    workdir, start_time = expand(workdir), start_time or time.time()
 
     # Mistakes first: a field, a data set or a checkpoint that does not fit stops here.
     check_config(config)
