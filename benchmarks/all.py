@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import make_peers
 from benchmarks.figures import positive, summary
+from vitcls import ownership
+from vitcls.errors import UserError
+from vitcls.files import expand
 
 Row = tuple[str, ...]  # the columns below
 COLUMNS = ("what", "ours", "peer", "ours / peer", "limit", "share of the limit")
@@ -241,29 +244,37 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="path of the files, without .md and .json")
+    add("--output", type=expand, required=True, help="path of the files, without .md and .json")
     add("--minutes", type=positive(float), default=9, help="time for all (default: 9)")
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     args = parser.parse_args()
     if not args.output.absolute().parent.is_dir():
         parser.error(f"--output={args.output}: there is no folder {args.output.parent}.")
+    text, figures = args.output.with_suffix(".md"), args.output.with_suffix(".json")
+    try:
+        ownership.check(
+            "--output", args.output.parent, [text.name, figures.name],
+            is_own=lambda: ownership.has_text(figures, '"benchmark": '),
+        )  # fmt: skip
+    except UserError as error:
+        parser.error(str(error))
     end, results = time.monotonic() + 60 * args.minutes, []
     program = "import jax; print(jax.default_backend())"  # not here: it would take the GPU's memory
     platform = subprocess.check_output([sys.executable, "-c", program], text=True).split()[-1]
     for job in jobs(platform):
         secs = end - time.monotonic()
         if lacking := missing(job):
-            figures = f"not here: {', '.join(lacking)}"
+            found = f"not here: {', '.join(lacking)}"
         elif secs <= 0:
-            figures = "the time was over"
+            found = "the time was over"
         else:
             print(f"benchmarks.{job.name} {' '.join(job.args)}", flush=True)
-            figures = run(job, secs=secs, windows=args.windows)
-        results.append((job, figures))
+            found = run(job, secs=secs, windows=args.windows)
+        results.append((job, found))
         # After each, so that nothing measured is lost.
-        args.output.with_suffix(".md").write_text(table(results) + "\n")
+        text.write_text(table(results) + "\n")
         rows = [{"benchmark": job.name, "args": job.args, "figures": x} for job, x in results]
-        args.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
+        figures.write_text(json.dumps(rows, indent=2) + "\n")
     print(table(results))
 
 

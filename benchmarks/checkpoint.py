@@ -35,6 +35,7 @@ from benchmarks.models import NAMES, arch_config, make_model
 from vitcls import checkpoint, seal, step_folders
 from vitcls import train_step as steps
 from vitcls.errors import UserError
+from vitcls.files import expand
 
 EARLY, LATE = 10, 1_000_000
 
@@ -162,7 +163,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", choices=[*NAMES, "none"], default="vit_b16", help="none: no saving is measured")
     add("--data_dir", default="", help="folder with prepared digits; empty: no resume is measured")
-    add("--directory", type=Path, help="where to write; default: a temporary folder")
+    add("--directory", type=expand, help="where to write; default: a temporary folder")
     add("--turns", type=positive(int), default=5, help="turns of each (default: 5)")
     run_command(parser, measure, report)
 

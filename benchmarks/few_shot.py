@@ -17,6 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from vitcls.files import expand
+
 INITS = {"init=pretrained": "pretrained", "init=scratch": "from scratch"}
 ALL = 0  # data.per_class of all images
 ALL_IMAGES = 143.7  # of each class, on average: 1 437 training images of ten digits
@@ -108,8 +110,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sweep", type=Path, required=True, help="folder of the finished sweep")
-    parser.add_argument("--output", type=Path, required=True, help="picture to write, a .png")
+    parser.add_argument("--sweep", type=expand, required=True, help="folder of the finished sweep")
+    parser.add_argument("--output", type=expand, required=True, help="picture to write, a .png")
     args = parser.parse_args()
     if not (args.sweep / "sweep.json").is_file():
         parser.error(f"--sweep={args.sweep} has no sweep.json: run launch.sweep first.")

@@ -1,6 +1,7 @@
 """What benchmarks do with what they measured: the host, medians and spread, lines of a table."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vitcls import ownership
 from vitcls.errors import UserError
+from vitcls.files import expand
 
 
 def host() -> dict[str, Any]:
@@ -61,11 +64,14 @@ def run_command(
       measure: Arguments -> all figures.
       report: Figures -> text for people.
     """
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=expand, help="file to write all figures to")
     args = parser.parse_args()
     try:
         if args.json and not args.json.absolute().parent.is_dir():
             raise UserError(f"--json={args.json}: there is no folder {args.json.parent}.")
+        if args.json:
+            own = functools.partial(ownership.has_keys, args.json, "device")
+            ownership.check_file("--json", args.json, is_own=own)
         result = measure(args)
     except UserError as error:
         parser.error(str(error))  # exits with 2

@@ -34,6 +34,7 @@ import transformers
 
 from vitcls import pretrained
 from vitcls.errors import UserError
+from vitcls.files import expand
 from vitcls.pretrained import formats, keys
 from vitcls.pretrained.reading import FAMILIES
 
@@ -310,7 +311,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="compare networks with this in their names only")
-    parser.add_argument("--output", type=Path, help="page whose table is replaced; all networks")
+    parser.add_argument("--output", type=expand, help="page whose table is replaced; all networks")
     args = parser.parse_args()
     comparisons = {case.name: functools.partial(compare, case) for case in CASES}
     comparisons |= {f"timm's {name}": functools.partial(compare_timm, name) for name in TIMM}

@@ -24,8 +24,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import commands, kubernetes, local, resources, slurm, tpu_vm
-from vitcls import cli
-from vitcls.files import make_folder
+from vitcls import cli, ownership
+from vitcls.files import expand, make_folder
+from vitcls.ownership import has_text
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -72,10 +73,15 @@ def main() -> None:
     """Checks the flags and the config, then shows or submits."""
     config = cli.config_value(_CONFIG)
     workdir, place = cli.required(_WORKDIR), cli.required(_ON)
+    is_here = place in ("local", "slurm")  # elsewhere `~` is the home of the machine that runs it
+    if is_here:
+        workdir = str(expand(workdir))
     resources.check_places(place, _PLACES)
     asked = resources.from_flags()
     commands.check(config, here=place == "local")
-    python = sys.executable if place in ("local", "slurm") else "python"
+    if is_here:
+        ownership.check_run(Path(workdir))
+    python = sys.executable if is_here else "python"
     command = [
         *(python, "-m", "vitcls.main", f"--config={flags.FLAGS['config'].config_filename}"),
         *commands.overrides(),
@@ -101,6 +107,10 @@ def _slurm(command: list[str], workdir: str, asked: resources.Resources) -> None
         return
 
     make_folder(folder)
+    ownership.check(
+        "--workdir", folder, ["submit.sh"],
+        is_own=lambda: has_text(folder / "submit.sh", "#SBATCH --job-name=vitcls-"),
+    )  # fmt: skip
     job = slurm.submit(text, folder / "submit.sh")
     print(f"Job {job}, log in {folder}/slurm-{job}.log; `scancel {job}` ends it.")
 

@@ -29,7 +29,7 @@ from ml_collections import config_flags
 from launch import commands, resources, slurm
 from launch import trials as trials_lib
 from launch.stopping import StopRequest
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.errors import Interrupted
 from vitcls.files import make_folder
 
@@ -40,8 +40,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,
 )
-_SWEEP = flags.DEFINE_string("sweep", None, "Python file whose get_sweep() returns the trials.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the trials' folders and the table.")
+_SWEEP = flags.DEFINE(cli.PATH, "sweep", None, "Python file whose get_sweep() returns the trials.")
+_WORKDIR = flags.DEFINE(cli.PATH, "workdir", None, "Folder for the trials' folders and the table.")
 _ON = flags.DEFINE_enum("on", "local", ["local", "slurm"], "Where the trials run.")
 _JOBS = flags.DEFINE_integer(
     "jobs", None, "Trials that run at the same time, sharing the GPUs of this machine evenly; by "
@@ -69,6 +69,12 @@ def main() -> None:
     """Checks the flags and every trial's config, then runs what is not finished."""
     cli.config_value(_CONFIG)
     workdir = Path(cli.required(_WORKDIR))
+    ownership.check(
+        "--workdir", workdir,
+        ["sweep.json", "sweep.csv", "slurm.json", "array-0.txt", "array-0.sh"],
+        is_own=lambda: ownership.has_keys(workdir / "sweep.json", "trials", "groups")
+        or any(workdir.glob("*/asked.json")),
+    )  # fmt: skip
     sweep = trials_lib.load_sweep(cli.required(_SWEEP))
     resources.check_places(_ON.value, {"max_restarts": ("slurm",)})
     asked = resources.from_flags()

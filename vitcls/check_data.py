@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.config import check_config
 from vitcls.errors import UserError
 from vitcls.files import make_folder, write_json
@@ -31,11 +31,14 @@ _DATA = flags.DEFINE_string(
 _SPLITS = flags.DEFINE_list(
     "splits", [], "Splits, the one to train on first; empty: the config's, else all."
 )
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+_DATA_DIR = flags.DEFINE(
+    cli.PATH,
+    "data_dir",
+    "",
+    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
 )
-_OUTPUT = flags.DEFINE_string(
-    "output", "", "Folder for report.json and pictures; empty: none is written."
+_OUTPUT = flags.DEFINE(
+    cli.PATH, "output", "", "Folder for report.json and pictures; empty: none is written."
 )
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -67,6 +70,11 @@ def main() -> None:
     from vitcls import data_checks
 
     if output is not None:
+        ownership.check(
+            "--output", output,
+            ["report.json", "contact_sheet.png", "duplicates.png", "augmented.png"],
+            is_own=lambda: ownership.has_keys(output / "report.json", "data", "splits", "problems"),
+        )  # fmt: skip
         make_folder(output, flag="--output")
     splits, report = data_checks.check(source, names, data_dir=data_dir or None, **options)
     print(data_checks.format_report(report))

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import traceback
@@ -16,8 +17,20 @@ from absl import flags
 
 from vitcls import user_folders
 from vitcls.errors import STORAGE_ERRNOS, UserError
+from vitcls.files import expand
 
 FLAGS = flags.FLAGS
+
+
+class _PathParser(flags.ArgumentParser):
+    """A path, whose `~` is the home folder, which a shell leaves as it is after a `=`."""
+
+    def parse(self, argument: str) -> str:
+        return str(expand(argument)) if argument.startswith("~") else argument
+
+
+# Of flags that are paths: `flags.DEFINE(cli.PATH, "output", None, "...")`.
+PATH = _PathParser()
 
 log = logging.getLogger("vitcls")
 
@@ -172,7 +185,7 @@ def _parse_flags(argv: list[str], arguments: str) -> list[str]:
     """Returns what is no flag."""
     try:
         FLAGS.set_gnu_getopt()  # flags may follow what is no flag
-        _, *rest = FLAGS(argv)
+        _, *rest = map(_expand_config, FLAGS(list(map(_expand_config, argv))))
     except Exception as error:  # flags.Error, or whatever running a config file raises
         raise UserError(explain(error)) from error
     if rest and not arguments:
@@ -182,6 +195,12 @@ def _parse_flags(argv: list[str], arguments: str) -> list[str]:
     if arguments and not rest:
         raise UserError(f"{arguments} is missing. Try --help.")
     return rest
+
+
+def _expand_config(argument: str) -> str:
+    """Of `--config=~/FILE.py`, whose parser takes no path as `PATH` does, and of bare arguments."""
+    before, path = re.fullmatch(r"(--?config=)?(.*)", argument, re.DOTALL).groups()
+    return f"{before or ''}{expand(path)}" if path.startswith("~") else argument
 
 
 def explain(error: Exception) -> str:

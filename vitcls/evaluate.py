@@ -17,17 +17,21 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.errors import UserError
 from vitcls.files import make_folder, write_json
+from vitcls.ownership import has_keys
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
 _DATA = flags.DEFINE_string(
     "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
 )
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the data set; of tfds, also slices.")
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+_DATA_DIR = flags.DEFINE(
+    cli.PATH,
+    "data_dir",
+    "",
+    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
 )
 _LABELS = flags.DEFINE_enum(
     "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
@@ -43,8 +47,11 @@ _ON_ERROR = flags.DEFINE_enum(
     "on_error", "raise", ["raise", "skip"],
     "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
 )  # fmt: skip
-_OUTPUT = flags.DEFINE_string(
-    "output", "", "Folder for results.json and predictions/SPLIT.npz; empty: none is written."
+_OUTPUT = flags.DEFINE(
+    cli.PATH,
+    "output",
+    "",
+    "Folder for results.json and predictions/SPLIT.npz; empty: none is written.",
 )
 
 
@@ -59,6 +66,12 @@ def main() -> None:
             f"--output={output} is the workdir of a run, whose results.json would be replaced; "
             "name another folder."
         )
+    if output is not None:
+        ownership.check(
+            "--output", output, ["results.json", "predictions", "skipped.jsonl"],
+            is_own=lambda: has_keys(output / "results.json", "checkpoint", "data", "split")
+            or has_keys(output / "skipped.jsonl", "split", "id", "reason"),
+        )  # fmt: skip
     # These import jax: only once the flags are known to be right.
     from vitcls import evaluation, records, seen
     from vitcls.data.skipped import Skipped
@@ -82,13 +95,14 @@ def main() -> None:
     )
     metrics["trained_on"] = trained_on
     if output is not None:
+        # First what says whose folder this is.
+        origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
+        origin["fingerprint"] = split.fingerprint
+        write_json(output / "results.json", origin | metrics)
         ids = [split.id(index) for index in predictions.pop("index").tolist()]
         records.save_predictions(
             output / "predictions" / f"{split.name}.npz", ids=ids, **predictions
         )
-        origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
-        origin["fingerprint"] = split.fingerprint
-        write_json(output / "results.json", origin | metrics)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})")

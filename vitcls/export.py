@@ -22,7 +22,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "Face format; or a hub id with optional @REVISION.",
 )  # fmt: skip
 _FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "stablehlo"], "What to write.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to make; if it exists, it must be empty.")
+_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder to make; if it exists, it must be empty.")
 
 
 def main() -> None:

@@ -21,6 +21,18 @@ log = logging.getLogger("vitcls")
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
 
 
+def expand(path: str | Path) -> Path:
+    """Returns the path with the home folder in place of `~`.
+
+    Raises:
+      UserError: there is no such home folder.
+    """
+    expanded = Path(os.path.expanduser(path))
+    if str(expanded).startswith("~"):
+        raise UserError(f"{path} cannot be used: there is no home folder for its ~.")
+    return expanded
+
+
 def make_folder(folder: Path, *, flag: str = "--workdir") -> None:
     """Makes the folder of a flag; raises `UserError` or `StorageError` when that cannot be."""
     try:
@@ -57,7 +69,7 @@ def folder_aside(output: str | Path, *, flag: str = "--output") -> Iterator[Path
     Raises:
       UserError: the folder is in use, or cannot be made.
     """
-    directory = Path(output).expanduser().resolve()
+    directory = expand(output).resolve()
     named = f"{flag}={output}" if flag else str(output)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{named} exists and is not an empty folder; name another.")

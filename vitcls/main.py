@@ -33,8 +33,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints, metrics and results; made if it does not exist."
+_WORKDIR = flags.DEFINE(
+    cli.PATH,
+    "workdir",
+    None,
+    "Folder for checkpoints, metrics and results; made if it does not exist.",
 )
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Trace this many training steps for TensorBoard's profiler into the workdir.",

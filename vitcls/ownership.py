@@ -56,8 +56,8 @@ def check_file(flag: str, path: Path, *, is_own: Callable[[], bool]) -> None:
 def has_keys(path: Path, *keys: str) -> bool:
     """Whether a file is JSON, or its first line is, whose object has these keys."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+        with path.open(encoding="utf-8") as file:
+            content = json.loads(file.readline() if path.suffix == ".jsonl" else file.read())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.keys() >= set(keys)
@@ -66,10 +66,10 @@ def has_keys(path: Path, *keys: str) -> bool:
 def has_text(path: Path, text: str, *, at_start: bool = False) -> bool:
     """Whether a file holds, or begins with, this text."""
     try:
-        content = path.read_text(encoding="utf-8", errors="replace")
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return text in file.read(len(text) if at_start else -1)
     except OSError:
         return False
-    return content.startswith(text) if at_start else text in content
 
 
 def _holds_something(path: Path) -> bool:

@@ -17,12 +17,13 @@ No weights are needed, nor data: what data on this machine would tell, flags tel
 field of the config can be overridden, as for vitcls.main.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from vitcls import chips, cli
+from vitcls import chips, cli, ownership
 from vitcls.config import check_config
 from vitcls.files import make_folder, write_json
 
@@ -52,7 +53,7 @@ _NUM_IMAGES = flags.DEFINE_integer(
     lower_bound=0,
 )  # fmt: skip
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the table.")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write besides; empty: none.")
+_OUTPUT = flags.DEFINE(cli.PATH, "output", "", "JSON file to write besides; empty: none.")
 
 
 def main() -> None:
@@ -60,6 +61,10 @@ def main() -> None:
     config = cli.config_value(_CONFIG)
     check_config(config)
     topology = cli.required(_TOPOLOGY)
+    if _OUTPUT.value:
+        output = Path(_OUTPUT.value)
+        own = functools.partial(ownership.has_keys, output, "topology", "chip", "choice")
+        ownership.check_file("--output", output, is_own=own)
     if topology != "local":
         chips.parse_topology(topology)
         chips.prepare_environment()

@@ -22,8 +22,8 @@ _IMAGES = flags.DEFINE_string(
     "A file; a folder, with all folders below it; a pattern in quotes, such as 'photos/**/*.jpg'; "
     "or @FILE, which has one path per line, relative to FILE's folder.",
 )  # fmt: skip
-_OUTPUT = flags.DEFINE_string(
-    "output", "-", "File to write, .csv or .jsonl; - is CSV to standard output."
+_OUTPUT = flags.DEFINE(
+    cli.PATH, "output", "-", "File to write, .csv or .jsonl; - is CSV to standard output."
 )
 _TOP_K = flags.DEFINE_integer("top_k", 1, "Number of classes per image, the likeliest first.")
 _BATCH_SIZE = flags.DEFINE_integer(

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from vitcls import images, inference, progress, sharding
+from vitcls import images, inference, ownership, progress, sharding
 from vitcls import train_step as steps
 from vitcls.data import image_files
 from vitcls.errors import UserError
@@ -179,6 +179,12 @@ def check_output(output: str) -> None:
         raise UserError(f"--output={output} must end in .csv or .jsonl, or be - for CSV here.")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--output={output} is a folder, or in none that exists; name a file.")
+    ownership.check_file(
+        "--output", path,
+        is_own=lambda: ownership.has_keys(path, "image")
+        if path.suffix == ".jsonl"
+        else ownership.has_text(path, "image,label", at_start=True),
+    )  # fmt: skip
 
 
 def write_rows(rows: Iterable[Row], output: str, *, top_k: int, num_rows: int) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.errors import UserError
 from vitcls.files import make_folder
 
@@ -31,10 +31,13 @@ _DATA = flags.DEFINE_string(
 )
 _TRAIN_SPLIT = flags.DEFINE_string("train_split", "train", "Split to fit on and to choose with.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split to measure on; of tfds, also slices.")
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+_DATA_DIR = flags.DEFINE(
+    cli.PATH,
+    "data_dir",
+    "",
+    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for features, results and the new model.")
+_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder for features, results and the new model.")
 _HOLDOUT = flags.DEFINE_float("holdout", 0.1, "Share of train that chooses, between 0 and 1.")
 _PER_CLASS = flags.DEFINE_integer(
     "per_class", 0, "Examples of every class to fit on, after the hold-out; 0: all.", lower_bound=0
@@ -59,6 +62,10 @@ def main() -> None:
             f"--output={output} has a model of something else, which would be replaced; name "
             "another folder."
         )
+    ownership.check(
+        "--output", output, ["results.json", "model"],
+        is_own=lambda: ownership.has_keys(output / "results.json", "checkpoint", "methods"),
+    )  # fmt: skip
     # These import jax: only once the flags are known to be right.
     from vitcls import probing, seen
     from vitcls.data import classes, sources

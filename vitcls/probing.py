@@ -105,7 +105,6 @@ def probe(
     results = fit_all(found, num_classes=len(class_names), num_epochs=num_epochs)
     best = max((r for r in results if r.head), key=lambda result: result.validation_accuracy)
     shutil.rmtree(output / "model", ignore_errors=True)  # of an earlier call
-    save_with_head(output / "model", backbone, best.head, class_names)
     content = {
         "checkpoint": checkpoint,
         "splits": records.describe_splits(parts),
@@ -115,7 +114,9 @@ def probe(
         "model": {"method": best.method, "test_accuracy": best.test_accuracy_of_head},
         "seconds": {"features": extracted - start, "heads": time.monotonic() - extracted},
     }
+    # First what says whose folder this is.
     write_json(output / "results.json", content)
+    save_with_head(output / "model", backbone, best.head, class_names)
     return content
 
 

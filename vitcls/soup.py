@@ -28,7 +28,7 @@ from vitcls.errors import UserError
 
 _CHECKPOINTS = flags.DEFINE_string("checkpoints", None, "Checkpoints, separated by commas.")
 _HOW = flags.DEFINE_enum("how", None, ["uniform", "greedy", "wise"], "uniform|greedy|wise.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to make; if it exists, it must be empty.")
+_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder to make; if it exists, it must be empty.")
 _DATA = flags.DEFINE_string(
     "data", "", "Data set that chooses, such as digits or folder:PATH; empty: that of the runs."
 )
@@ -37,8 +37,8 @@ _SPLIT = flags.DEFINE_string(
     "Its split; empty: the one that the runs chose on, such as holdout, which is what a run held "
     "out of its training images.",
 )  # fmt: skip
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Where prepared data sets are kept; empty: where the runs had them."
+_DATA_DIR = flags.DEFINE(
+    cli.PATH, "data_dir", "", "Where prepared data sets are kept; empty: where the runs had them."
 )
 _ALLOW_EVAL_SPLIT = flags.DEFINE_bool(
     "allow_eval_split", False,

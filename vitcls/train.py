@@ -31,7 +31,7 @@ from vitcls.data.skipped import Skipped
 from vitcls.devices import check_settings
 from vitcls.errors import Interrupted, NonFiniteLoss
 from vitcls.evaluation import check_logits, evaluate
-from vitcls.files import make_folder, write_json
+from vitcls.files import expand, make_folder, write_json
 from vitcls.metric_writers import LateMetrics, MetricWriter
 from vitcls.metrics import select_score
 from vitcls.parameters import memory_line, parameter_table
@@ -68,7 +68,7 @@ def train_and_evaluate(
     Raises:
       UserError, StorageError, Interrupted, NonFiniteLoss: see `vitcls.errors`.
     """
-    workdir, start_time = Path(workdir), start_time or time.time()
+    workdir, start_time = expand(workdir), start_time or time.time()
 
     # Mistakes first: a field, a data set or a checkpoint that does not fit stops here.
     check_settings()

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.errors import UserError
 from vitcls.files import make_folder, written_aside
+from vitcls.ownership import has_text
 
 _SPLIT = flags.DEFINE_string("split", "test", "Split whose images are compared.")
 _METRIC = flags.DEFINE_enum(
@@ -28,9 +29,16 @@ _METRIC = flags.DEFINE_enum(
     "What is compared, computed from predictions/SPLIT.npz: accuracy, top5_accuracy, "
     "balanced_accuracy, macro_precision, macro_recall, macro_f1, log_loss or brier.",
 )  # fmt: skip
-_OUTPUT = flags.DEFINE_string(
-    "output", "", "Folder for the files, where those of an earlier comparison are replaced; "
-    "empty: none is written.",
+_OUTPUT = flags.DEFINE(
+    cli.PATH, "output", "",
+    "Folder for the files, where those of an earlier comparison are replaced; empty: none is "
+    "written.",
+)  # fmt: skip
+
+
+# The first one says whose folder it is.
+_FILES = (
+    "comparison.html", "comparison.md", "groups.csv", "pairs.csv", "runs.csv", "groups.png",
 )  # fmt: skip
 
 
@@ -46,13 +54,17 @@ def main(directories: list[str]) -> None:
 
     output = Path(_OUTPUT.value)
     if _OUTPUT.value:
+        ownership.check(
+            "--output", output, _FILES,
+            is_own=lambda: has_text(output / _FILES[0], "vitcls comparison</title>"),
+        )  # fmt: skip
         make_folder(output, flag="--output")
     found = comparison.read(directories, split=split, metric=_METRIC.value)
     markdown = comparison_page.to_markdown(found)
     print(markdown)
     if not _OUTPUT.value:
         return
-    files = {"comparison.md": markdown, "comparison.html": comparison_page.to_html(found)}
+    files = {"comparison.html": comparison_page.to_html(found), "comparison.md": markdown}
     files |= comparison_page.to_csv(found)
     contents = {name: text.encode("utf-8", errors="replace") for name, text in files.items()}
     contents["groups.png"] = comparison_page.to_png(found)

@@ -32,13 +32,16 @@ _DATA = flags.DEFINE_string(
     "data", "", "Instead of --images a data set, such as digits, tfds:NAME or folder:PATH."
 )
 _SPLIT = flags.DEFINE_string("split", "test", "Split of --data; of tfds, also slices.")
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+_DATA_DIR = flags.DEFINE(
+    cli.PATH,
+    "data_dir",
+    "",
+    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
 )
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images", 0, "Images of --data, the first; 0: all.", lower_bound=0
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the pictures: new, or empty.")
+_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder for the pictures: new, or empty.")
 _METHOD = flags.DEFINE_enum(
     "method", "", ["", "rollout", "gradient_rollout", "gradcam"],
     "rollout|gradient_rollout|gradcam; empty: by the kind of network.",

@@ -11,22 +11,23 @@ DIR is the workdir of a run, or a folder that vitcls.evaluate --output made. Nee
 pip install -r requirements-analysis.txt.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.errors import UserError
 from vitcls.files import written_aside
 
-_OUTPUT = flags.DEFINE_string(
-    "output", "", "The page, of one DIR; empty: report.html in every DIR."
+_OUTPUT = flags.DEFINE(
+    cli.PATH, "output", "", "The page, of one DIR; empty: report.html in every DIR."
 )
 _SPLIT = flags.DEFINE_string(
     "split", "", "Split that the details are of; empty: the first of data.eval_splits."
 )
-_UNKNOWN = flags.DEFINE_string(
-    "unknown", "",
+_UNKNOWN = flags.DEFINE(
+    cli.PATH, "unknown", "",
     "Predictions for images of none of the classes, CSV of vitcls.predict or npz with logits: how "
     "well confidence tells them apart; empty: it is not measured.",
 )  # fmt: skip
@@ -49,6 +50,10 @@ def main(directories: list[str]) -> None:
     output = Path(_OUTPUT.value or workdirs[0] / "report.html")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"--output={output} is a folder, or in none that exists; name a file.")
+    outputs = [Path(_OUTPUT.value or workdir / "report.html") for workdir in workdirs]
+    for output in outputs:
+        own = functools.partial(ownership.has_text, output, "vitcls report</title>")
+        ownership.check_file("--output", output, is_own=own)
     # These import much: only once the flags are known to be right.
     try:
         from vitcls.analysis import explaining, page, predictions, run
@@ -58,8 +63,7 @@ def main(directories: list[str]) -> None:
         ) from error
 
     unknown = predictions.read_confidence(Path(_UNKNOWN.value)) if _UNKNOWN.value else None
-    for workdir in workdirs:
-        output = Path(_OUTPUT.value or workdir / "report.html")
+    for workdir, output in zip(workdirs, outputs, strict=True):
         text = page.render(
             run.read_run(workdir),
             split=_SPLIT.value,

@@ -27,12 +27,15 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.errors import UserError
 from vitcls.files import write_json
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Folder of the run; empty: runs/reproduce/NAME. A finished run is not repeated."
+_WORKDIR = flags.DEFINE(
+    cli.PATH,
+    "workdir",
+    "",
+    "Folder of the run; empty: runs/reproduce/NAME. A finished run is not repeated.",
 )
 _SET = flags.DEFINE_multi_string(
     "set", None, "FIELD=VALUE: a field of the config, as --config.FIELD=VALUE of vitcls.main."
@@ -55,6 +58,10 @@ def main(names: list[str]) -> None:
     config, expected = expectation.find(names[0])
     folder = re.sub(r"[^\w.,=+-]+", "-", names[0].removesuffix(".py"))
     workdir = Path(_WORKDIR.value or f"runs/reproduce/{folder}")
+    ownership.check(
+        "--workdir", workdir, ["reproduced.json"],
+        is_own=lambda: ownership.has_keys(workdir / "reproduced.json", "inside", "answer"),
+    )  # fmt: skip
     command = [sys.executable, "-m", "vitcls.main", f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.{item}" for item in changes]
     print(shlex.join(["python", *command[1:]]), flush=True)

@@ -7,13 +7,14 @@ its manifest the command, commit, versions and devices. FOLDER.md is then made a
 in FOLDER, without --add as well.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.errors import UserError
-from vitcls.files import make_folder, write_json, written_aside
+from vitcls.files import expand, make_folder, write_json, written_aside
 
 _ADD = flags.DEFINE_list(
     "add", [], "Folders to keep the results of: workdirs, or folders of them such as launch.sweep "
@@ -28,15 +29,25 @@ def main(folders: list[str]) -> None:
     from vitcls.analysis import kept
 
     folder = Path(folders[0])
-    added = {Path(name).absolute().name: kept.extract(name) for name in _ADD.value}
-    make_folder(folder, flag="FOLDER")
-    for name, content in added.items():
-        write_json(folder / f"{name}.json", content)
     page = folder.absolute().with_name(f"{folder.absolute().name}.md")
+    added = {expand(name).absolute().name: str(expand(name)) for name in _ADD.value}
+    paths = [*(folder / f"{name}.json" for name in added), page]
+    for path in paths:
+        ownership.check_file("FOLDER", path, is_own=functools.partial(_is_own, path))
+    contents = {name: kept.extract(directory) for name, directory in added.items()}
+    make_folder(folder, flag="FOLDER")
+    for name, content in contents.items():
+        write_json(folder / f"{name}.json", content)
     text = kept.to_markdown(folder)
     with written_aside(page) as aside:
         aside.write_text(text, encoding="utf-8")
     print(f"-> {page}")
+
+
+def _is_own(path: Path) -> bool:
+    if path.suffix == ".json":
+        return ownership.has_keys(path, "runs")
+    return ownership.has_text(path, "# Results\n\nMade by `python -m vitcls", at_start=True)
 
 
 if __name__ == "__main__":

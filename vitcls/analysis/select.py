@@ -20,9 +20,10 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli
+from vitcls import cli, ownership
 from vitcls.errors import UserError
 from vitcls.files import make_folder, written_aside
+from vitcls.ownership import has_text
 
 _CANDIDATES = flags.DEFINE_list(
     "candidates", None,
@@ -35,11 +36,17 @@ _DATA = flags.DEFINE_string(
 _TRAIN_SPLIT = flags.DEFINE_string(
     "train_split", "train", "Split to fit, to choose and to rank on; of tfds, also slices."
 )
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Where prepared data sets are kept; empty: tensorflow_datasets' default."
+_DATA_DIR = flags.DEFINE(
+    cli.PATH,
+    "data_dir",
+    "",
+    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
 )
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for features, table and picture; those of an earlier call are replaced."
+_OUTPUT = flags.DEFINE(
+    cli.PATH,
+    "output",
+    None,
+    "Folder for features, table and picture; those of an earlier call are replaced.",
 )
 _HOLDOUT = flags.DEFINE_float("holdout", 0.2, "Share of the split that ranks, between 0 and 1.")
 _PER_CLASS = flags.DEFINE_integer(
@@ -62,6 +69,11 @@ def main() -> None:
         raise UserError(f"--candidates={','.join(names)} has an empty name between its commas.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--candidates names {twice[0]} twice; name every candidate once.")
+    output = Path(output)
+    ownership.check(
+        "--output", output, [f"selection.{suffix}" for suffix in ("md", "csv", "png", "svg")],
+        is_own=lambda: has_text(output / "selection.md", "# Which checkpoint", at_start=True),
+    )  # fmt: skip
     if not 0 < _HOLDOUT.value < 1:
         raise UserError(f"--holdout={_HOLDOUT.value} must be above 0 and below 1, such as 0.2.")
     try:
@@ -73,7 +85,6 @@ def main() -> None:
     from vitcls.data import sources
 
     cli.prepare_jax()
-    output = Path(output)
     split = sources.open_split(data, _TRAIN_SPLIT.value, data_dir=_DATA_DIR.value or None)
     parts = selection.divide(
         split, holdout=_HOLDOUT.value, per_class=_PER_CLASS.value, seed=_SEED.value
