@@ -28,6 +28,7 @@ from vitcls import (
 from vitcls.config import check_config, check_same_run
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
+from vitcls.devices import check_settings
 from vitcls.errors import Interrupted, NonFiniteLoss
 from vitcls.evaluation import check_logits, evaluate
 from vitcls.files import make_folder, write_json
@@ -70,7 +71,7 @@ def train_and_evaluate(
     workdir, start_time = Path(workdir), start_time or time.time()
 
     # Mistakes first: a field, a data set or a checkpoint that does not fit stops here.
-    sharding.check_settings()
+    check_settings()
     check_config(config)
     ownership.check_run(workdir)
     optim.check_args(config.optim.name, dict(config.optim.args))
