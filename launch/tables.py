@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def groups(trials: list[Trial], names: list[str]) -> list[dict[str, Any]]:
     """Returns the finished trials by fields other than the seed, best selection metric first.
 
     Each group is `{"fields": {...}, "seeds": [0, 1], "metrics": {"test/accuracy": {"mean": 0.97,
-    "lowest": 0.96, "highest": 0.98}}}`. Without a selection metric the sweep's order is kept, since
-    the test split chooses nothing. `names`: see `metrics`.
+    "lowest": 0.96, "highest": 0.98}}}`. What is nan or missing is last. Without a selection
+    metric the sweep's order is kept, since the test split chooses nothing. `names`: see `metrics`.
     """
     members = {}
     for trial in trials:
@@ -67,19 +68,24 @@ def groups(trials: list[Trial], names: list[str]) -> list[dict[str, Any]]:
     selects = {select_metric(trial) for trial in trials}
     if len(selects) == 1 and None not in selects:
         (name,) = selects
-        by_group.sort(
-            key=lambda group: group["metrics"][name]["mean"], reverse=not name.endswith("/loss")
-        )
+        sign = 1 if name.endswith("/loss") else -1
+        by_group.sort(key=lambda group: _worst_last(sign, group["metrics"].get(name)))
     return by_group
+
+
+def _worst_last(sign: int, values: dict[str, float] | None) -> float:
+    mean = math.nan if values is None else values["mean"]
+    return sign * mean if math.isfinite(mean) else math.inf
 
 
 def _group(rows: list[tuple[Trial, dict, dict]]) -> dict[str, Any]:
     summary = {}
     for name in dict.fromkeys(name for _, _, found in rows for name in found):
         values = [found[name] for _, _, found in rows if name in found]
-        summary[name] = {
-            "mean": statistics.fmean(values), "lowest": min(values), "highest": max(values)
-        }  # fmt: skip
+        # What is lowest among numbers of which one is nan depends on their order.
+        kinds = {"mean": statistics.fmean, "lowest": min, "highest": max}
+        is_nan = any(math.isnan(value) for value in values)
+        summary[name] = {kind: math.nan if is_nan else of(values) for kind, of in kinds.items()}
     seeds = [trial.config.train.seed for trial, _, _ in rows]
     return {"fields": rows[0][1], "seeds": seeds, "metrics": summary}
 

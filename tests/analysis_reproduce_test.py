@@ -94,6 +94,8 @@ def test_equal_runs_leave_room_for_an_image():
 
 def test_the_answer_says_why():
     expected = Expected((0.5, 0.6, 0.7), 100, "measured by us")
+    is_inside, sentence = expectation.answer(expected, float("nan"), 100)
+    assert not is_inside and sentence.startswith("outside, below: ")
     assert expectation.answer(expected, 0.65, 100) == (
         True,
         "inside: test accuracy 0.6500 (100 images); 95 of 100 runs are expected between 0.1032 and "

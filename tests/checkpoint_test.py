@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit or not at all; the newest and the best stay."""
 
+import json
 import logging
 import resource
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from vitcls import lock, sharding, step_folders
+from vitcls import lock, seal, sharding, step_folders
 from vitcls.checkpoint import Checkpoints
 from vitcls.errors import NonFiniteLoss, StorageError, UserError
 
@@ -84,6 +85,19 @@ def test_latest_of_equal_scores_is_the_best(tmp_path):
     save(checkpoints, 4, 0.5)
     assert checkpoints.best_step() == 3
     assert checkpoints.steps() == [3, 4]
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
+    """Also where a version that did not map it wrote it."""
+    checkpoints = Checkpoints(tmp_path / "c", keep=3)
+    for step, score in ((1, 0.5), (2, 0.4), (3, 0.3)):
+        save(checkpoints, step, score)
+    checkpoints.wait()
+    path = tmp_path / "c" / "2" / "metrics" / "metrics"
+    assert json.loads(path.read_text()) == {"score": 0.4}
+    path.write_text('{"score": NaN}')
+    seal.write(tmp_path / "c" / "2")
+    assert Checkpoints(tmp_path / "c", read_only=True).best_step() == 1
 
 
 def test_without_scores_there_is_no_best(tmp_path):

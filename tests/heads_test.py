@@ -134,6 +134,15 @@ def test_a_trial_of_the_sweep_is_the_trial_alone(at_once):
     assert np.abs(found.kernel[0] - found.kernel[1]).max() > 1e-4  # seeds matter
 
 
+def test_a_head_that_diverged_is_right_nowhere():
+    kernel = np.full((1, NUM_CLASSES, 12), np.nan, np.float32)
+    stacked = heads.Linear(kernel, np.zeros((1, NUM_CLASSES), np.float32))
+    assert (TEST[1] == 0).any()  # what an argmax of nan says
+    assert not heads.hits(stacked, *TEST).any()
+    accuracy, loss = heads.score(stacked, *TEST)
+    assert accuracy == 0 and np.isnan(loss)
+
+
 def test_scores_are_those_of_sklearn():
     rng = np.random.default_rng(0)
     kernel, bias = rng.normal(size=(2, 3, NUM_CLASSES, 12)), rng.normal(size=(2, 3, NUM_CLASSES))

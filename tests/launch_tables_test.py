@@ -5,6 +5,7 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch import tables
@@ -42,6 +43,26 @@ def test_groups_are_over_seeds_with_the_best_selection_first(tmp_path):
         "mean": pytest.approx(statistics.mean([0.4, 0.9, 0.5])), "lowest": 0.4, "highest": 0.9,
     }  # fmt: skip
     assert list(second["metrics"]) == ["holdout/accuracy", "test/accuracy"]
+
+
+def test_what_is_no_number_or_missing_is_last(tmp_path, monkeypatch):
+    nan = float("nan")
+    results = {(1.0, 0): (nan, 0.4), (1.0, 1): (0.9, nan), (1.0, 2): (0.99, 0.1),
+               (2.0, 0): (0.5, 0.3), (2.0, 1): None, (3.0, 0): (0.5, 0.2)}  # fmt: skip
+    monkeypatch.setattr(f"{__name__}.RESULTS", results)
+    for metric, overrides in (("accuracy", []), ("loss", ["--config.eval.select_metric=loss"])):
+        trials = make(tmp_path / metric, *overrides)
+        if metric == "loss":
+            for path in (tmp_path / metric).glob("*/results.json"):
+                path.write_text(path.read_text().replace('ut": {"accuracy"', 'ut": {"loss"'))
+        groups = tables.groups(trials, [])
+        assert [group["fields"]["optim.lr"] for group in groups] == [2.0, 3.0, 1.0]
+        assert np.isnan(list(groups[2]["metrics"][f"holdout/{metric}"].values())).all()
+        (trials[3].workdir / "results.json").write_text(
+            json.dumps({"step": 20, "splits": {"holdout": {}, "test": {"accuracy": 0.9}}})
+        )
+        groups = tables.groups(trials, [])
+        assert [group["fields"]["optim.lr"] for group in groups] == [3.0, 1.0, 2.0]
 
 
 def test_nothing_is_sorted_by_the_test_split(tmp_path):

@@ -13,6 +13,7 @@ from features_test import save_checkpoint, save_images
 
 from vitcls import evaluation, features, heads, pretrained, probing, sharding
 from vitcls.data import sources
+from vitcls.errors import UserError
 from vitcls.models.resnet import resnet_config
 from vitcls.models.vit import vit_config
 from vitcls.pretrained.reading import variable_shapes
@@ -133,6 +134,16 @@ def test_what_is_chosen_is_best_on_the_held_out_part(parts, results):
 def test_equal_accuracies_are_decided_by_the_loss():
     accuracy = np.array([0.5, 0.75, 0.75, 0.75])
     assert probing._best(accuracy, np.array([0.1, 0.4, 0.3, np.nan])) == 2
+
+
+def test_a_probe_that_diverged_is_never_the_best():
+    """Its answers are all the first class, which may be right more often than others are."""
+    nan, inf = np.nan, np.inf
+    accuracy = np.array([0.9, 0.4, 0.95, 0.4])
+    assert probing._best(accuracy, np.array([nan, 0.6, inf, 0.5])) == 3
+    assert probing._best(np.array([0.5, 0.5]), np.array([0.1, 0.1])) == 0
+    with pytest.raises(UserError, match="The linear probe diverged with every learning rate"):
+        probing._best(accuracy, np.full(4, nan))
 
 
 def test_few_examples_have_fewer_neighbours(parts):

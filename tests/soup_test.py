@@ -184,6 +184,30 @@ def test_wise_takes_the_best_point_of_the_line(root, tmp_path):
     assert parameters.sha256(pretrained.load(tmp_path / "best")[1]) == parameters.sha256(expected)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_wise_never_takes_a_point_that_is_no_number(metric):
+    nan = float("nan")
+    begin, end = {"w": np.zeros(2, np.float32)}, {"w": np.ones(2, np.float32)}
+    found = iter(
+        {"accuracy": accuracy, "loss": loss}
+        for accuracy, loss in ((0.99, nan), (nan, 0.1), (0.7, 0.5), (0.8, 0.4), (0.8, nan))
+    )
+    alphas = (0.0, 0.25, 0.5, 0.75, 1.0)
+    weights, made = souping._wise(begin, end, lambda *_: next(found), metric, alphas=alphas)
+    assert made["alpha"] == 0.75
+    np.testing.assert_array_equal(weights["w"], [0.75, 0.75])
+
+
+@pytest.mark.parametrize("how", ["wise", "greedy"])
+def test_soups_of_nothing_finite_are_refused(how):
+    tree, bad = {"w": np.ones(2, np.float32)}, {"accuracy": 0.5, "loss": float("nan")}
+    with pytest.raises(UserError, match="can be chosen: the accuracy of all of them is not finite"):
+        if how == "wise":
+            souping._wise(tree, tree, lambda *_: bad, "accuracy", alphas=(0.0, 1.0))
+        else:
+            souping._greedy(["a", "b"], lambda _: tree, lambda *_: bad, "accuracy")
+
+
 def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "vitcls.soup", *args],

@@ -113,6 +113,12 @@ def test_what_is_no_number_is_added_last_and_not_kept():
     assert_same_bits(found.weights, trees["c"])
 
 
+def test_of_scores_that_are_no_numbers_one_is_kept_and_no_other_added():
+    trees = dict(zip("ab", make_trees(2), strict=True))
+    found = soups.greedy("ab", trees.get, lambda what, tree: {"x": math.nan}, score=get_x)
+    assert [(a.name, a.is_kept) for a in found.additions] == [("a", True), ("b", False)]
+
+
 def test_the_line_between_two_weights_is_torchs_lerp():
     start, end = make_trees(2)
     start["params"]["bias"][:] = end["params"]["bias"][1:] = -0.0

@@ -406,7 +406,7 @@ def _first_copies(leaf: jax.Array | np.ndarray) -> list[jax.Array | np.ndarray]:
 
 
 def _score(metrics: dict[str, float]) -> float:
-    return metrics["score"]
+    return _finite(metrics["score"])
 
 
 def _finite(score: float) -> float:

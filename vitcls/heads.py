@@ -256,7 +256,7 @@ def score(heads: Linear, features: jax.Array, labels: jax.Array) -> tuple[jax.Ar
     def of_head(head):
         logits = _logits(head, features)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(logits.argmax(axis=-1) == labels), jnp.mean(loss)
+        return jnp.mean(_is_right(logits, labels)), jnp.mean(loss)
 
     shape = heads.bias.shape[:-1]
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(shape) :]), heads)
@@ -266,7 +266,12 @@ def score(heads: Linear, features: jax.Array, labels: jax.Array) -> tuple[jax.Ar
 @jax.jit
 def hits(heads: Linear, features: jax.Array, labels: jax.Array) -> jax.Array:
     """Which examples each of several heads in a row, (S, ...), gets right, bool (S, N)."""
-    return jax.lax.map(lambda head: _logits(head, features).argmax(axis=-1) == labels, heads)
+    return jax.lax.map(lambda head: _is_right(_logits(head, features), labels), heads)
+
+
+def _is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    # A row with nan is no answer: its argmax would be the place of the nan.
+    return (logits.argmax(axis=-1) == labels) & ~jnp.isnan(logits).any(axis=-1)
 
 
 def _logits(head: Linear, features: jax.Array) -> jax.Array:

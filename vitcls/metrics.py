@@ -3,9 +3,16 @@
 B batch, K classes.
 """
 
+import math
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from vitcls.errors import UserError
+
+Name = TypeVar("Name")
 
 
 def batch_sums(
@@ -102,5 +109,34 @@ def summarise(
 
 
 def select_score(summary: dict[str, float], metric: str) -> float:
-    """What `metric` of a summary says for a choice: higher is better."""
+    """What `metric` of a summary says for a choice: higher is better.
+
+    Where any metric is not finite, it is -inf: a network that answers with nan is right by chance.
+
+    Raises:
+      UserError: the summary lacks the metric.
+    """
+    if metric not in summary:
+        raise UserError(
+            f"The metric {metric!r}, which is to choose, does not exist here; there are "
+            f"{', '.join(name for name in summary if name != 'num_examples')}."
+        )
+    if not all(map(math.isfinite, summary.values())):
+        return -math.inf
     return -summary[metric] if metric == "loss" else summary[metric]
+
+
+def best_name(found: dict[Name, dict[str, float]], metric: str) -> Name:
+    """Returns what has the best summary: of equals the lowest loss, then the first.
+
+    Raises:
+      UserError: none of them is finite.
+    """
+    scores = {name: select_score(summary, metric) for name, summary in found.items()}
+    finite = [name for name in found if scores[name] > -math.inf]
+    if not finite:
+        raise UserError(
+            f"None of {', '.join(map(str, found))} can be chosen: the {metric} of all of them is "
+            "not finite. Their weights are damaged, or too large."
+        )
+    return max(finite, key=lambda name: (scores[name], -found[name]["loss"]))

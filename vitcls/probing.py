@@ -19,6 +19,7 @@ import numpy as np
 from vitcls import features as features_lib
 from vitcls import footprint, heads, pretrained, records, sharding
 from vitcls.data.split import Split
+from vitcls.errors import UserError
 from vitcls.features import Backbone, Features
 from vitcls.files import write_json
 from vitcls.pretrained.saving import config_to_json
@@ -205,8 +206,21 @@ def linear_probe(parts: dict[str, Features], *, num_classes: int, num_epochs: in
 
 
 def _best(accuracy: np.ndarray, loss: np.ndarray) -> int:
-    """Index of the highest accuracy, of equal ones that of the lowest loss; NaN loses."""
-    return int(np.lexsort((np.nan_to_num(loss, nan=np.inf), -accuracy))[0])
+    """Index of the highest accuracy, of equal ones that of the lowest loss, then the first.
+
+    A head that diverged, whose loss is not finite, is never the best.
+
+    Raises:
+      UserError: all diverged.
+    """
+    is_finite = np.isfinite(loss) & np.isfinite(accuracy)
+    if not is_finite.any():
+        raise UserError(
+            "The linear probe diverged with every learning rate: none of its losses is finite. The "
+            "features are too large; the checkpoint's weights may be damaged."
+        )
+    keys = (np.where(is_finite, key, np.inf) for key in (loss, -accuracy))
+    return int(np.lexsort(tuple(keys))[0])
 
 
 def _at_once(num_pairs: int, dim: int, num_classes: int) -> int:

@@ -22,7 +22,7 @@ from vitcls.data.skipped import Skipped
 from vitcls.data.split import Split
 from vitcls.errors import NotFinite, UserError
 from vitcls.files import folder_aside, write_json
-from vitcls.metrics import select_score
+from vitcls.metrics import best_name, select_score
 
 log = logging.getLogger("vitcls")
 
@@ -149,6 +149,7 @@ def _greedy(
     names: Sequence[str], read: Callable[[str], PyTree], evaluate: Evaluate, metric: str
 ) -> tuple[PyTree, dict[str, Any]]:
     soup = soups.greedy(names, read, evaluate, score=lambda found: select_score(found, metric))
+    best_name(soup.alone, metric)  # or complains
     kept = [addition for addition in soup.additions if addition.is_kept]
     return soup.weights, {
         "used": [addition.name for addition in kept],
@@ -168,7 +169,7 @@ def _wise(
     found = {
         alpha: evaluate(f"alpha {alpha}", soups.interpolate(begin, end, alpha)) for alpha in alphas
     }
-    best = max(found, key=lambda alpha: (select_score(found[alpha], metric), -found[alpha]["loss"]))
+    best = best_name(found, metric)
     return soups.interpolate(begin, end, best), {
         "alpha": best,
         "alphas": [{"alpha": alpha, "metrics": metrics} for alpha, metrics in found.items()],

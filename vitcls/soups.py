@@ -58,7 +58,8 @@ def greedy(
       names: One or more.
       load: Gives the weights of a name; called twice for each.
       evaluate: Gives the metrics of weights; the text says for people what they are.
-      score: Of metrics, higher is better; nan is worst. Of equal ones the first name comes first.
+      score: Of metrics, higher is better; nan is worst, and never added. Of equal ones the first
+        name comes first.
     """
 
     def finite_score(metrics: Metrics) -> float:
@@ -74,7 +75,7 @@ def greedy(
         metrics = alone[name]
         if num_kept:
             metrics = evaluate(f"{num_kept} and {name}", _mean(candidate, num_kept + 1))
-        is_kept = finite_score(metrics) >= best
+        is_kept = not num_kept or -math.inf < finite_score(metrics) >= best
         if is_kept:
             total, num_kept, best = candidate, num_kept + 1, finite_score(metrics)
         additions.append(Addition(name, metrics, is_kept))

@@ -74,7 +74,7 @@ def answer(expected: Expected, accuracy: float, num_images: int) -> tuple[bool, 
     if len(values) > 1:
         known = f"{len(values)} runs had {np.mean(values):.4f} ({min(values):.4f} to "
         known += f"{max(values):.4f})"
-    where = "inside" if is_inside else "outside, below" if accuracy < low else "outside, above"
+    where = "inside" if is_inside else "outside, above" if accuracy > high else "outside, below"
     return is_inside, (
         f"{where}: {expected.split} accuracy {accuracy:.4f} ({num_images} images); 95 of 100 runs "
         f"are expected between {low:.4f} and {high:.4f}, since {known}: {expected.source}."
