@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from launch import commands
 from vitcls import cli, ownership
-from vitcls.config import check_same_run
+from vitcls.config import check_same_run, drop_unused
 from vitcls.errors import UserError
 from vitcls.files import read_json, write_json
 
@@ -54,13 +54,12 @@ class Trial:
 
     def total_steps(self) -> int | None:
         """Returns the steps it trains for; None before a run of so many epochs has counted them."""
-        path, asked = self.workdir / "config.json", self.workdir / "asked.json"
+        path, asked = self.workdir / "config.json", _read_if_sound(self.workdir / "asked.json")
         if self.config.train.total_steps or not path.exists():
             return self.config.train.total_steps or None
-        if before := _read_if_sound(asked):
-            epochs = before.get("train", {}).get("total_epochs")
-            if epochs != self.config.train.total_epochs:  # what is there was counted for fewer
-                return None
+        # What is there may have been counted for fewer epochs.
+        if asked and asked["train"]["total_epochs"] != self.config.train.total_epochs:
+            return None
         saved = _read_if_sound(path) or {}
         return saved.get("train", {}).get("total_steps")
 
@@ -188,6 +187,7 @@ def _read_config(arguments: list[str], name: str, *, here: bool) -> ConfigDict:
     try:
         parsed(argv)
         config = parsed["config"].value
+        drop_unused(config, given=parsed["config"].override_values)
         commands.check(config, here=here)
     except Exception as error:  # also whatever running a config file raises
         raise UserError(f"Trial {name}: {cli.explain(error)}") from error

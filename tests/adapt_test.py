@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,12 @@ def test_freezing_everything_is_refused():
         adapt.split(PARAMS, ".*")
     with pytest.raises(UserError, match="freezes all that adapt.train='head' trains"):
         adapt.split(PARAMS, "classifier/.*", train="head")
+
+
+def test_freezing_what_is_not_trained_is_refused():
+    message = "adapt.freeze='encoder/.*' has no effect: adapt.train='head' trains nothing that"
+    with pytest.raises(UserError, match=re.escape(message)):
+        adapt.split(PARAMS, "encoder/.*", train="head")
 
 
 def test_subtree_keeps_what_the_other_tree_has():

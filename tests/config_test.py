@@ -4,6 +4,7 @@ import json
 
 import pytest
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vitcls import config as config_lib
 from vitcls.config import check_config, check_same_run, default_config, flatten, parse_arg
@@ -140,6 +141,87 @@ def test_each_mistake_has_its_message(field, value, message):
     assert message in str(error.value)
 
 
+# Field and value, what of others leaves it without effect, and what the message says of it.
+UNUSED = [
+    ("data.crop_scale", (0.2, 1.0), {"data.crop": "none"}, "data.crop='inception', and that is 'n"),
+    ("data.crop_ratio", (1.0, 1.0), {"data.crop": "resmall", "data.resize": 40}, "data.crop='ince"),
+    ("data.holdout", 0.2, {"data.fold": "1/5"}, "data.fold says what is held out"),
+    (
+        "data.holdout",
+        0.2,
+        {"eval.select_split": "val"},
+        "neither eval.select_split nor data.eval_s",
+    ),
+    ("data.holdout", 0.2, {"eval.select_split": ""}, "neither eval.select_split nor data.eval_spl"),
+    ("data.resize", 40, {"eval.select_split": "", "data.eval_splits": ()}, "it is for evaluation"),
+    ("eval.batch_size", 8, {"eval.select_split": "", "data.eval_splits": ()}, "data.eval_splits a"),
+    ("eval.tta", "flip", {"eval.select_split": "", "data.eval_splits": ()}, "data.eval_splits and"),
+    ("stall.eval_secs", 9.0, {"eval.select_split": "", "data.eval_splits": ()}, "data.eval_splits"),
+    (
+        "eval.every_steps",
+        5,
+        {"eval.select_split": ""},
+        "it needs eval.select_split, and that is ''",
+    ),
+    ("eval.select_metric", "loss", {"eval.select_split": ""}, "it needs eval.select_split, and t"),
+    ("model.allow_pickle", True, {}, "it needs model.pretrained, and that is ''"),
+    (
+        "loss.name",
+        "sigmoid",
+        {"loss.teacher": "x", "loss.teacher_weight": 1.0},
+        "leaves nothing of",
+    ),
+    (
+        "loss.label_smoothing",
+        0.1,
+        {"loss.teacher": "x", "loss.teacher_weight": 1.0},
+        "leaves nothing of the loss against the labels. Change that, or leave loss.label_smoothing",
+    ),
+    ("adapt.layer_decay", 0.7, {"adapt.train": "head"}, "the head, which alone is trained, has"),
+    ("optim.restarts", (5,), {"optim.schedule": "constant"}, "has nothing to begin anew"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "others", "message"), UNUSED)
+def test_a_field_without_effect_is_refused_where_it_is_given(field, value, others, message):
+    """And goes back to its default where a recipe sets it and an override makes it void."""
+    config = valid_config()
+    config.update_from_flattened_dict(others)
+    check_config(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    assert f"{field}={value!r} has no effect: " in str(error.value)
+    assert message in str(error.value) and f", or leave {field} " in str(error.value)
+    config_lib.drop_unused(config, given=[field])
+    assert config_lib.flatten(config)[field] == value
+    config_lib.drop_unused(config, given=others)
+    assert config_lib.flatten(config)[field] == flatten(default_config())[field]
+    check_config(config)
+
+
+def test_a_default_or_what_is_off_is_never_without_effect():
+    config = valid_config()
+    config.eval.select_split = ""
+    config.data.update(eval_splits=(), crop="none", fold="", holdout=0.0)
+    config.eval.every_steps = placeholder(int)
+    check_config(config)
+    # A place on this machine, for whichever source needs it.
+    config.data.update(holdout=0.1, source="folder:x", data_dir="/data")
+    check_config(config)
+
+
+def test_what_has_no_effect_is_not_compared_on_continuing(tmp_path):
+    """Runs that began before it was refused, or when a recipe had another value, continue."""
+    config = valid_config()
+    config.eval.update(select_split="", every_steps=50)
+    config.data.update(crop="none", crop_scale=(0.6, 1.0))
+    path = saved(config, tmp_path)
+    config_lib.drop_unused(config, given=[])
+    assert config.eval.every_steps == 0
+    check_same_run(config, path)
+
+
 def test_a_kept_head_has_the_rate_of_what_is_pretrained():
     config = with_field("adapt.l2_sp_head", 0.5)
     config.adapt.l2_sp = 0.1
@@ -199,6 +281,13 @@ def test_logit_adjustment_of_a_sigmoid_is_refused():
     config = with_field("loss.name", "sigmoid")
     config.loss.logit_adjustment = 1.0
     with pytest.raises(UserError, match="corrects a softmax, and loss.name='sigmoid' has none"):
+        check_config(config)
+
+
+def test_a_teacher_without_weight_is_refused():
+    config = valid_config()
+    config.loss.update(teacher="runs/a", teacher_weight=0.0)
+    with pytest.raises(UserError, match="loss.teacher='runs/a' has no effect: loss.teacher_weight"):
         check_config(config)
 
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from vitcls import program, recipes, train_setup
+from vitcls import cli, program, recipes, train_setup
 from vitcls.config import check_config
 from vitcls.errors import UserError
 from vitcls.optim import check_args
@@ -70,6 +72,28 @@ def test_warm_up_and_evaluations_follow_the_steps(
     config.eval.every_steps = 7
     resolved = resolve(config)
     assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (1, 7)
+
+
+@pytest.mark.parametrize("name", ["quickstart:", "vit_b16:data=tfds:cifar10", "pretrain_glyphs"])
+@pytest.mark.parametrize(
+    "override",
+    ["eval.select_split=", "data.crop=none", "data.fold=1/5", "data.source=folder:x"],
+)
+def test_what_an_override_makes_void_in_a_recipe_is_at_its_default(name, override, monkeypatch):
+    def read(*overrides):
+        flag_values = flags.FlagValues()
+        monkeypatch.setattr(cli, "FLAGS", flag_values)
+        argv = ["x", f"--config={ROOT}/configs/{name.replace(':', '.py:', 1)}", *overrides]
+        argv[1] += "" if ":" in name else ".py"
+        holder = config_flags.DEFINE_config_file(
+            "config", lock_config=False, flag_values=flag_values, sys_argv=argv
+        )
+        flag_values(argv)
+        return cli.config_value(holder)
+
+    check_config(read(f"--config.{override}"))
+    with pytest.raises(UserError, match="data.crop_scale=.* has no effect"):
+        check_config(read("--config.data.crop=none", "--config.data.crop_scale=(0.3,1.0)"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -395,6 +395,12 @@ def test_rates_are_scaled_with_the_batch():
         ("data.sampling", "sqrt", 0, "loss.class_weights and data.sampling each correct for rare"),
         ("optim.weight_decay", 0.1, 0, "draws the same weights to 0. Set optim.weight_decay=0."),
         (
+            "train.total_steps",
+            1000,
+            0,
+            "Nothing of the 1000 steps is saved before the end, unless a",
+        ),
+        (
             "optim.warmup_steps",
             2,
             0,

@@ -56,12 +56,17 @@ def split(params: Params, freeze: str = "", *, train: str = "all") -> tuple[Para
       train: A name of `TRAINED` or a regular expression; the head is always trained along.
 
     Raises:
-      UserError: a pattern matches no parameter, or nothing is left to train.
+      UserError: a pattern matches no parameter, or changes nothing, or nothing is left to train.
     """
     matches = match(params, TRAINED.get(train, train), field="adapt.train")
     trained = {name for name in matches if matches[name] or re.fullmatch(HEAD, name)}
     if freeze:
         matches = match(params, freeze, field="adapt.freeze")
+        if not any(matches[name] for name in trained):
+            raise UserError(
+                f"adapt.freeze={freeze!r} has no effect: adapt.train={train!r} trains nothing that "
+                "it matches. Change that, or leave adapt.freeze at ''."
+            )
         trained = {name for name in trained if not matches[name]}
     if not trained:
         raise UserError(

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from vitcls import user_folders
+from vitcls.config import drop_unused
 from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.files import expand
 
@@ -165,6 +166,8 @@ def required(flag: flags.FlagHolder) -> Any:
 def config_value(flag: flags.FlagHolder) -> Any:
     """Returns the config that a `--config` flag loaded.
 
+    What overrides leave without effect, and only the file sets, is at its default.
+
     Raises:
       UserError: the flag is missing, or its file is.
     """
@@ -178,6 +181,7 @@ def config_value(flag: flags.FlagHolder) -> Any:
             f"--{flag.name}={path} cannot be read; it names a Python file such as "
             "configs/quickstart.py."
         ) from error
+    drop_unused(flag.value, given=FLAGS[flag.name].override_values)
     return flag.value
 
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -328,8 +328,11 @@ _CHOICES = {
 }
 # (field, the one that gives it a meaning, and the value that does; None: all but 0 and "")
 _DEPENDENT = (
+    ("data.crop_scale", "data.crop", "inception"),
+    ("data.crop_ratio", "data.crop", "inception"),
     ("augment.num_ops", "augment.policy", "randaugment"),
     ("augment.magnitude", "augment.policy", "randaugment"),
+    ("model.allow_pickle", "model.pretrained", None),
     ("optim.decay", "optim.weight_decay", None),
     ("loss.gamma", "loss.name", "focal"),
     ("loss.beta", "loss.class_weights", "effective"),
@@ -341,7 +344,55 @@ _DEPENDENT = (
     ("adapt.l2_sp_head", "adapt.l2_sp", None),
     ("adapt.l2_sp_head", "model.head", "new"),
     ("eval.select_metric", "eval.select_split", None),
+    ("eval.every_steps", "eval.select_split", None),
 )
+Flat = dict[str, Any]
+# (fields, whether they have no effect, and why): what one other field does not say. A field that is
+# 0 or "" is off, and asks for nothing.
+_UNUSED: tuple[tuple[tuple[str, ...], Callable[[Flat], bool], str], ...] = (
+    (
+        ("data.holdout",),
+        lambda flat: bool(flat["data.fold"]),
+        "data.fold says what is held out",
+    ),
+    (
+        ("data.holdout",),
+        lambda flat: "holdout" not in (flat["eval.select_split"], *flat["data.eval_splits"]),
+        "neither eval.select_split nor data.eval_splits is 'holdout'",
+    ),
+    (
+        ("data.resize",),
+        lambda flat: not _is_evaluated(flat) and flat["data.crop"] == "inception",
+        "it is for evaluation and data.crop='resmall', and data.eval_splits and eval.select_split "
+        "are empty",
+    ),
+    (
+        ("eval.batch_size", "eval.tta", "stall.eval_secs"),
+        lambda flat: not _is_evaluated(flat),
+        "data.eval_splits and eval.select_split are empty",
+    ),
+    (
+        ("loss.name", "loss.gamma", "loss.logit_adjustment", "loss.label_smoothing"),
+        lambda flat: bool(flat["loss.teacher"]) and flat["loss.teacher_weight"] == 1,
+        "loss.teacher_weight=1 leaves nothing of the loss against the labels",
+    ),
+    (
+        ("adapt.layer_decay",),
+        lambda flat: flat["adapt.train"] == "head" and not flat["adapt.lora_rank"],
+        "the head, which alone is trained, has the factor 1",
+    ),
+    (
+        ("optim.restarts",),
+        lambda flat: flat["optim.schedule"] == "constant" and flat["optim.warmup_steps"] == 0,
+        "optim.schedule='constant' without optim.warmup_steps has nothing to begin anew",
+    ),
+)
+
+
+def _is_evaluated(flat: Flat) -> bool:
+    return bool(flat["data.eval_splits"] or flat["eval.select_split"])
+
+
 # field -> (lowest, highest, whether the highest itself is allowed)
 _RANGES = {
     "data.holdout": (0, 1, False),
@@ -483,17 +534,47 @@ def _check_pattern(field: str, pattern: str) -> None:
         raise UserError(f"{field}={pattern!r} is no regular expression: {error}.") from error
 
 
-def _check_dependent(flat: dict[str, Any]) -> None:
-    defaults = flatten(default_config())
+def _check_dependent(flat: Flat) -> None:
+    if unused := unused_fields(flat):
+        field, why = next(iter(unused.items()))
+        default = flatten(default_config())[field]
+        default = "unset" if default is None else f"at {default!r}"
+        raise UserError(
+            f"{field}={flat[field]!r} has no effect: {why}, or leave {field} {default}."
+        )
+
+
+def unused_fields(flat: Flat) -> dict[str, str]:
+    """Returns the fields, away from their defaults, that others leave without effect, and why."""
+    unused = {}
     for field, other, value in _DEPENDENT:
-        counts = flat[other] == value if value else flat[other]
-        if flat[field] != defaults[field] and not counts:
+        if not (flat[other] == value if value else flat[other]):
             needed = f"{other}={value!r}" if value else other
-            default = "unset" if defaults[field] is None else f"at {defaults[field]!r}"
-            raise UserError(
-                f"{field}={flat[field]!r} has no effect: it needs {needed}, and that is "
-                f"{flat[other]!r}. Set it, or leave {field} {default}."
-            )
+            unused.setdefault(field, f"it needs {needed}, and that is {flat[other]!r}. Set it")
+    for fields, is_unused, why in _UNUSED:
+        if is_unused(flat):
+            unused = {field: f"{why}. Change that" for field in fields if flat[field]} | unused
+    defaults = flatten(default_config())
+    return {
+        field: why
+        for field, why in unused.items()
+        if flat[field] is not None and flat[field] != defaults[field]
+    }
+
+
+def drop_unused(config: ConfigDict, *, given: Collection[str]) -> None:
+    """Sets what others leave without effect to its default, but for the fields in `given`.
+
+    A recipe may set what an override then makes void: that is nobody's mistake. What is given on
+    the command line is checked by `check_config`.
+    """
+    flat, defaults = flatten(config), flatten(default_config())
+    if not set(defaults) <= set(flat):  # not a config of ours, which `check_config` says
+        return
+    for name in set(unused_fields(flat)) - set(given):
+        group, field = name.split(".")
+        with config.ignore_type():
+            config[group][field] = defaults[name]
 
 
 def _check_adapt(config: ConfigDict) -> None:
@@ -531,11 +612,6 @@ def _check_schedule(config: ConfigDict) -> None:
     fields = config.optim
     if not all(isinstance(step, int) and step > 0 for step in fields.restarts):
         raise UserError(f"optim.restarts={fields.restarts} must be steps above 0: (1000,).")
-    if fields.restarts and fields.schedule == "constant" and fields.warmup_steps == 0:
-        raise UserError(
-            f"optim.restarts={fields.restarts} has no effect: optim.schedule='constant' without "
-            "optim.warmup_steps has nothing to begin anew. Set one of them, or leave it at ()."
-        )
 
 
 def _check_pairs(config: ConfigDict) -> None:
@@ -614,6 +690,11 @@ def _check_combinations(config: ConfigDict) -> None:
             "loss.name='sigmoid' has none; use 'cross_entropy', or loss.class_weights."
         )
     read_class_weights(config.loss.class_weights)
+    if config.loss.teacher and not config.loss.teacher_weight:
+        raise UserError(
+            f"loss.teacher={config.loss.teacher!r} has no effect: loss.teacher_weight=0 leaves "
+            "nothing of it. Change that, or leave both at their defaults."
+        )
     if config.eval.select_split == "holdout" and not (data.holdout or data.fold):
         raise UserError(
             "eval.select_split='holdout' but data.holdout=0: hold a share out, or name a "
@@ -715,10 +796,11 @@ def check_same_run(config: ConfigDict, path: Path, *, moved: Collection[str] = (
         for one in (config, read_saved_config(path))
     )
     asked["data.division"] = asked["data.division"] or saved["data.division"]
+    unused = unused_fields(saved) | unused_fields(asked)
     differences = [
         f"  {field}: {saved.get(field)!r} there, {asked.get(field)!r} asked for"
         for field in sorted(saved.keys() | asked.keys())
-        if field not in (*RUN_FIELDS, *moved) and saved.get(field) != asked.get(field)
+        if field not in (*RUN_FIELDS, *moved, *unused) and saved.get(field) != asked.get(field)
         and not _may_differ(field, saved, asked)
     ]  # fmt: skip
     if differences:

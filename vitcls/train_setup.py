@@ -37,6 +37,8 @@ log = logging.getLogger("vitcls")
 _FEW_IMAGES, _SMALL_WIDTH, _MOST_LR = 100, 192, 3e-4
 # Below so many training images BiT-HyperRule trains for 500 steps.
 _SMALL_DATA = 20_000
+# Of a run that should be saved before its end.
+_MANY_STEPS = 1000
 # Between evaluations where eval.every_steps leaves it open.
 _MIN_EVERY_STEPS = 50
 
@@ -258,7 +260,8 @@ def resolve(
         config.optim.warmup_steps = planned if saved is None else saved.optim.warmup_steps
     if config.eval.every_steps is None:
         planned = max(config.train.total_steps // 10, _MIN_EVERY_STEPS)
-        config.eval.every_steps = planned if saved is None else saved.eval.every_steps
+        planned = planned if saved is None else saved.eval.every_steps
+        config.eval.every_steps = planned if config.eval.select_split else 0
     check_num_steps(config)
     if config.optim.lr_batch_size:
         factor = batch_size / config.optim.lr_batch_size
@@ -378,6 +381,12 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
             f"optim.warmup_steps={optim.warmup_steps} is most of the {shortest} steps of "
             f"optim.schedule={optim.schedule!r}, which hardly falls before the end. Set it to a "
             "tenth, or train for longer."
+        )
+    is_saved = config.checkpoint.every_steps or config.eval.every_steps
+    if not is_saved and config.train.total_steps >= _MANY_STEPS:
+        found.append(
+            f"Nothing of the {config.train.total_steps} steps is saved before the end, unless a "
+            "signal stops them: a crash loses all. Set checkpoint.every_steps."
         )
     corrections = {
         "loss.class_weights": config.loss.class_weights != "none",
