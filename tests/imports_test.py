@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
-    {"files", "ownership", "lock", "seal", "step_folders", "wandb_sender"},
+    {"files", "ownership", "signals", "lock", "seal", "step_folders", "wandb_sender"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding", "devices"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
-    {"data", "pretrained", "checkpoint", "signals", "progress", "metric_writers", "parameters"}
+    {"data", "pretrained", "checkpoint", "progress", "metric_writers", "parameters"}
     | {"distributed", "watchdog", "contact_sheet", "chips", "hlo", "collectives"}
     | {"traffic", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},

@@ -1,12 +1,17 @@
 """A process without progress ends, says where it was, and nothing else ends it."""
 
+import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from vitcls.watchdog import Watchdog
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_stuck_process_ends_and_says_where_it_is():
@@ -30,6 +35,34 @@ with Watchdog(step_secs=60.0, save_secs=0.5) as watchdog:
     assert "in stuck_here" in result.stderr
     last_line = result.stderr.splitlines()[-1]
     assert last_line.startswith("ERROR: Stuck: no end of save in 0.5 s (stall.save_secs).")
+
+
+def test_time_in_which_a_process_is_stopped_does_not_count():
+    program = """
+import sys, time
+from vitcls import watchdog
+
+watchdog._TOLD_SECS = 1
+with watchdog.Watchdog(step_secs=2.0) as dog:
+    dog.expect("step")
+    print("waits", flush=True)
+    sys.stdin.readline()
+    time.sleep(0.7)  # the thread looks
+    print("lives", flush=True)
+    time.sleep(60)  # and now it is stuck
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        output, errors = process.communicate("go on\n", timeout=60)
+    assert output == "lives\n"
+    assert process.returncode == 86 and "Stuck: no end of step in 2 s" in errors
+    assert re.search(r"The process was stopped for [34] s; no limit counts them.", errors)
 
 
 def test_progress_and_0_keep_a_process_alive():

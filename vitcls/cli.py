@@ -10,10 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from absl import flags
 
+from vitcls import signals
 from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.files import expand
 
@@ -50,7 +52,8 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
         sys.exit(0)
     start_logging()
     # Ends as errors do, so that half-written files are removed; training's loop has its own way.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in signals.heeded((signal.SIGTERM, signal.SIGHUP)):
+        signal.signal(number, _exit)
     try:
         rest = _parse_flags(sys.argv, arguments)
         main(*([rest] if arguments else []))
@@ -69,6 +72,12 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     if distributed := sys.modules.get("vitcls.distributed"):
         distributed.leave(code, message)
     sys.exit(code)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    signals.ignore()  # a closed terminal is told twice: nothing must come between
+    signals.leave_terminal()
+    sys.exit(128 + number)
 
 
 def start_logging() -> None:

@@ -32,6 +32,7 @@ from vitcls.data import order
 from vitcls.data.skipped import BadImage, Skipped
 from vitcls.data.split import Split
 from vitcls.errors import UserError
+from vitcls.signals import STOPS
 
 Batch = dict[str, np.ndarray]
 
@@ -39,7 +40,6 @@ Batch = dict[str, np.ndarray]
 _PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 _MOST_THREADS = 2 * len(_PROCESSORS)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def train_batches(
@@ -342,9 +342,10 @@ def _holding_back_signals() -> Iterator[None]:
     Blocking is inherited by threads and processes, and so leaves no gap as a worker's own code
     would, which comes seconds after its start.
     """
-    # Would unblock the signals again, were it started along with the first worker.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    # Its start unblocks some of them again: it must not come along with the first worker's.
     multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
