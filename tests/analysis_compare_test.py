@@ -299,6 +299,8 @@ def test_the_command_writes_all_files_and_says_what_is_wrong(tmp_path):
     with Image.open(output / "groups.png") as picture:
         assert picture.format == "PNG" and picture.convert("RGB").getpixel((0, 0)) == (255,) * 3
     assert (output / "comparison.md").read_text().strip() in done.stdout
+    again = run(str(tmp_path / "runs"), f"--output={output}")
+    assert again.stdout == done.stdout
     wrong = run(str(tmp_path / "runs"), "--metric=acuracy")
     assert wrong.returncode == 2 and "--metric=acuracy" in wrong.stderr
     assert all(metric in wrong.stderr for metric in comparison.METRICS)

@@ -291,6 +291,7 @@ def test_command_writes_the_page(tmp_path):
     found = check_page((workdir / "report.html").read_text())
     assert "confidence tells 9 of them" in found.text and "over 1000 resamples" in found.text
     assert not (workdir / "report.html.tmp").exists()
+    assert command(workdir, "--noexplain").returncode == 0
 
 
 def said(monkeypatch, *args: str) -> str:

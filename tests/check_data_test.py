@@ -263,6 +263,8 @@ def test_command_writes_report_and_pictures_and_says_when_training_would_fail(ro
         with Image.open(out / name) as image:
             image.load()
     assert not (out / "augmented.png").exists()
+    again = run(f"--data=folder:{root}", f"--output={out}")
+    assert again.stdout == result.stdout
 
 
 def test_command_checks_the_data_of_a_config(root, tmp_path):

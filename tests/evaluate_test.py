@@ -167,6 +167,9 @@ def test_the_command_leaves_what_the_trainer_leaves(checkpoint, data, tmp_path):
     np.testing.assert_array_equal(saved["labels"], labels)
     np.testing.assert_allclose(saved["logits"], logits, atol=1e-4)
     assert Skipped(output / "skipped.jsonl").count("test") == 1
+    (output / "results.json").unlink()  # as if it had been killed: the list is its own, too
+    again = run(f"--checkpoint={checkpoint}", f"--data=folder:{data}", f"--output={output}")
+    assert again.returncode == 0 and not (output / "skipped.jsonl").exists(), again.stderr
 
 
 def test_a_checkpoint_without_classes_is_refused(split, tmp_path):

@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 # From bottom to top; a module may import from its own level and from those below.
 LEVELS = [
     {"errors"},
-    {"files", "ownership", "lock", "seal", "step_folders", "wandb_sender", "user_folders"}
-    | {"image_metadata", "progress"},
+    {"files", "ownership", "signals", "lock", "seal", "step_folders", "wandb_sender"}
+    | {"user_folders", "image_metadata", "progress"},
     {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding", "devices"},
     {"train_step", "models", "images", "adapt", "optim", "heads"},
-    {"data", "pretrained", "checkpoint", "signals", "metric_writers", "parameters"}
+    {"data", "pretrained", "checkpoint", "metric_writers", "parameters"}
     | {"distributed", "watchdog", "contact_sheet", "chips", "hlo", "collectives"}
     | {"traffic", "footprint"},
     {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},

@@ -241,6 +241,7 @@ def test_the_command_reports_unreadable_images_and_goes_on(checkpoint, photos, t
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"3 images, 2 of them unreadable -> {output}\n"
     assert "a.jpg: Not a readable image" in result.stderr
+    prediction.check_output(str(output))  # which may be written again
     cut, good, gone = csv.DictReader(output.open())
     assert list(good) == ["image", "label", "probability", "error"]
     assert good["label"] in NAMES and good["error"] == ""

@@ -1,15 +1,20 @@
 """A signal is noted, not raised, but where nothing is lost; a second Ctrl-C ends the process."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from launch import stopping
 from vitcls.signals import StopRequest
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+ROOT = Path(__file__).parent.parent
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
 def run_program(body: str) -> subprocess.CompletedProcess:
@@ -68,7 +73,7 @@ def test_where_all_is_saved_a_signal_ends_the_process_at_once():
     assert result.stderr == "SIGUSR1: nothing to save; run the same command again.\n"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR2"])
 def test_outside_of_training_a_signal_ends_the_command_and_cleans_up(name):
     result = run_program(
         "signals.exit_on_signal()\n"
@@ -82,3 +87,61 @@ def test_outside_of_training_a_signal_ends_the_command_and_cleans_up(name):
     assert result.returncode == 75
     assert result.stdout == "cleaned up\n"
     assert result.stderr == f"{name}: stopped outside of training; run the same command again.\n"
+
+
+@pytest.mark.parametrize("start", ["signals.exit_on_signal()", "signals.StopRequest().__enter__()"])
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_what_is_ignored_from_the_start_stays_so(name, start):
+    """As `nohup` and shells do, for what is to live on; other signals are heeded all the same."""
+    result = run_program(
+        f"signal.signal(signal.{name}, signal.SIG_IGN)\n"
+        f"request = {start}\n"
+        f"kill('{name}')\n"
+        "time.sleep(0.3)\n"
+        "print('lives', flush=True)\n"
+        "signals.ignore()\n"
+        f"print(signal.getsignal(signal.{name}) == signal.SIG_IGN)\n"
+    )
+    assert (result.returncode, result.stdout) == (0, "lives\nTrue\n"), result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="terminals end otherwise elsewhere")
+def test_a_closed_terminal_lets_a_run_save_and_end(tmp_path):
+    """Its output is that terminal; closing tells it twice, by the system and by the shell."""
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "from vitcls import signals\n"
+        "from vitcls.cli import run\n"
+        "from vitcls.errors import Interrupted\n"
+        "def main():\n"
+        "    with signals.StopRequest() as stop:\n"
+        "        print('begun', flush=True)\n"
+        "        while not stop.poll():\n"
+        "            time.sleep(0.05)\n"
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        time.sleep(0.2)\n"
+        "        print('saved', flush=True)\n"
+        "        pathlib.Path(os.environ['SAVED']).write_text(stop.name)\n"
+        "        raise Interrupted('saved')\n"
+        "run(main)\n"
+    )
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, start_new_session=True,
+        stdin=slave, stdout=slave, stderr=slave,
+        env=os.environ | {"SAVED": str(tmp_path / "saved")},
+    )  # fmt: skip
+    os.close(slave)
+    while b"begun" not in os.read(master, 1000):
+        pass
+    os.close(master)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
+
+
+def test_launchers_heed_a_closed_terminal_once():
+    with stopping.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.name == "SIGHUP"

@@ -11,11 +11,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from absl import flags
 
-from vitcls import user_folders
+from vitcls import signals, user_folders
 from vitcls.config import drop_unused
 from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.files import expand
@@ -56,7 +57,8 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
         sys.exit(0)
     start_logging()
     # Ends as errors do, so that half-written files are removed; training's loop has its own way.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in signals.heeded((signal.SIGTERM, signal.SIGHUP)):
+        signal.signal(number, _exit)
     from vitcls import progress  # not at the top: `--help` should not wait for it
 
     try:
@@ -81,6 +83,12 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     if distributed := sys.modules.get("vitcls.distributed"):
         distributed.leave(code, message)
     sys.exit(code)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    signals.ignore()  # a closed terminal is told twice: nothing must come between
+    signals.leave_terminal()
+    sys.exit(128 + number)
 
 
 def start_logging() -> None:

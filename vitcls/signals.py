@@ -1,16 +1,44 @@
 """Signals that ask a run to stop: obeyed at once where nothing is lost, else between two steps."""
 
+import contextlib
+import errno
 import os
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from types import FrameType
 
 from vitcls.errors import Interrupted
 
-# USR1 and USR2 are what clusters send, on demand, some time before they end a job.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# HUP says that the terminal was closed. USR1 and USR2 are what clusters send, on demand, some time
+# before they end a job.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Ignored from a process' start these stay so: by `nohup`, and by shells for jobs in background.
+_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
+
+
+def heeded(numbers: tuple[int, ...] = STOPS) -> list[int]:
+    """Returns those of the signals that this process is to heed."""
+    return [
+        number
+        for number in numbers
+        if number not in _MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+
+def leave_terminal() -> None:
+    """Sends what is printed from here on nowhere, if the terminal it went to was closed.
+
+    Every write would be an error, also of what a run prints when it has saved.
+    """
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def exit_on_signal() -> None:
@@ -24,15 +52,15 @@ def exit_on_signal() -> None:
         _say(f"{_name(number)}: stopped outside of training; run the same command again.")
         sys.exit(Interrupted.exit_code)
 
-    for number in _SIGNALS:
+    for number in heeded():
         signal.signal(number, end)
 
 
 def ignore() -> None:
     """From here on signals do nothing, for a process that ends; a second Ctrl-C still kills it."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in heeded():
+        is_second = number == signal.SIGINT
+        signal.signal(number, signal.SIG_DFL if is_second else signal.SIG_IGN)
 
 
 class StopRequest:
@@ -71,7 +99,7 @@ class StopRequest:
         return self.name
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._previous = {number: signal.signal(number, self._note) for number in heeded()}
         # Python calls a handler when the main thread is back in Python, after minutes perhaps where
         # that compiles. The number of the signal is in this pipe at once.
         reader, self._writer = os.pipe()
@@ -87,13 +115,14 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        leave_terminal()  # before the run hears of the stop, and prints
         self._number = self._number or number
 
     def _listen(self, reader: int) -> None:
         is_told = is_interrupted = False
         while byte := os.read(reader, 1):
             number = byte[0]
-            if number not in _SIGNALS:
+            if number not in STOPS:
                 continue
             if number == signal.SIGINT and is_interrupted:
                 os._exit(128 + number)
@@ -116,4 +145,8 @@ def _name(number: int) -> str:
 
 
 def _say(text: str) -> None:
-    os.write(2, f"{text}\n".encode())  # a handler may interrupt a print, which cannot be entered
+    leave_terminal()
+    with contextlib.suppress(OSError):  # a pipe that nobody reads must not cost the run
+        os.write(
+            2, f"{text}\n".encode()
+        )  # a handler may interrupt a print, which cannot be entered

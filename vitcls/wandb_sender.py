@@ -19,6 +19,7 @@ from typing import Any
 
 from vitcls.errors import UserError
 from vitcls.files import written_aside
+from vitcls.signals import STOPS
 
 _INIT_SECS, _FINISH_SECS = 60, 15  # that it waits for the network
 _GRACE_SECS = 5  # to end after that
@@ -112,7 +113,7 @@ def _send() -> None:
                 lines.put(line)
         lines.put('{"exit_code": 1}')  # if nothing was said before, the run was killed
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # clusters tell all processes; the run ends this one
     asked = json.loads(sys.stdin.readline())
     threading.Thread(target=read, daemon=True).start()

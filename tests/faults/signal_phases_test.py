@@ -5,7 +5,7 @@ import signal
 import pytest
 from command_runs import Run, assert_same_run, finished
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 # What clusters give by default is 30 s and more.
 GRACE_SECS = 30
 # Phase -> flags that make it happen in every start.

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli, ownership
+from vitcls import cli, ownership, signals
 from vitcls.errors import UserError
 from vitcls.files import write_json
 
@@ -42,7 +42,6 @@ _SET = flags.DEFINE_multi_string(
 )  # fmt: skip
 
 _OUTSIDE = 88  # exit code
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(names: list[str]) -> None:
@@ -86,7 +85,7 @@ def main(names: list[str]) -> None:
 def _run(command: list[str]) -> int:
     """Runs the command to its end; it gets the signals that we get, and each once."""
     with subprocess.Popen(command, start_new_session=True) as process:
-        for number in _SIGNALS:
+        for number in signals.heeded():
             signal.signal(number, lambda number, frame: process.send_signal(number))
         code = process.wait()
     return code if code >= 0 else 128 - code

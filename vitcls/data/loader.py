@@ -33,13 +33,13 @@ from vitcls.data import order
 from vitcls.data.skipped import BadImage, Skipped
 from vitcls.data.split import Split
 from vitcls.errors import UserError
+from vitcls.signals import STOPS
 
 Batch = dict[str, np.ndarray]
 
 # More only wait for Python's lock: on two processors 8 threads are a fifth slower than 4.
 _PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 _MOST_THREADS = 2 * len(_PROCESSORS)
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def train_batches(
@@ -358,9 +358,10 @@ def _holding_back_signals() -> Iterator[None]:
     Blocking is inherited by threads and processes, and so leaves no gap as a worker's own code
     would, which comes seconds after its start.
     """
-    # Would unblock the signals again, were it started along with the first worker.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    # Its start unblocks some of them again: it must not come along with the first worker's.
     multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
