@@ -19,7 +19,7 @@ MANIFEST = {"command": [], "data": {}, "versions": {}}
 RUN_CONFIG = {"data": {}, "model": {}, "optim": {}, "train": {}}
 NAMES = [
     "manifest.json", "config.json", "model/config.json", "checkpoints/100/data", "metrics.jsonl",
-    "skipped.jsonl", "nonfinite.jsonl", "predictions/test.npz", "results.json",
+    "skipped.jsonl", "nonfinite.jsonl", "predictions/test.npz", "results.json", "seen.npz",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from vitcls.errors import UserError
 # What a run writes into its workdir, all but what gets a new name each time.
 _RUN = (
     "manifest.json", "config.json", "model", "checkpoints", "metrics.jsonl", "skipped.jsonl",
-    "nonfinite.jsonl", "predictions", "results.json",
+    "nonfinite.jsonl", "predictions", "results.json", "seen.npz",
 )  # fmt: skip
 
 
