@@ -32,10 +32,10 @@ import optax
 
 from benchmarks.figures import host, positive, run_command
 from benchmarks.models import NAMES, arch_config, make_model
-from vitcls import checkpoint, seal, step_folders
-from vitcls import train_step as steps
+from vitcls.checkpoints import folders, manager, seal
 from vitcls.errors import UserError
 from vitcls.files import expand
+from vitcls.step import train_step as steps
 
 EARLY, LATE = 10, 1_000_000
 
@@ -66,9 +66,9 @@ def measure_saving(model_name: str, directory: Path, num_turns: int) -> dict[str
             file.flush()
             os.fsync(file.fileno())
 
-    with checkpoint.Checkpoints(directory / "checkpoints") as checkpoints:
+    with manager.Checkpoints(directory / "checkpoints") as checkpoints:
         for step in range(1, num_turns + 1):
-            items = checkpoint.state_items(state)
+            items = manager.state_items(state)
             timed("save", checkpoints.save, step, items, meta={}, score=None)
             timed("behind", checkpoints.wait)
             timed("copy", np.copyto, copy, host)
@@ -106,7 +106,7 @@ def _train(workdir: Path, data_dir: str, total_steps: int) -> tuple[float, float
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
     after, secs = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - begin
-    assert step_folders.has_steps(workdir / "checkpoints")
+    assert folders.has_steps(workdir / "checkpoints")
     return secs, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 

@@ -24,8 +24,8 @@ from benchmarks.train_step import (
     relative_tolerance,
     run_step_command,
 )
-from vitcls import augment
-from vitcls import train_step as steps
+from vitcls.augment import prepare
+from vitcls.step import train_step as steps
 
 
 def make_ours(
@@ -40,7 +40,7 @@ def make_ours(
     batch = random_batch(config, batch_size)
     batch = jax.device_put(batch | {"index": jnp.arange(batch_size)})
     normalise = functools.partial(
-        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+        prepare.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
 
     def make(dtype: str, **kwargs):

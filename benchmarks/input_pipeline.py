@@ -30,8 +30,7 @@ from benchmarks import jpegs
 from benchmarks.figures import host, line, num_cpus, positive, run_command, summary
 from benchmarks.input_peer import pull
 from benchmarks.peer_process import start_process
-from vitcls import images
-from vitcls.data import cache, loader, sources
+from vitcls.data import cache, images, loader, sources
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 BATCH_SIZE = 32

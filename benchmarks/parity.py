@@ -35,7 +35,8 @@ import transformers
 from vitcls import pretrained
 from vitcls.errors import UserError
 from vitcls.files import expand
-from vitcls.pretrained import formats, keys
+from vitcls.pretrained import keys
+from vitcls.pretrained.files import formats
 from vitcls.pretrained.reading import FAMILIES
 
 TOLERANCE = 1e-4  # of logits, which are made to be about 1

@@ -33,9 +33,9 @@ from benchmarks.train_step import (
     random_batch,
     random_variables,
 )
-from vitcls import adapt
 from vitcls.errors import UserError
 from vitcls.models import vit
+from vitcls.step import adapt
 
 WAYS = ("full", "half", "head", "lora", "patch_dropout")
 LORA_RANK = 8

@@ -41,7 +41,9 @@ from benchmarks.train_step import (
     random_batch,
     random_variables,
 )
-from vitcls import adapt, augment, heads
+from vitcls.augment import prepare
+from vitcls.probe import heads
+from vitcls.step import adapt
 
 PAIRS = list(itertools.product(np.geomspace(1e-4, 1.0, 10), (0.0, 1e-4, 1e-3, 1e-2)))
 SEEDS = range(5)
@@ -166,7 +168,7 @@ def measure_cached(args: argparse.Namespace) -> dict[str, Any]:
     train_step = jax.jit(train_step, donate_argnums=0)
     batch = jax.device_put(random_batch(config, args.image_batch_size))
     normalise = functools.partial(
-        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+        prepare.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
     extract = jax.jit(
         lambda variables, images: bare.apply(variables, normalise(images), train=False)

@@ -35,10 +35,11 @@ from benchmarks import make_peers
 from benchmarks.figures import num_cpus, positive, processor_name, run_command, summary
 from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
 from benchmarks.peer_process import start_process
-from vitcls import adapt, augment, optim
-from vitcls import train_step as steps
+from vitcls.augment import prepare
 from vitcls.errors import UserError
 from vitcls.models.attention import KERNELS, check_cudnn
+from vitcls.step import adapt, optim
+from vitcls.step import train_step as steps
 
 # A rate at which random labels are not learnt while we measure: vanishing gradients would end as
 # denormal numbers, which some processors compute slowly.
@@ -207,11 +208,11 @@ def make_training(
         decay=".*/kernel", clip_norm=0.0, args={},
     )  # fmt: skip
     normalise = functools.partial(
-        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+        prepare.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
     apply = adapt.with_lora(model.apply) if has_lora else model.apply
     train_step = steps.make_train_step(
-        augment.make_prepare(normalise, flip=True, label_smoothing=0.0),
+        prepare.make_prepare(normalise, flip=True, label_smoothing=0.0),
         steps.make_loss_fn(apply, may_skip=False),
         tx,
         key=jax.random.key(0),

@@ -28,16 +28,21 @@ def test_names_in_the_page_on_extending_are_in_the_files_that_it_names():
     assert len(paths) > 10
     sources = {path: (ROOT / path).read_text() for path in paths}
     for name in ("default_config", "_RANGES", "_CHOICES", "RUN_FIELDS"):
-        assert name in sources["vitcls/config.py"]
+        assert name in sources["vitcls/config/fields.py"]
     for path, names in {
-        "vitcls/losses.py": ("make_loss", "cross_entropy"),
-        "vitcls/augment.py": ("make_prepare", "keys_of"),
-        "vitcls/data/split.py": ("class Split", "fingerprint"),
-        "vitcls/data/files_split.py": ("class FilesSplit",),
-        "vitcls/data/sources.py": ("def open_split", "def split_names"),
-        "vitcls/optim.py": ("OPTIMIZERS", "def make_schedule"),
-        "vitcls/adapt.py": ("TRAINED", "def add_lora", "def with_lora", "def fold_lora"),
-        "vitcls/pretrained/family.py": ("class Family", "read_config", "write_config", "key_table"),
+        "vitcls/step/losses.py": ("make_loss", "cross_entropy"),
+        "vitcls/augment/prepare.py": ("make_prepare", "keys_of"),
+        "vitcls/data/sources/split.py": ("class Split", "fingerprint"),
+        "vitcls/data/sources/files.py": ("class FilesSplit",),
+        "vitcls/data/sources/open.py": ("def open_split", "def split_names"),
+        "vitcls/step/optim.py": ("OPTIMIZERS", "def make_schedule"),
+        "vitcls/step/adapt.py": ("TRAINED", "def add_lora", "def with_lora", "def fold_lora"),
+        "vitcls/pretrained/families/family.py": (
+            "class Family",
+            "read_config",
+            "write_config",
+            "key_table",
+        ),
         "vitcls/pretrained/keys.py": ("def dense", "def norm", "def patches"),
         "vitcls/pretrained/reading.py": ("FAMILIES", "def make_model"),
         "vitcls/models/vit.py": ("class ViTConfig", "pre_norm"),

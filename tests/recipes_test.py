@@ -11,10 +11,11 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from vitcls import cli, program, recipes, train_setup
-from vitcls.config import check_config
+from vitcls import cli, recipes
+from vitcls.config.fields import check_config
 from vitcls.errors import UserError
-from vitcls.optim import check_args
+from vitcls.run import program, setup
+from vitcls.step.optim import check_args
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["resnet50", "vit_b16", "vit_b32", "vit_l16", "vit_s16"]
@@ -57,7 +58,7 @@ def test_warm_up_and_evaluations_follow_the_steps(
     config = get_config(name, f"data={source}")
     config.train.total_steps = total_steps
     resolve = functools.partial(
-        train_setup.resolve, num_train=num_train, image_size=(384, 384), num_devices=1
+        setup.resolve, num_train=num_train, image_size=(384, 384), num_devices=1
     )
     check_config(config)
     resolved = resolve(config)

@@ -8,7 +8,7 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vitcls.config import default_config, parse_arg
+from vitcls.config.fields import default_config, parse_arg
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,36 +11,30 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vitcls import (
-    checkpoint,
-    distributed,
-    footprint,
-    optim,
-    ownership,
-    pretrained,
-    records,
-    seen,
-    sharding,
-    step_folders,
-    train_setup,
-    wandb_sender,
-)
-from vitcls.config import check_config, check_same_run
+from vitcls import pretrained
+from vitcls.checkpoints import folders, manager
+from vitcls.config.fields import check_config, check_same_run
+from vitcls.costs import footprint
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped
-from vitcls.devices import check_settings
 from vitcls.errors import Interrupted, NonFiniteLoss
-from vitcls.evaluation import check_logits, evaluate
+from vitcls.evaluate.exact import check_logits, evaluate
 from vitcls.files import expand, make_folder, write_json
-from vitcls.metric_writers import LateMetrics, MetricWriter
-from vitcls.metrics import select_score
-from vitcls.parameters import memory_line, parameter_table
-from vitcls.program import make_program
-from vitcls.progress import Progress
-from vitcls.signals import StopRequest
-from vitcls.teacher import open_teacher
-from vitcls.train_step import TrainState
-from vitcls.watchdog import Watchdog
+from vitcls.folders import ownership
+from vitcls.logs import wandb_sender
+from vitcls.logs.parameters import memory_line, parameter_table
+from vitcls.logs.progress import Progress
+from vitcls.logs.writers import LateMetrics, MetricWriter
+from vitcls.processes import distributed
+from vitcls.processes.signals import StopRequest
+from vitcls.processes.watchdog import Watchdog
+from vitcls.run import records, seen, setup
+from vitcls.run.program import make_program
+from vitcls.run.teacher import open_teacher
+from vitcls.step import optim, sharding
+from vitcls.step.devices import check_settings
+from vitcls.step.metrics import select_score
+from vitcls.step.train_step import TrainState
 
 log = logging.getLogger("vitcls")
 
@@ -76,20 +70,18 @@ def train_and_evaluate(
     ownership.check_run(workdir)
     optim.check_args(config.optim.name, dict(config.optim.args))
     wandb_sender.check(config.log.wandb_project)
-    begun = workdir if step_folders.has_steps(workdir / "checkpoints") else None
-    config = train_setup.keep_division(config, begun)
-    train_split, eval_splits = train_setup.open_splits(config, begun=begun is not None)
-    files, model_config, processor = train_setup.open_model(
-        config, train_split.class_names, begun=begun
-    )
+    begun = workdir if folders.has_steps(workdir / "checkpoints") else None
+    config = setup.keep_division(config, begun)
+    train_split, eval_splits = setup.open_splits(config, begun=begun is not None)
+    files, model_config, processor = setup.open_model(config, train_split.class_names, begun=begun)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
-    config = train_setup.resolve(
+    config = setup.resolve(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size,
         begun=begun,
     )  # fmt: skip
-    distributed.check_same(train_setup.facts(config, train_split, eval_splits, begun=begun))
+    distributed.check_same(setup.facts(config, train_split, eval_splits, begun=begun))
     num_select = len(eval_splits[config.eval.select_split]) if config.eval.select_split else 0
-    for trap in train_setup.traps(config, model_config, num_select=num_select):
+    for trap in setup.traps(config, model_config, num_select=num_select):
         log.warning("%s", trap)
     class_counts = train_split.class_counts()
     teacher = None
@@ -118,7 +110,7 @@ def train_and_evaluate(
     meta = {"seconds": 0.0, "images_per_second": None, "window": []}
     moved = {}
     if begun:
-        moved = train_setup.find_moved(config, begun, train_split, teacher)
+        moved = setup.find_moved(config, begun, train_split, teacher)
         check_same_run(config, workdir / "config.json", moved=moved)
         known = records.recorded_fingerprints(workdir)
         results = records.read_results(workdir)
@@ -126,7 +118,7 @@ def train_and_evaluate(
         if is_finished:
             splits = results["splits"].items()
             known |= {name: one["fingerprint"] for name, one in splits if "fingerprint" in one}
-        train_setup.warn_of_changed_splits(known, eval_splits, select=config.eval.select_split)
+        setup.warn_of_changed_splits(known, eval_splits, select=config.eval.select_split)
         if is_finished:
             if is_main:
                 log.info(
@@ -138,18 +130,18 @@ def train_and_evaluate(
     if is_main:
         make_folder(workdir)
     distributed.check_shared(workdir)
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints = manager.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     start_step = checkpoints.latest_step() or 0
     if start_step:
         meta = checkpoints.meta(start_step)
         if is_main:
             path = workdir / "config.json"
-            for change in train_setup.rate_changes(config, path, step=start_step):
+            for change in setup.rate_changes(config, path, step=start_step):
                 log.warning("%s", change)
-        train_setup.check_same_data(meta["data"], train_split)
-        train_setup.check_same_teacher(meta.get("teacher"), teacher)
+        setup.check_same_data(meta["data"], train_split)
+        setup.check_same_teacher(meta.get("teacher"), teacher)
         if start_step < config.train.total_steps:
-            train_setup.check_same_passes(meta.get("num_passes", 1), program, config)
+            setup.check_same_passes(meta.get("num_passes", 1), program, config)
     used = [train_split, *eval_splits.values()]
     if is_main:
         if not begun:  # the manifest first: by it the folder is known to be a run's
@@ -168,7 +160,7 @@ def train_and_evaluate(
 
     # Where the weights come from: 1. the workdir, 2. the pretrained checkpoint, 3. random.
     if start_step:
-        state = checkpoint.restore_state(
+        state = manager.restore_state(
             checkpoints, start_step, program.state_shapes, program.state_shardings
         )
         state = program.with_teacher(state)
@@ -206,7 +198,7 @@ def train_and_evaluate(
             total_steps=config.train.total_steps,
             seed=config.train.seed,
             sampling=config.data.sampling,
-            transform=train_setup.train_transform(config, processor),
+            transform=setup.train_transform(config, processor),
             **loading,
         ),
         mesh,
@@ -322,7 +314,7 @@ def train_and_evaluate(
                     "skips": jax.tree.map(int, state.skips),
                     "num_empty": int(state.num_empty),
                 }
-                checkpoints.save(step, checkpoint.state_items(state), meta=meta_now, score=score)
+                checkpoints.save(step, manager.state_items(state), meta=meta_now, score=score)
                 watchdog.expect("step")
             if stop.name and (step < total_steps or meta_now["lacks_score"]):
                 watchdog.expect("save")
@@ -340,7 +332,7 @@ def train_and_evaluate(
         selected_step = checkpoints.best_step() if select else total_steps
         variables = state.eval_variables()
         if selected_step != total_steps:
-            variables = checkpoint.restore_eval_variables(checkpoints, selected_step, state)
+            variables = manager.restore_eval_variables(checkpoints, selected_step, state)
         summaries = {}
         for name in dict.fromkeys([*config.data.eval_splits, *filter(None, [select])]):
             summaries[name], predictions = evaluate_split(name, variables, keep_predictions=True)

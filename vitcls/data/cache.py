@@ -26,11 +26,12 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from vitcls import images, lock
-from vitcls.data.memory import available_memory
-from vitcls.data.split import Split
+from vitcls.data import images
+from vitcls.data.sources.split import Split
 from vitcls.errors import StorageError, UserError
-from vitcls.progress import track
+from vitcls.folders import lock
+from vitcls.logs.progress import track
+from vitcls.processes.memory import available_memory
 
 log = logging.getLogger("vitcls")
 

@@ -28,12 +28,11 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from vitcls import images
-from vitcls.data import order
+from vitcls.data import images, order
 from vitcls.data.skipped import BadImage, Skipped
-from vitcls.data.split import Split
+from vitcls.data.sources.split import Split
 from vitcls.errors import UserError
-from vitcls.signals import STOPS
+from vitcls.processes.signals import STOPS
 
 Batch = dict[str, np.ndarray]
 

@@ -6,9 +6,9 @@ import logging
 import os
 from pathlib import Path
 
-from vitcls import lock
-from vitcls.data.split import Split, check_no_class_is_empty
+from vitcls.data.sources.split import Split, check_no_class_is_empty
 from vitcls.errors import UserError
+from vitcls.folders import lock
 
 log = logging.getLogger("vitcls")
 

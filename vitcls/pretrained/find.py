@@ -5,12 +5,12 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vitcls import user_folders
 from vitcls.errors import STORAGE_ERRNOS, UserError
-from vitcls.pretrained import formats, torch_file
-from vitcls.pretrained.json_fields import JsonFields
-from vitcls.pretrained.timm import is_timm
-from vitcls.progress import doing
+from vitcls.folders import user_folders
+from vitcls.logs.progress import doing
+from vitcls.pretrained.families.timm import is_timm
+from vitcls.pretrained.files import formats, torch_file
+from vitcls.pretrained.files.json_fields import JsonFields
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"

@@ -16,9 +16,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vitcls.errors import UserError
 from vitcls.models.vit import ViTConfig
 from vitcls.pretrained import values
-from vitcls.pretrained.flax_file import FlaxWeights
-from vitcls.pretrained.formats import Weights
-from vitcls.pretrained.torch_file import TorchWeights
+from vitcls.pretrained.files.flax_file import FlaxWeights
+from vitcls.pretrained.files.formats import Weights
+from vitcls.pretrained.files.torch_file import TorchWeights
 
 _MOST_LISTED = 8
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vitcls import augment
-from vitcls import images as pixels_of
+from vitcls.augment import prepare
+from vitcls.data import images as pixels_of
 from vitcls.errors import UserError, unknown
-from vitcls.pretrained.json_fields import JsonFields
+from vitcls.pretrained.files.json_fields import JsonFields
 
 _MOST_PIXELS = 8192  # longest side that a checkpoint can ask for
 _RESAMPLE = {int(filter_): name for name, filter_ in pixels_of.RESAMPLING.items()}
@@ -89,7 +89,7 @@ class Processor:
 
     def normalise(self, pixels: jax.Array) -> jax.Array:
         """The device's part: uint8 (B, height, width, 3) -> float32, normalised."""
-        return augment.normalise(pixels, rescale=self.rescale, mean=self.mean, std=self.std)
+        return prepare.normalise(pixels, rescale=self.rescale, mean=self.mean, std=self.std)
 
     def resized(self, size: tuple[int, int]) -> "Processor":
         """The same for another (height, width); what is cropped away keeps its proportion."""

@@ -14,21 +14,22 @@ import numpy as np
 from vitcls.errors import UserError, unknown
 from vitcls.models.resnet import ResNet, ResNetConfig
 from vitcls.models.vit import ViT, ViTConfig
-from vitcls.pretrained import formats, keys, processor
-from vitcls.pretrained.clip import CLIP, SIGLIP
-from vitcls.pretrained.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
-from vitcls.pretrained.family import MOST_CLASSES, Config, Family, label_names
+from vitcls.pretrained import keys, processor
+from vitcls.pretrained.families.clip import CLIP, SIGLIP
+from vitcls.pretrained.families.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from vitcls.pretrained.families.family import MOST_CLASSES, Config, Family, label_names
+from vitcls.pretrained.families.resnet import RESNET
+from vitcls.pretrained.families.timm import TIMM, is_timm
+from vitcls.pretrained.families.vit import DEIT, VIT, VIT_MAE
+from vitcls.pretrained.files import formats
+from vitcls.pretrained.files.flax_file import FlaxWeights
+from vitcls.pretrained.files.formats import Weights
+from vitcls.pretrained.files.json_fields import JsonFields, is_number
+from vitcls.pretrained.files.torch_file import TorchWeights
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR, PROCESSOR, Files, find
-from vitcls.pretrained.flax_file import FlaxWeights
-from vitcls.pretrained.formats import Weights
-from vitcls.pretrained.json_fields import JsonFields, is_number
 from vitcls.pretrained.positions import resize_positions
 from vitcls.pretrained.processor import Processor
-from vitcls.pretrained.resnet import RESNET
-from vitcls.pretrained.timm import TIMM, is_timm
-from vitcls.pretrained.torch_file import TorchWeights
-from vitcls.pretrained.vit import DEIT, VIT, VIT_MAE
-from vitcls.pretrained.workdir import find_run
+from vitcls.pretrained.run import find_run
 
 log = logging.getLogger("vitcls")
 

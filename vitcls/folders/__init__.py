@@ -1,0 +1,1 @@
+"""Whose files lie in a folder, and who may write there."""

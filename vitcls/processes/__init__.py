@@ -1,0 +1,1 @@
+"""Several processes, the signals that end them, and the locks between them."""
