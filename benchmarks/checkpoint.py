@@ -33,6 +33,7 @@ import optax
 from benchmarks.figures import host, positive, run_command
 from benchmarks.models import NAMES, arch_config, make_model
 from vitcls.checkpoints import folders, manager, seal
+from vitcls.checkpoints.state import state_items
 from vitcls.errors import UserError
 from vitcls.files import expand
 from vitcls.step import train_step as steps
@@ -68,7 +69,7 @@ def measure_saving(model_name: str, directory: Path, num_turns: int) -> dict[str
 
     with manager.Checkpoints(directory / "checkpoints") as checkpoints:
         for step in range(1, num_turns + 1):
-            items = manager.state_items(state)
+            items = state_items(state)
             timed("save", checkpoints.save, step, items, meta={}, score=None)
             timed("behind", checkpoints.wait)
             timed("copy", np.copyto, copy, host)

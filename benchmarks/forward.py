@@ -25,7 +25,7 @@ from benchmarks.train_step import (
     run_step_command,
 )
 from vitcls.augment import prepare
-from vitcls.step import train_step as steps
+from vitcls.step import eval_step
 
 
 def make_ours(
@@ -44,7 +44,9 @@ def make_ours(
     )
 
     def make(dtype: str, **kwargs):
-        return jax.jit(steps.make_eval_step(normalise, make_model(config, dtype, **kwargs).apply))
+        return jax.jit(
+            eval_step.make_eval_step(normalise, make_model(config, dtype, **kwargs).apply)
+        )
 
     with jax.default_matmul_precision("highest"):
         expected = make("float32")(variables, batch)[1]["logits"]

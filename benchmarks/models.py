@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError, unknown
-from vitcls.models import resnet, vit
+from vitcls.models import resnet, vit, vit_config
 
 NUM_CLASSES = 1000
-NAMES = [*vit.EXAMPLES, *resnet.SIZES]  # of architectures; a ViT may have any patch
+NAMES = [*vit_config.EXAMPLES, *resnet.SIZES]  # of architectures; a ViT may have any patch
 
-Config = vit.ViTConfig | resnet.ResNetConfig
+Config = vit_config.ViTConfig | resnet.ResNetConfig
 
 
 def arch_config(name: str, image_size: int) -> Config:
@@ -28,8 +28,8 @@ def arch_config(name: str, image_size: int) -> Config:
     sizes = dict(num_classes=NUM_CLASSES, image_size=(image_size, image_size))
     if name in resnet.SIZES:
         return resnet.resnet_config(name, **sizes)
-    if vit.NAME.fullmatch(name):
-        return vit.vit_config(name, **sizes)
+    if vit_config.NAME.fullmatch(name):
+        return vit_config.vit_config(name, **sizes)
     raise unknown("architecture --model", name, NAMES)
 
 

@@ -29,7 +29,8 @@ from benchmarks.figures import host, line, positive, run_command, summary
 from benchmarks.trace import gap_share
 from vitcls.config.fields import check_config, default_config
 from vitcls.data import loader
-from vitcls.run import setup
+from vitcls.run import resolve, splits
+from vitcls.run.network import open_model, train_transform
 from vitcls.run.program import make_program
 from vitcls.step import sharding
 
@@ -52,10 +53,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config.train.update(total_steps=10**6, global_batch_size=args.batch_size)
     config.eval.select_split = ""
     check_config(config)
-    split, _ = setup.open_splits(config)
-    _, network, processor = setup.open_model(config, split.class_names)
+    split, _ = splits.open_splits(config)
+    _, network, processor = open_model(config, split.class_names)
     mesh = sharding.make_mesh(-1, 1)
-    config = setup.resolve(
+    config = resolve.resolve(
         config, num_train=len(split), image_size=processor.size, num_devices=mesh.size
     )
     program = make_program(
@@ -65,7 +66,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = sharding.prefetch(
         loader.train_batches(
             split, global_batch_size=args.batch_size, start_step=0, total_steps=10**6, seed=0,
-            transform=setup.train_transform(config, processor), num_threads=args.threads,
+            transform=train_transform(config, processor), num_threads=args.threads,
         ),
         mesh,
     )  # fmt: skip

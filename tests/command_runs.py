@@ -231,7 +231,7 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
     from vitcls.checkpoints import manager
     from vitcls.data import cache
     from vitcls.logs.writers import LateMetrics
-    from vitcls.run import setup
+    from vitcls.run import network
     from vitcls.step import metrics
 
     is_done = False
@@ -263,7 +263,7 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
         setattr(owner, name, wrapped)
 
     if phase == "setup":
-        before(setup, "open_model")
+        before(network, "open_model")
     elif phase == "cache":
         before(cache.DiskCache, "_write_shard")
     elif phase == "compile":

@@ -52,7 +52,9 @@ def test_rooms_are_small():
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in SOURCES if path.name == "__init__.py"], ids=lambda path: path.parent.name
+    "path",
+    [path for path in SOURCES if path.name == "__init__.py"],
+    ids=lambda path: path.parent.name,
 )
 def test_rooms_open_with_a_docstring_and_import_nothing(path):
     tree = ast.parse(path.read_text())

@@ -9,7 +9,7 @@ from vitcls import inference
 from vitcls.costs import footprint
 from vitcls.errors import NonFiniteLoss, NotFinite
 from vitcls.step import sharding
-from vitcls.step.train_step import probabilities
+from vitcls.step.eval_step import probabilities
 
 ROW = {"image": jax.ShapeDtypeStruct((16,), np.float32)}
 VARIABLES = np.ones((16, 1000), np.float32)

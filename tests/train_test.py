@@ -23,7 +23,7 @@ from vitcls.data import images
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
 from vitcls.evaluate.exact import evaluate_checkpoint
 from vitcls.logs.writers import LateMetrics
-from vitcls.run import setup
+from vitcls.run import continuing, splits
 from vitcls.step import metrics
 
 NUM_TEST = 360
@@ -176,7 +176,7 @@ def test_lora_after_a_probe_continues_bit_for_bit_and_is_a_checkpoint(
     )
     pretrained.save(tmp_path / "model", model, variables, processor)
     # What was evaluated in the run is what anybody else gets of it.
-    split = setup.open_splits(config)[1]["test"]
+    split = splits.open_splits(config)[1]["test"]
     summary, predictions = evaluate_checkpoint(tmp_path / "whole", split)
     kept = np.load(tmp_path / "whole/predictions/test.npz")
     np.testing.assert_allclose(predictions["logits"], kept["logits"], atol=1e-5)
@@ -335,7 +335,7 @@ def test_a_refused_continuation_leaves_the_workdir_as_it_was(config, tmp_path, m
     before = (tmp_path / "config.json").read_text()
     config.train.micro_batch = 1
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "check_same_passes", refuse)
+        patch.setattr(continuing, "check_same_passes", refuse)
         with pytest.raises(UserError, match="another number of passes"):
             train.train_and_evaluate(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before

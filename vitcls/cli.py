@@ -45,9 +45,9 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     `arguments` says what that is, such as "DIR"; otherwise nothing, and there may be nothing.
 
     0 finished or `--help`; 2 the user's mistake, one message without a traceback; 69 a device is
-    not available; 74 storage; 75 stopped by a signal after saving; 86 stuck (`vitcls.processes.watchdog`);
-    87 non-finite loss; 1 anything else. Of several processes the first that ends with an error
-    ends all, with its code.
+    not available; 74 storage; 75 stopped by a signal after saving; 86 stuck
+    (`vitcls.processes.watchdog`); 87 non-finite loss; 1 anything else. If one of several processes
+    ends with an error, all end with its code.
     """
     main_module = sys.modules["__main__"]
     # Names of classes and files may hold what the terminal's encoding lacks.

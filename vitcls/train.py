@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vitcls import pretrained
 from vitcls.checkpoints import folders, manager
+from vitcls.checkpoints.state import restore_eval_variables, restore_state, state_items
 from vitcls.config.fields import check_config, check_same_run
 from vitcls.costs import footprint
 from vitcls.data import loader
@@ -28,8 +29,9 @@ from vitcls.logs.writers import LateMetrics, MetricWriter
 from vitcls.processes import distributed
 from vitcls.processes.signals import StopRequest
 from vitcls.processes.watchdog import Watchdog
-from vitcls.run import records, seen, setup
+from vitcls.run import continuing, network, records, resolve, seen, warnings
 from vitcls.run.program import make_program
+from vitcls.run.splits import check_same_data, keep_division, open_splits, warn_of_changed_splits
 from vitcls.run.teacher import open_teacher
 from vitcls.step import optim, sharding
 from vitcls.step.devices import check_settings
@@ -71,17 +73,19 @@ def train_and_evaluate(
     optim.check_args(config.optim.name, dict(config.optim.args))
     wandb_sender.check(config.log.wandb_project)
     begun = workdir if folders.has_steps(workdir / "checkpoints") else None
-    config = setup.keep_division(config, begun)
-    train_split, eval_splits = setup.open_splits(config, begun=begun is not None)
-    files, model_config, processor = setup.open_model(config, train_split.class_names, begun=begun)
+    config = keep_division(config, begun)
+    train_split, eval_splits = open_splits(config, begun=begun is not None)
+    files, model_config, processor = network.open_model(
+        config, train_split.class_names, begun=begun
+    )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
-    config = setup.resolve(
+    config = resolve.resolve(
         config, num_train=len(train_split), image_size=processor.size, num_devices=mesh.size,
         begun=begun,
     )  # fmt: skip
-    distributed.check_same(setup.facts(config, train_split, eval_splits, begun=begun))
+    distributed.check_same(continuing.facts(config, train_split, eval_splits, begun=begun))
     num_select = len(eval_splits[config.eval.select_split]) if config.eval.select_split else 0
-    for trap in setup.traps(config, model_config, num_select=num_select):
+    for trap in warnings.traps(config, model_config, num_select=num_select):
         log.warning("%s", trap)
     class_counts = train_split.class_counts()
     teacher = None
@@ -110,7 +114,7 @@ def train_and_evaluate(
     meta = {"seconds": 0.0, "images_per_second": None, "window": []}
     moved = {}
     if begun:
-        moved = setup.find_moved(config, begun, train_split, teacher)
+        moved = continuing.find_moved(config, begun, train_split, teacher)
         check_same_run(config, workdir / "config.json", moved=moved)
         known = records.recorded_fingerprints(workdir)
         results = records.read_results(workdir)
@@ -118,7 +122,7 @@ def train_and_evaluate(
         if is_finished:
             splits = results["splits"].items()
             known |= {name: one["fingerprint"] for name, one in splits if "fingerprint" in one}
-        setup.warn_of_changed_splits(known, eval_splits, select=config.eval.select_split)
+        warn_of_changed_splits(known, eval_splits, select=config.eval.select_split)
         if is_finished:
             if is_main:
                 log.info(
@@ -136,12 +140,12 @@ def train_and_evaluate(
         meta = checkpoints.meta(start_step)
         if is_main:
             path = workdir / "config.json"
-            for change in setup.rate_changes(config, path, step=start_step):
+            for change in warnings.rate_changes(config, path, step=start_step):
                 log.warning("%s", change)
-        setup.check_same_data(meta["data"], train_split)
-        setup.check_same_teacher(meta.get("teacher"), teacher)
+        check_same_data(meta["data"], train_split)
+        continuing.check_same_teacher(meta.get("teacher"), teacher)
         if start_step < config.train.total_steps:
-            setup.check_same_passes(meta.get("num_passes", 1), program, config)
+            continuing.check_same_passes(meta.get("num_passes", 1), program, config)
     used = [train_split, *eval_splits.values()]
     if is_main:
         if not begun:  # the manifest first: by it the folder is known to be a run's
@@ -160,7 +164,7 @@ def train_and_evaluate(
 
     # Where the weights come from: 1. the workdir, 2. the pretrained checkpoint, 3. random.
     if start_step:
-        state = manager.restore_state(
+        state = restore_state(
             checkpoints, start_step, program.state_shapes, program.state_shardings
         )
         state = program.with_teacher(state)
@@ -198,7 +202,7 @@ def train_and_evaluate(
             total_steps=config.train.total_steps,
             seed=config.train.seed,
             sampling=config.data.sampling,
-            transform=setup.train_transform(config, processor),
+            transform=network.train_transform(config, processor),
             **loading,
         ),
         mesh,
@@ -314,7 +318,7 @@ def train_and_evaluate(
                     "skips": jax.tree.map(int, state.skips),
                     "num_empty": int(state.num_empty),
                 }
-                checkpoints.save(step, manager.state_items(state), meta=meta_now, score=score)
+                checkpoints.save(step, state_items(state), meta=meta_now, score=score)
                 watchdog.expect("step")
             if stop.name and (step < total_steps or meta_now["lacks_score"]):
                 watchdog.expect("save")
@@ -332,7 +336,7 @@ def train_and_evaluate(
         selected_step = checkpoints.best_step() if select else total_steps
         variables = state.eval_variables()
         if selected_step != total_steps:
-            variables = manager.restore_eval_variables(checkpoints, selected_step, state)
+            variables = restore_eval_variables(checkpoints, selected_step, state)
         summaries = {}
         for name in dict.fromkeys([*config.data.eval_splits, *filter(None, [select])]):
             summaries[name], predictions = evaluate_split(name, variables, keep_predictions=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from vitcls import cli, errors, pretrained
 from vitcls.analysis import explaining, gallery, page, predictions, report, run
 from vitcls.config.fields import default_config
-from vitcls.models.vit import vit_config
+from vitcls.models.vit_config import vit_config
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = (

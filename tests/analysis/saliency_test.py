@@ -16,7 +16,8 @@ from tests.torch_reference import QUICK, random_images, randomized, to_torch
 from vitcls import errors, pretrained
 from vitcls.analysis import saliency
 from vitcls.models.resnet import ResNet, resnet_config
-from vitcls.models.vit import ViT, vit_config
+from vitcls.models.vit import ViT
+from vitcls.models.vit_config import vit_config
 
 ASSET = Path(__file__).parents[2] / "assets" / "vit-nano-glyphs"
 _SMALL = dict(

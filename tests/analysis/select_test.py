@@ -26,7 +26,7 @@ from vitcls.analysis import candidates, paired, selection, selection_page
 from vitcls.data import sources
 from vitcls.errors import UserError
 from vitcls.models.resnet import resnet_config
-from vitcls.models.vit import vit_config
+from vitcls.models.vit_config import vit_config
 from vitcls.pretrained import Processor, make_model
 from vitcls.pretrained.reading import variable_shapes
 from vitcls.probe import features, fitting

@@ -14,7 +14,7 @@ from vitcls.check_data import checks
 from vitcls.config.fields import default_config
 from vitcls.data import sources
 from vitcls.errors import UserError
-from vitcls.run import setup
+from vitcls.run.splits import open_splits
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLASSES = ("ant", "bee", "cat")
@@ -154,7 +154,7 @@ def test_what_training_would_refuse_is_refused(root):
     config.data.per_class = 2
     for seed in range(20):
         config.train.seed = seed
-        train, _ = setup.open_splits(config)
+        train, _ = open_splits(config)
         if "train/cat/00.png" not in {train.id(index) for index in range(len(train))}:
             break
     with pytest.raises(UserError, match="1 of 3 classes have no images to train on: cat"):

@@ -11,7 +11,8 @@ from benchmarks.models import arch_config, macs
 from vitcls.config.fields import default_config
 from vitcls.costs import footprint
 from vitcls.errors import UserError
-from vitcls.run import program, setup
+from vitcls.run import program
+from vitcls.run.network import open_model
 from vitcls.step import sharding
 
 NUM_CLASSES = 10
@@ -27,7 +28,7 @@ def make(*, devices=8, arch="vit_mu4", **fields) -> program.Program:
         config, {name.replace("__", "."): value for name, value in fields.items()}
     )
     names = tuple(map(str, range(NUM_CLASSES)))
-    _, network, processor = setup.open_model(config, names)
+    _, network, processor = open_model(config, names)
     mesh = sharding.make_mesh(-1, config.mesh.fsdp, devices=jax.devices()[:devices])
     return program.make_program(
         config, network, processor, mesh,

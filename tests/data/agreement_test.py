@@ -14,7 +14,7 @@ from vitcls.data.sources import classes
 from vitcls.errors import UserError
 from vitcls.evaluate import exact
 from vitcls.predict import rows as prediction
-from vitcls.run import setup
+from vitcls.run.splits import open_splits
 
 NUM_SETS, NUM_SPOILED, NUM_TRAINED = 200, 10, 8
 
@@ -41,7 +41,7 @@ def seen_in(split: sources.Split, name: str, class_names=None) -> Seen:
 
 
 def seen_by_training(config) -> tuple[Seen, tuple[str, ...]]:
-    train_split, evaluated = setup.open_splits(config)
+    train_split, evaluated = open_splits(config)
     seen = seen_in(train_split, "train")
     for name, split in evaluated.items():
         role = "train" if name == "holdout" else VALIDATION.get(name, name)

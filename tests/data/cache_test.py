@@ -28,7 +28,7 @@ from vitcls.data.cache import cached
 from vitcls.data.skipped import Skipped
 from vitcls.errors import StorageError, UserError
 from vitcls.folders import lock
-from vitcls.run import setup
+from vitcls.run import splits
 
 CROP = functools.partial(
     images.random_resized_crop,
@@ -425,9 +425,9 @@ def test_what_a_run_opens_is_cached_and_still_the_same(digits_dir, tmp_path, dec
     config.data.update(source="digits", data_dir=digits_dir)
     for per_class, num_decoded in [(0, 1437 + 360), (3, 30 + 144)]:
         config.data.update(per_class=per_class, cache="")
-        plain, plain_evaluated = setup.open_splits(config)
+        plain, plain_evaluated = splits.open_splits(config)
         config.data.cache = str(tmp_path)
-        split, evaluated = setup.open_splits(config)
+        split, evaluated = splits.open_splits(config)
         assert split.fingerprint == plain.fingerprint
         assert evaluated.keys() == plain_evaluated.keys() == {"holdout", "test"}
         decoded.clear()

@@ -12,14 +12,14 @@ from vitcls.data import images, loader, sources
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
 from vitcls.evaluate.exact import evaluate
-from vitcls.models import vit
+from vitcls.models import vit, vit_config
 from vitcls.step import sharding
-from vitcls.step import train_step as steps
+from vitcls.step.eval_step import make_eval_step, over_mirror_images
 
 
 @pytest.fixture(scope="module")
 def model_and_variables():
-    model = vit.ViT(vit.vit_config("vit_mu4", num_classes=10, image_size=(8, 8)))
+    model = vit.ViT(vit_config.vit_config("vit_mu4", num_classes=10, image_size=(8, 8)))
     variables = jax.jit(functools.partial(model.init, train=False))(
         jax.random.key(0), jnp.zeros((1, 8, 8, 3))
     )
@@ -45,7 +45,7 @@ def run(
         prepare.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
     eval_step = jax.jit(
-        steps.make_eval_step(normalise, model.apply), out_shardings=sharding.replicated(mesh)
+        make_eval_step(normalise, model.apply), out_shardings=sharding.replicated(mesh)
     )
     batches = loader.eval_batches(
         split,
@@ -90,7 +90,7 @@ def test_mirror_images_are_averaged_with_the_images(model_and_variables):
     pixels = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)
     apply = jax.jit(functools.partial(model.apply, train=False))
     plain = [apply(variables, x) for x in (pixels, pixels[:, :, ::-1])]
-    both = jax.jit(functools.partial(steps.over_mirror_images(model.apply), train=False))
+    both = jax.jit(functools.partial(over_mirror_images(model.apply), train=False))
     averaged = both(variables, pixels)
     np.testing.assert_allclose(averaged, (plain[0] + plain[1]) / 2, atol=1e-5)
     assert np.abs(plain[0] - plain[1]).max() > 0.1

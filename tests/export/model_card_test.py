@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 from vitcls import pretrained
 from vitcls.config.fields import default_config
 from vitcls.export import model_card
-from vitcls.models.vit import vit_config
+from vitcls.models.vit_config import vit_config
 
 HOSTILE = [
     "a | b || c",

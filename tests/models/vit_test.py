@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 
 from vitcls.errors import UserError
 from vitcls.models import vit
-from vitcls.models.vit import ViT, ViTConfig, vit_config
+from vitcls.models.vit import ViT
+from vitcls.models.vit_config import ACTIVATIONS, ViTConfig, vit_config
 
 TINY = ViTConfig(
     image_size=(8, 12),
@@ -182,7 +183,7 @@ def test_patch_embedding_is_a_convolution():
 def test_gelu_is_the_exact_one():
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     exact = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()]
-    np.testing.assert_allclose(vit.ACTIVATIONS["gelu"](x), exact, atol=1e-6)
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](x), exact, atol=1e-6)
 
 
 def test_the_last_layer_computes_only_the_class_token():

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from vitcls import pretrained
 from vitcls.errors import UserError
 from vitcls.models.resnet import resnet_config
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 
 CONFIG = ViTConfig(
     image_size=(8, 8),

@@ -8,7 +8,7 @@ import pytest
 
 from vitcls import pretrained
 from vitcls.errors import UserError
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained.files import formats
 
 CONFIG = ViTConfig(

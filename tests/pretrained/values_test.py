@@ -16,7 +16,7 @@ from vitcls import pretrained
 from vitcls.checkpoints.manager import Checkpoints
 from vitcls.errors import UserError
 from vitcls.models.resnet import ResNetConfig
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import keys
 from vitcls.pretrained.files import formats
 from vitcls.pretrained.reading import FAMILIES

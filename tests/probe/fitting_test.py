@@ -16,7 +16,7 @@ from vitcls.data import sources
 from vitcls.errors import UserError
 from vitcls.evaluate import exact
 from vitcls.models.resnet import resnet_config
-from vitcls.models.vit import vit_config
+from vitcls.models.vit_config import vit_config
 from vitcls.pretrained.reading import variable_shapes
 from vitcls.probe import features, fitting, heads
 from vitcls.step import sharding

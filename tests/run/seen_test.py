@@ -18,7 +18,8 @@ from vitcls.config.fields import default_config
 from vitcls.data import sources
 from vitcls.errors import Interrupted, UserError
 from vitcls.logs import writers
-from vitcls.run import seen, setup
+from vitcls.run import seen
+from vitcls.run.splits import open_splits, warn_of_changed_splits
 from vitcls.soup import ingredients
 
 CLASSES = ("ant", "bee", "cat")
@@ -95,10 +96,10 @@ def test_a_run_begun_by_position_continues_so_and_says_so(tmp_path, monkeypatch,
     config = make_config(f"folder:{tmp_path}/data")
     config.data.division = "position"
     begin(config, tmp_path / "run", monkeypatch)
-    expected = {name: ids(split) for name, split in setup.open_splits(config)[1].items()}
+    expected = {name: ids(split) for name, split in open_splits(config)[1].items()}
     make_old(tmp_path / "run")
     config.data.division = ""
-    assert ids(setup.open_splits(config)[1]["holdout"]) != expected["holdout"]
+    assert ids(open_splits(config)[1]["holdout"]) != expected["holdout"]
     for total_steps in (2, 3):  # a second time, too
         config.train.total_steps = total_steps
         with caplog.at_level("INFO", logger="vitcls"):
@@ -204,7 +205,7 @@ def test_a_split_that_chooses_and_changed_is_said(caplog):
             return 7
 
     splits = {"val": Changed(), "test": Changed()}
-    setup.warn_of_changed_splits({"val": "then", "test": "now"}, splits, select="val")
+    warn_of_changed_splits({"val": "then", "test": "now"}, splits, select="val")
     (record,) = caplog.records
     assert "Split 'val' has changed" in record.getMessage()
     assert "earlier checkpoints were scored on other images" in record.getMessage()

@@ -19,10 +19,11 @@ from vitcls import pretrained, train
 from vitcls.checkpoints.manager import Checkpoints
 from vitcls.config.fields import check_same_run, default_config
 from vitcls.errors import UserError
-from vitcls.models import vit
+from vitcls.models import vit_config
 from vitcls.pretrained.files import formats
-from vitcls.run import setup
+from vitcls.run import continuing, network, setup, splits, warnings
 from vitcls.run.program import with_fields
+from vitcls.run.resolve import resolve
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -32,7 +33,7 @@ def make_checkpoint(tmp_path_factory):
     """Returns a function that writes a checkpoint with the given class names."""
 
     def make(class_names: tuple[str, ...]) -> str:
-        config = vit.vit_config("vit_mu4", num_classes=len(class_names), image_size=(8, 8))
+        config = vit_config.vit_config("vit_mu4", num_classes=len(class_names), image_size=(8, 8))
         model = pretrained.make_model(config)
         variables = jax.jit(functools.partial(model.init, train=False))(
             jax.random.key(0), jnp.zeros((1, 8, 8, 3))
@@ -60,14 +61,14 @@ def test_pickles_are_read_when_allowed(make_checkpoint):
     torch.save(load_file(folder / formats.SINGLE), folder / "pytorch_model.bin")
     (folder / formats.SINGLE).unlink()
     with pytest.raises(UserError, match="as a pickle only"):
-        setup.open_model(make_config(str(folder)), DIGITS)
-    files, _, _ = setup.open_model(make_config(str(folder), allow_pickle=True), DIGITS)
+        network.open_model(make_config(str(folder)), DIGITS)
+    files, _, _ = network.open_model(make_config(str(folder), allow_pickle=True), DIGITS)
     assert "pytorch_model.bin" in files.sha256()
 
 
 def test_new_head_takes_the_classes_of_the_data(make_checkpoint):
     config = make_config(make_checkpoint(("cat", "dog")))
-    files, model_config, processor = setup.open_model(config, DIGITS)
+    files, model_config, processor = network.open_model(config, DIGITS)
     assert model_config.num_classes == 10
     assert tuple(processor.id2label.values()) == DIGITS
     params = pretrained.read_variables(files, model_config, new_head=True)["params"]
@@ -86,12 +87,12 @@ def test_a_head_that_is_not_kept_need_not_fit(make_checkpoint, fields):
     folder = Path(make_checkpoint(("cat", "dog")))
     content = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps(content))
-    files, model_config, processor = setup.open_model(make_config(str(folder)), DIGITS)
+    files, model_config, processor = network.open_model(make_config(str(folder)), DIGITS)
     assert tuple(processor.id2label.values()) == DIGITS
     params = pretrained.read_variables(files, model_config, new_head=True)["params"]
     assert params["classifier"]["kernel"].shape == (32, 10)
     with pytest.raises(UserError):
-        setup.open_model(make_config(str(folder), head="keep"), DIGITS)
+        network.open_model(make_config(str(folder), head="keep"), DIGITS)
 
 
 def test_a_kept_head_may_have_numbers_for_names(make_checkpoint):
@@ -99,14 +100,14 @@ def test_a_kept_head_may_have_numbers_for_names(make_checkpoint):
     content = json.loads((folder / "config.json").read_text())
     content["id2label"] = {str(number): number - 1 for number in range(1, 11)}
     (folder / "config.json").write_text(json.dumps(content))
-    _, _, processor = setup.open_model(make_config(str(folder), head="keep"), DIGITS)
+    _, _, processor = network.open_model(make_config(str(folder), head="keep"), DIGITS)
     assert tuple(processor.id2label.values()) == DIGITS
 
 
 def test_kept_head_keeps_its_class_names(make_checkpoint, caplog):
     names = tuple(f"digit {digit}" for digit in range(10))
     config = make_config(make_checkpoint(names), head="keep")
-    _, model_config, processor = setup.open_model(config, DIGITS)
+    _, model_config, processor = network.open_model(config, DIGITS)
     assert model_config.num_classes == 10
     assert tuple(processor.id2label.values()) == names
 
@@ -121,14 +122,14 @@ def test_kept_head_keeps_its_class_names(make_checkpoint, caplog):
 def test_kept_head_that_does_not_fit_is_refused(make_checkpoint, class_names, message):
     config = make_config(make_checkpoint(class_names), head="keep")
     with pytest.raises(UserError, match=message):
-        setup.open_model(config, DIGITS)
+        network.open_model(config, DIGITS)
 
 
 @pytest.mark.parametrize("arch", ["vit_mu4", "resnet18", "resnet_mu"])
 def test_architectures_of_every_family_are_known(arch):
     config = make_config("", arch=arch)
     config.data.image_size = (32, 48)
-    files, model_config, processor = setup.open_model(config, DIGITS)
+    files, model_config, processor = network.open_model(config, DIGITS)
     assert files is None
     assert model_config.num_classes == 10
     assert model_config.image_size == processor.size == (32, 48)
@@ -138,18 +139,18 @@ def test_unknown_architectures_list_every_family():
     config = make_config("", arch="resnt50")
     config.data.image_size = (32, 32)
     with pytest.raises(UserError, match="Did you mean 'resnet50'.*resnet18.*vit_b16"):
-        setup.open_model(config, DIGITS)
+        network.open_model(config, DIGITS)
 
 
 def test_image_size_comes_from_the_config_or_the_checkpoint(make_checkpoint):
     config = make_config(make_checkpoint(DIGITS))
-    assert setup.open_model(config, DIGITS)[1].image_size == (8, 8)
+    assert network.open_model(config, DIGITS)[1].image_size == (8, 8)
     config.data.image_size = (12, 16)
-    _, model_config, processor = setup.open_model(config, DIGITS)
+    _, model_config, processor = network.open_model(config, DIGITS)
     assert model_config.image_size == processor.size == (12, 16)
     config.data.image_size = (10, 10)
     with pytest.raises(UserError, match="not divisible by the patch"):
-        setup.open_model(config, DIGITS)
+        network.open_model(config, DIGITS)
 
 
 def test_black_borders_are_announced(make_checkpoint, caplog, monkeypatch):
@@ -161,7 +162,7 @@ def test_black_borders_are_announced(make_checkpoint, caplog, monkeypatch):
     for size, resize, is_padded in [((8, 8), 0, 0), ((8, 16), 16, 0), ((8, 16), 0, 1)]:
         caplog.clear()
         config.data.update(image_size=size, resize=resize)
-        processor = setup.open_model(config, DIGITS)[2]
+        processor = network.open_model(config, DIGITS)[2]
         corner = processor.pixels(np.full((20, 20, 3), 255, np.uint8))[0, 0]
         assert corner.tolist() == [0 if is_padded else 255] * 3
         assert ("black borders; data.resize=16 would cut" in caplog.text) == bool(is_padded)
@@ -171,7 +172,7 @@ def test_resize_smaller_than_the_image_is_refused(make_checkpoint):
     config = make_config(make_checkpoint(DIGITS))
     config.data.resize = 7
     with pytest.raises(UserError, match="data.resize=7 is smaller than the image size"):
-        setup.open_model(config, DIGITS)
+        network.open_model(config, DIGITS)
 
 
 def test_a_workdir_is_no_checkpoint_to_start_from(tmp_path):
@@ -179,15 +180,15 @@ def test_a_workdir_is_no_checkpoint_to_start_from(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     with pytest.raises(UserError, match="is the workdir of a run. Write its weights to a folder"):
-        setup.open_model(make_config(str(tmp_path)), DIGITS)
+        network.open_model(make_config(str(tmp_path)), DIGITS)
 
 
 def test_nothing_is_held_out_for_nobody(digits_dir):
     config = make_config("x")
     config.data.data_dir = digits_dir
-    assert len(setup.open_splits(config)[0]) == 1437 - 144
+    assert len(splits.open_splits(config)[0]) == 1437 - 144
     config.eval.select_split = ""
-    train_split, evaluated = setup.open_splits(config)
+    train_split, evaluated = splits.open_splits(config)
     assert len(train_split) == 1437
     assert set(evaluated) == {"test"}
 
@@ -195,7 +196,7 @@ def test_nothing_is_held_out_for_nobody(digits_dir):
 def test_fold_and_long_tail_make_the_splits_of_a_run(digits_dir):
     config = make_config("x")
     config.data.update(data_dir=digits_dir, fold="2/5", long_tail=10.0)
-    train_split, evaluated = setup.open_splits(config)
+    train_split, evaluated = splits.open_splits(config)
     assert len(evaluated["holdout"]) in (1437 // 5, 1437 // 5 + 1)
     assert len(evaluated["test"]) == 360
     counts = np.bincount(train_split.labels())
@@ -212,7 +213,7 @@ def test_what_is_held_out_and_taken_follows_the_seed(digits_dir, fields):
 
     def ids(seed):
         config.train.seed = seed
-        train_split, evaluated = setup.open_splits(config)
+        train_split, evaluated = splits.open_splits(config)
         return [
             {split.id(i) for i in range(len(split))}
             for split in (train_split, evaluated["holdout"])
@@ -229,9 +230,9 @@ def test_selection_on_images_of_the_test_split_is_refused(digits_dir):
     config.data.data_dir = digits_dir
     config.eval.select_split = "test[:50%]"
     with pytest.raises(UserError, match="shares images with 'test' of data.eval_splits"):
-        setup.open_splits(config)
+        splits.open_splits(config)
     config.data.eval_splits = ("test[50%:]",)
-    assert len(setup.open_splits(config)[1]) == 2
+    assert len(splits.open_splits(config)[1]) == 2
 
 
 @pytest.mark.parametrize(
@@ -256,8 +257,8 @@ def test_images_that_are_trained_on_are_refused_elsewhere(
     config.data.update(data_dir=digits_dir, train_split=train_split, eval_splits=(evaluated,))
     config.eval.select_split = select
     with pytest.raises(UserError, match=re.escape(message)):
-        setup.open_splits(config)
-    setup.open_splits(config, begun=True)
+        splits.open_splits(config)
+    splits.open_splits(config, begun=True)
     assert message in caplog.text and "The run began so, and continues." in caplog.text
 
 
@@ -265,7 +266,7 @@ def test_splits_of_other_images_are_accepted(digits_dir):
     config = make_config("x")
     config.data.update(data_dir=digits_dir, train_split="train[:90%]")
     config.eval.select_split = "train[90%:]"
-    train_split, evaluated = setup.open_splits(config)
+    train_split, evaluated = splits.open_splits(config)
     assert (len(train_split), len(evaluated["train[90%:]"])) == (1293, 144)
 
 
@@ -281,26 +282,26 @@ def test_a_class_without_training_images_is_refused(tmp_path):
     config.data.source, config.eval.select_split = f"csv:{tmp_path}/list.csv", ""
     message = "train: 1 of 3 classes have no images to train on: cat. Add images"
     with pytest.raises(UserError, match=message):
-        setup.open_splits(config)
+        splits.open_splits(config)
 
 
 def test_resize_of_the_config_wins_over_the_checkpoint(make_checkpoint):
     config = make_config(make_checkpoint(DIGITS))
     config.data.resize = 10
-    assert setup.open_model(config, DIGITS)[2].resize == 10
+    assert network.open_model(config, DIGITS)[2].resize == 10
 
 
 def test_resolve_fills_in_what_follows():
     config = make_config("x")
     config.train.update(total_steps=0, total_epochs=2.5)
-    resolved = setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
+    resolved = resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
     assert resolved.train.total_steps == 16  # ceil(250 / 16)
     assert resolved.data.image_size == (8, 8)
     assert resolved.eval.batch_size == 16
     assert config.train.total_steps == 0
     config.optim.warmup_steps = 17
     with pytest.raises(UserError, match="more than the 16 steps"):
-        setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
+        resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
 
 
 def save_config(config, workdir):
@@ -312,14 +313,14 @@ def test_what_was_left_open_is_kept_by_a_run_that_is_continued(tmp_path):
     config = make_config("x")
     config.train.total_steps = 1000
     config.optim.warmup_steps = config.eval.every_steps = placeholder(int)
-    resolve = functools.partial(setup.resolve, num_train=100, image_size=(8, 8), num_devices=8)
-    old = resolve(config)
+    resolved_of = functools.partial(resolve, num_train=100, image_size=(8, 8), num_devices=8)
+    old = resolved_of(config)
     assert (old.optim.warmup_steps, old.eval.every_steps) == (100, 100)
     old.optim.warmup_steps, old.eval.every_steps = 77, 33
     del old.optim.restarts
     save_config(old, tmp_path)
     config.train.total_steps = 2000
-    resolved = resolve(config, begun=tmp_path)
+    resolved = resolved_of(config, begun=tmp_path)
     assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (77, 33)
     check_same_run(resolved, tmp_path / "config.json")
     # As a sweep asks, which leaves them open.
@@ -351,7 +352,7 @@ def test_a_run_that_is_lengthened_says_what_its_rate_does(fields, message, tmp_p
     config.optim.update(lr=5e-4, warmup_steps=100)
     save_config(config, tmp_path)
     config = with_fields(config, fields)
-    found = setup.rate_changes(config, tmp_path / "config.json", step=990)
+    found = warnings.rate_changes(config, tmp_path / "config.json", step=990)
     assert len(found) == (message is not None) and (message or "") in "".join(found)
 
 
@@ -360,11 +361,11 @@ def test_a_run_that_began_with_another_step_schedule_says_so(tmp_path):
     config.train.total_steps = 1000
     config.optim.update(schedule="step", warmup_steps=100)
     save_config(config, tmp_path)
-    assert not setup.rate_changes(config, tmp_path / "config.json", step=320)
+    assert not warnings.rate_changes(config, tmp_path / "config.json", step=320)
     old = config.copy_and_resolve_references()
     del old.optim.restarts
     save_config(old, tmp_path)
-    (warning,) = setup.rate_changes(config, tmp_path / "config.json", step=320)
+    (warning,) = warnings.rate_changes(config, tmp_path / "config.json", step=320)
     assert "this run began when it did so at those of what follows the warm-up" in warning
     assert warning.endswith("It continues with a learning rate of 1e-05.")
 
@@ -373,10 +374,10 @@ def test_rates_are_scaled_with_the_batch():
     config = make_config("x")
     config.optim.update(lr=0.2, lr_batch_size=64)
     config.adapt.probe_lr = 0.4
-    resolved = setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
+    resolved = resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
     assert config.train.global_batch_size == 16
     assert (resolved.optim.lr, resolved.adapt.probe_lr) == (0.05, 0.1)
-    again = setup.resolve(resolved, num_train=100, image_size=(8, 8), num_devices=8)
+    again = resolve(resolved, num_train=100, image_size=(8, 8), num_devices=8)
     assert again.optim.lr == 0.05
 
 
@@ -408,27 +409,27 @@ def test_rates_are_scaled_with_the_batch():
     ],
 )
 def test_known_traps_are_warned_of(field, value, num_select, message):
-    model_config = vit.vit_config("vit_ti16", num_classes=2, image_size=(32, 32))
+    model_config = vit_config.vit_config("vit_ti16", num_classes=2, image_size=(32, 32))
     config = make_config("x")
     config.optim.lr = 1e-4
     config.loss.class_weights = "balanced"
     config.adapt.l2_sp = 0.1
-    assert setup.traps(config, model_config, num_select=100) == []
+    assert warnings.traps(config, model_config, num_select=100) == []
     group, name = field.split(".")
     config[group][name] = value
-    (warning,) = setup.traps(config, model_config, num_select=num_select)
+    (warning,) = warnings.traps(config, model_config, num_select=num_select)
     assert message in warning
     if field == "optim.lr":
         for adaptation in ({"train": "head"}, {"layer_decay": 0.7}, {"lora_rank": 4}):
             spared = config.copy_and_resolve_references()
             spared.adapt.update(adaptation)
-            assert setup.traps(spared, model_config, num_select=0) == []
+            assert warnings.traps(spared, model_config, num_select=0) == []
 
 
 def test_evaluation_batch_is_rounded_up_to_the_devices():
     config = make_config("x")
     config.eval.batch_size = 100
-    resolved = setup.resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
+    resolved = resolve(config, num_train=100, image_size=(8, 8), num_devices=8)
     assert resolved.eval.batch_size == 104
 
 
@@ -475,7 +476,7 @@ def test_a_trained_batch_norm_keeps_its_passes(batch_norm, batch_stats, is_refus
     config = default_config()
     config.model.batch_norm = batch_norm
     program = SimpleNamespace(num_passes=2, state_shapes=SimpleNamespace(batch_stats=batch_stats))
-    setup.check_same_passes(2, program, config)
+    continuing.check_same_passes(2, program, config)
     message = "began with 4 passes per step and would go on with 2"
     with pytest.raises(UserError, match=message) if is_refused else contextlib.nullcontext():
-        setup.check_same_passes(4, program, config)
+        continuing.check_same_passes(4, program, config)

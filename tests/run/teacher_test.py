@@ -16,7 +16,7 @@ from torch.nn import functional
 from vitcls import pretrained, train
 from vitcls.config.fields import default_config
 from vitcls.errors import UserError
-from vitcls.models import vit
+from vitcls.models import vit_config
 from vitcls.run.teacher import open_teacher
 from vitcls.step import losses
 from vitcls.step import train_step as steps
@@ -44,7 +44,7 @@ def save_network(
     folder: Path, names: tuple[str, ...], *, seed: int, processor: pretrained.Processor
 ) -> Path:
     """A random network, its head too, on images of 8 x 8 pixels."""
-    config = vit.vit_config("vit_mu4", num_classes=len(names), image_size=(8, 8))
+    config = vit_config.vit_config("vit_mu4", num_classes=len(names), image_size=(8, 8))
     model, rng = pretrained.make_model(config), np.random.default_rng(seed)
     variables = jax.tree.map(
         lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32),

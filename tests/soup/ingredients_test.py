@@ -13,9 +13,9 @@ from vitcls import pretrained
 from vitcls.checkpoints.manager import Checkpoints
 from vitcls.config.fields import default_config
 from vitcls.errors import UserError
-from vitcls.models.vit import vit_config
+from vitcls.models.vit_config import vit_config
 from vitcls.pretrained.reading import variable_shapes
-from vitcls.run import setup
+from vitcls.run import splits
 from vitcls.soup import ingredients
 
 CLASSES = ("ant", "bee", "cat")
@@ -158,7 +158,7 @@ def open_selection(root: Path, references: str, **kwargs):
 
 def held_out(run: Path) -> set[str]:
     config = ingredients.find(str(run))[0].run_config()
-    split = setup.open_splits(config)[1]["holdout"]
+    split = splits.open_splits(config)[1]["holdout"]
     return {split.id(index) for index in range(len(split))}
 
 

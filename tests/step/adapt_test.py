@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from vitcls.errors import UserError
-from vitcls.models import resnet, vit
+from vitcls.models import resnet, vit, vit_config
 from vitcls.step import adapt
 
 PARAMS = {"encoder": {"layer_0": {"kernel": 1, "bias": 2}}, "classifier": {"kernel": 3}}
@@ -53,7 +53,7 @@ def test_subtree_keeps_what_the_other_tree_has():
     assert adapt.subtree(PARAMS, {"classifier": {"kernel": None}}) == {"classifier": {"kernel": 3}}
 
 
-CONFIG = vit.vit_config("vit_mu4", num_classes=5, image_size=(8, 8))
+CONFIG = vit_config.vit_config("vit_mu4", num_classes=5, image_size=(8, 8))
 
 
 @functools.cache

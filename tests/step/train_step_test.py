@@ -12,13 +12,13 @@ import pytest
 
 from vitcls.augment import prepare as augment
 from vitcls.logs.parameters import bytes_per_device
-from vitcls.models import resnet, vit
+from vitcls.models import resnet, vit, vit_config
 from vitcls.step import adapt, optim, sharding
 from vitcls.step import train_step as steps
 
 NUM_CLASSES = 5
 NORMALISE = functools.partial(augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.25,) * 3)
-CONFIG = vit.ViTConfig(
+CONFIG = vit_config.ViTConfig(
     image_size=(8, 12),
     patch_size=(4, 4),
     width=32,

@@ -26,7 +26,7 @@ from vitcls.files import folder_aside
 from vitcls.logs import progress
 from vitcls.pretrained import Processor
 from vitcls.step import sharding
-from vitcls.step.train_step import probabilities
+from vitcls.step.eval_step import probabilities
 
 log = logging.getLogger("vitcls")
 

@@ -107,13 +107,13 @@ def open_images(
 
     Whatever the data source raises, the numbers are worth a page: it is only said.
     """
-    from vitcls.run import setup  # imports jax, the data libraries: only where images are shown
+    from vitcls.run import splits  # imports jax, the data libraries: only where images are shown
 
     nothing = [None] * len(ids)
     if not run.config:
         return nothing, "The images cannot be shown: config.json, which names them, is missing."
     try:
-        _, evaluated = setup.open_splits(restored_config(run.config), begun=True)
+        _, evaluated = splits.open_splits(restored_config(run.config), begun=True)
         if split_name not in evaluated:
             return nothing, "The images cannot be shown: config.json does not evaluate this split."
         split = evaluated[split_name]

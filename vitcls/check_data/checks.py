@@ -24,8 +24,9 @@ from vitcls.data.sources.files import show
 from vitcls.data.sources.split import check_no_class_is_empty, num_shared
 from vitcls.errors import UserError
 from vitcls.logs.progress import doing
-from vitcls.run import setup
+from vitcls.run import network, resolve
 from vitcls.run.program import make_program
+from vitcls.run.splits import open_splits
 from vitcls.step import sharding
 
 Report = dict[str, Any]
@@ -314,7 +315,7 @@ def check_training(config: ConfigDict, report: Report) -> None:
       config: The run's.
       report: Of `check`, on the config's data.
     """
-    train, _ = setup.open_splits(config)
+    train, _ = open_splits(config)
     bad = [one["id"] for split in report["splits"].values() for one in split["unreadable"]]
     check_no_class_is_empty(train, without=bad)
 
@@ -341,10 +342,10 @@ def training_images(
     """
     config = config.copy_and_resolve_references()
     config.data.cache = ""  # which would have to be filled first
-    train, _ = setup.open_splits(config, begun=begun is not None)
-    _, model_config, processor = setup.open_model(config, train.class_names, begun=begun)
+    train, _ = open_splits(config, begun=begun is not None)
+    _, model_config, processor = network.open_model(config, train.class_names, begun=begun)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    config = setup.resolve(
+    config = resolve.resolve(
         config, num_train=len(train), image_size=processor.size, num_devices=mesh.size
     )
     program = make_program(
@@ -366,7 +367,7 @@ def training_images(
             total_steps=num_steps,
             seed=config.train.seed,
             sampling=config.data.sampling,
-            transform=setup.train_transform(config, processor),
+            transform=network.train_transform(config, processor),
             num_threads=config.data.num_threads,
             skipped=Skipped(Path(folder, "skipped")) if config.data.on_error == "skip" else None,
         )

@@ -20,7 +20,7 @@ from vitcls.data.sources import classes
 from vitcls.data.sources.split import Split
 from vitcls.logs import progress
 from vitcls.step import metrics, sharding
-from vitcls.step import train_step as steps
+from vitcls.step.eval_step import make_eval_step, over_mirror_images
 
 Batch = dict[str, np.ndarray]
 
@@ -131,8 +131,8 @@ def make_evaluator(
     """
     names = tuple(processor.id2label.values())
     positions = classes.match(split.class_names, names, by=labels)
-    apply = steps.over_mirror_images(model.apply) if tta == "flip" else model.apply
-    eval_step = steps.make_eval_step(processor.normalise, apply)
+    apply = over_mirror_images(model.apply) if tta == "flip" else model.apply
+    eval_step = make_eval_step(processor.normalise, apply)
 
     def step(variables, batch):
         targets = jnp.zeros((len(batch["targets"]), len(names)))

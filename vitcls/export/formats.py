@@ -26,7 +26,7 @@ from vitcls.files import folder_aside, write_json
 from vitcls.pretrained.files import formats
 from vitcls.pretrained.run import find_run
 from vitcls.step.devices import start_devices
-from vitcls.step.train_step import make_predict_step
+from vitcls.step.eval_step import make_predict_step
 
 log = logging.getLogger("vitcls")
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from vitcls.errors import UserError, unknown
 from vitcls.models.convolution import convolve, max_pool
 from vitcls.models.remat import call_layer
-from vitcls.models.vit import ACTIVATIONS, check_image_size
+from vitcls.models.vit import check_image_size
+from vitcls.models.vit_config import ACTIVATIONS
 
 # Layer type, layers per stage, channels per stage. He et al. 2016, table 1; mu is for tests.
 SIZES = {

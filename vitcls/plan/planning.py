@@ -27,12 +27,13 @@ from vitcls.errors import UserError
 from vitcls.files import read_or_set_aside, write_json
 from vitcls.plan.choices import Choice, first_fitting
 from vitcls.recipes import ARCHS
-from vitcls.run import setup
+from vitcls.run import resolve, splits
+from vitcls.run.network import open_model
+from vitcls.run.passes import pass_sizes
 from vitcls.run.program import (
     Program,
     check_passes_are_free,
     make_program,
-    pass_sizes,
     trains_statistics,
     with_fields,
 )
@@ -142,7 +143,7 @@ class Plans:
         )  # or complains
         class_names, class_counts, num_train = _open_data(config, num_classes, num_images)
         config, network, processor = _open_network(config, class_names, arch)
-        self.config = setup.resolve(
+        self.config = resolve.resolve(
             config,
             num_train=num_train,
             image_size=processor.size,
@@ -258,7 +259,7 @@ def _open_data(
             "nothing. Say what it would tell: --num_classes, and with train.total_epochs also "
             "--num_images, the images to train on."
         )
-    train, _ = setup.open_splits(config)
+    train, _ = splits.open_splits(config)
     return train.class_names, train.class_counts(), len(train)
 
 
@@ -285,7 +286,7 @@ def _open_network(
             config, {"model.pretrained": "", "model.arch": arch, "model.head": "new"}
         )
     try:
-        _, network, processor = setup.open_model(config, class_names)
+        _, network, processor = open_model(config, class_names)
     except UserError as error:
         if arch or not source:
             raise

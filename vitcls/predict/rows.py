@@ -26,8 +26,7 @@ from vitcls.errors import UserError
 from vitcls.files import written_aside
 from vitcls.folders import ownership
 from vitcls.logs import progress
-from vitcls.step import sharding
-from vitcls.step import train_step as steps
+from vitcls.step import eval_step, sharding
 
 log = logging.getLogger("vitcls")
 
@@ -106,7 +105,7 @@ def predict_files(
         )
     step, batch_size = inference.compile_step(
         jax.jit(
-            steps.make_predict_step(processor.normalise, model.apply),
+            eval_step.make_predict_step(processor.normalise, model.apply),
             out_shardings=sharding.batch_sharding(mesh),
         ),
         variables,

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vitcls.errors import UserError
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import values
 from vitcls.pretrained.files.flax_file import FlaxWeights
 from vitcls.pretrained.files.formats import Weights

@@ -13,7 +13,8 @@ import numpy as np
 
 from vitcls.errors import UserError, unknown
 from vitcls.models.resnet import ResNet, ResNetConfig
-from vitcls.models.vit import ViT, ViTConfig
+from vitcls.models.vit import ViT
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import keys, processor
 from vitcls.pretrained.families.clip import CLIP, SIGLIP
 from vitcls.pretrained.families.dinov2 import DINOV2, DINOV2_WITH_REGISTERS

@@ -19,9 +19,11 @@ from vitcls.augment import prepare as augment
 from vitcls.costs import footprint
 from vitcls.errors import UserError
 from vitcls.models.attention import check_cudnn
+from vitcls.run.passes import _group_size, _pass_size, pass_sizes
 from vitcls.run.teacher import Teacher
 from vitcls.step import adapt, losses, optim, sharding
 from vitcls.step import train_step as steps
+from vitcls.step.eval_step import make_eval_step, over_mirror_images
 
 PyTree = Any
 log = logging.getLogger("vitcls")
@@ -118,7 +120,7 @@ def make_program(
     With `train.micro_batch=0` the step is compiled, for smaller passes until its memory suffices.
 
     Args:
-      config: The run's, as `train_setup.resolve` returns it.
+      config: The run's, as `run.resolve` returns it.
       model_config: The network's.
       processor: How its images are normalised.
       mesh: The devices.
@@ -267,7 +269,7 @@ def _make_program(
         group_size=group_size,
         probe_steps=config.adapt.probe_steps,
     )
-    eval_apply = steps.over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
+    eval_apply = over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
     everywhere = sharding.replicated(mesh)
     # What the flag --xla_gpu_deterministic_ops does, for these programs; elsewhere it does nothing.
     options = {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None
@@ -282,7 +284,7 @@ def _make_program(
             compiler_options=options,
         ),
         eval_step=jax.jit(
-            steps.make_eval_step(processor.normalise, eval_apply),
+            make_eval_step(processor.normalise, eval_apply),
             out_shardings=everywhere,
             compiler_options=options,
         ),
@@ -376,42 +378,3 @@ def _make_schedules(config: ConfigDict) -> tuple[optax.Schedule, optax.Schedule]
 
 def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
-
-
-def _group_size(config: ConfigDict) -> int:
-    """Neighbours that a pass keeps together: pairs are mixed."""
-    return 2 if config.augment.mixup or config.augment.cutmix else 1
-
-
-def pass_sizes(config: ConfigDict, num_devices: int) -> list[int]:
-    """Returns the sizes of passes, on each device, that divide a step's batch; largest first."""
-    num_rows = config.train.global_batch_size // num_devices
-    return _divisors(num_rows, _group_size(config))[::-1]
-
-
-def _divisors(num_rows: int, group_size: int) -> list[int]:
-    sizes = range(group_size, num_rows + 1, group_size)
-    return [size for size in sizes if num_rows % size == 0]
-
-
-def _pass_size(num_rows: int, micro_batch: int | None, *, group_size: int = 1) -> int:
-    """The most images, `micro_batch` at most, that a device's rows can be divided by, in groups."""
-    if num_rows % group_size or (micro_batch is not None and micro_batch < group_size):
-        raise UserError(
-            f"augment.mixup and augment.cutmix mix pairs, which {num_rows} images on each device "
-            f"in passes of {micro_batch or num_rows} cannot hold together. Set "
-            "train.global_batch_size to an even number per device, and train.micro_batch to 2 or "
-            "more, or switch both off."
-        )
-    if micro_batch is None:
-        return num_rows
-    sizes = _divisors(num_rows, group_size)
-    size = max(size for size in sizes if size <= micro_batch)
-    if size < min(num_rows, micro_batch) / 2:
-        larger = min(size for size in sizes if size > micro_batch)
-        raise UserError(
-            f"train.micro_batch={micro_batch} does not suit the {num_rows} images that each device "
-            f"has of a batch: they divide into passes of {size} or {larger}. Set one of these, or "
-            "another train.global_batch_size."
-        )
-    return size

@@ -20,7 +20,7 @@ from vitcls.data.sources.split import Split, hash_ids
 from vitcls.errors import StorageError, UserError
 from vitcls.files import written_aside
 from vitcls.pretrained.run import find_run
-from vitcls.run import records, setup
+from vitcls.run import records, splits
 
 log = logging.getLogger("vitcls")
 
@@ -111,7 +111,7 @@ def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) ->
             continue
         config.data.source = place
         try:
-            train, evaluated = setup.open_splits(config, begun=True)
+            train, evaluated = splits.open_splits(config, begun=True)
         except (UserError, StorageError):
             continue
         if records.recorded_fingerprints(run.directory).get(train.name) == train.fingerprint:

@@ -19,7 +19,7 @@ from vitcls.errors import UserError
 from vitcls.files import read_json
 from vitcls.pretrained.run import find_run
 from vitcls.run import seen
-from vitcls.run.setup import open_splits
+from vitcls.run.splits import open_splits
 
 PyTree = Any
 log = logging.getLogger("vitcls")

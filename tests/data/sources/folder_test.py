@@ -17,7 +17,7 @@ from vitcls.config.fields import default_config
 from vitcls.data import images, loader, sources
 from vitcls.data.sources.folder import FolderSplit
 from vitcls.errors import StorageError, UserError
-from vitcls.run import setup
+from vitcls.run.splits import open_splits
 
 
 def png(level: int) -> bytes:
@@ -158,7 +158,7 @@ def test_folder_without_splits_is_divided_by_class_the_same_in_every_run(class_r
     held_out = set()
     for seed in (0, 1):
         config.train.seed = seed
-        splits = setup.open_splits(config)[1]
+        splits = open_splits(config)[1]
         assert ids(splits["test"]) == ids(test)
         held_out.add(tuple(ids(splits["holdout"])))
     assert len(held_out) == 2
@@ -278,13 +278,13 @@ def test_a_measuring_split_may_lack_classes(tmp_path, caplog):
     config = default_config()
     config.data.source = f"folder:{tmp_path}"
     config.eval.select_split = ""
-    train, evaluated = setup.open_splits(config)
+    train, evaluated = open_splits(config)
     assert evaluated["test"].class_names == train.class_names
     assert evaluated["test"].labels().tolist() == [2]
     assert "Split 'test' has no images of 2 of the 3 classes: cat, dog." in caplog.text
     config.data.train_split, config.data.eval_splits = "test", ("train",)
     with pytest.raises(UserError, match="has other classes than 'test'"):
-        setup.open_splits(config)
+        open_splits(config)
 
 
 def test_what_was_found_is_said_in_one_line(split_root, class_root, caplog):
@@ -417,7 +417,7 @@ def test_splits_with_different_classes_are_refused(split_root):
     config.eval.select_split = ""
     message = r"'test' has other classes than 'train': \['cat'\] are missing, \['emu'\] are new"
     with pytest.raises(UserError, match=message):
-        setup.open_splits(config)
+        open_splits(config)
 
 
 @pytest.mark.parametrize("target", ["nothing", "link.png"])

@@ -16,7 +16,7 @@ from vitcls.config.fields import default_config
 from vitcls.data import sources
 from vitcls.data.sources import hf
 from vitcls.errors import UserError
-from vitcls.run import setup
+from vitcls.run.splits import open_splits
 
 datasets = pytest.importorskip("datasets")
 NAMES = ["cat", "ant", "bee"]  # the data set's order, not the alphabet's
@@ -189,7 +189,7 @@ def test_columns_may_differ_from_split_to_split(monkeypatch):
     assert open_hf("x", "test").class_names == ("bee", "cat")
     config = default_config()
     config.data.source, config.eval.select_split = "hf:x", ""
-    train, evaluated = setup.open_splits(config)
+    train, evaluated = open_splits(config)
     assert train.class_names == tuple(NAMES)
     assert evaluated["test"].labels().tolist() == [2, 0, 2]
 

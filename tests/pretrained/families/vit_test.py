@@ -21,7 +21,7 @@ from tests.torch_reference import (
 )
 from vitcls import pretrained
 from vitcls.errors import UserError
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained.families.vit import VIT
 from vitcls.pretrained.files.json_fields import JsonFields
 from vitcls.pretrained.saving import config_to_json

@@ -91,7 +91,7 @@ class DividedSplit(Subset):
     """The "train" or the "test" part of data that have no splits."""
 
     def __init__(self, name: str, whole: Split, *, indices: np.ndarray, division: str):
-        """As `Subset`; `division` says by what it was divided, see `vitcls.data.sources.division`."""
+        """As `Subset`; `division` is one of `vitcls.data.sources.division.DIVISIONS`."""
         super().__init__(name, whole, indices=indices)
         self._division = division
 

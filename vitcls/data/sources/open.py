@@ -39,11 +39,11 @@ def open_split(
 
     Args:
       source: `digits`, `glyphs`, `tfds:NAME[/CONFIG][:VERSION]`; `folder:PATH` with
-        PATH/split/class/image or PATH/class/image; `csv:PATH`, see `vitcls.data.sources.csv_file`; or
-        `hf:ID_OR_PATH[:CONFIG]`, see `vitcls.data.sources.hf`.
+        PATH/split/class/image or PATH/class/image; `csv:PATH`, see `csv_file`; or
+        `hf:ID_OR_PATH[:CONFIG]`, see `hf`.
       split: Name; of tfds also an expression as in `tfds.load`, such as "train[:90%]".
       data_dir: Folder of all tfds data; None: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-      division: How data without splits are divided, one of `vitcls.data.sources.division.DIVISIONS`.
+      division: How data without splits are divided, one of `division.DIVISIONS`.
 
     Raises:
       UserError: Unknown source or split, or data that cannot be prepared or used.

@@ -1,7 +1,7 @@
 """Prepares tfds data sets once, in a process of their own: it needs TensorFlow, training does not.
 
-By hand: `python -m vitcls.data.sources.prepare SOURCE [--data_dir=DIR]`. Data sets with records elsewhere
-are downloaded and rewritten as ArrayRecord files, the format with random access.
+By hand: `python -m vitcls.data.sources.prepare SOURCE [--data_dir=DIR]`. Data sets with records
+elsewhere are downloaded and rewritten as ArrayRecord files, the format with random access.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import keys
 from vitcls.pretrained.families import vit_fields
 from vitcls.pretrained.families.family import Family

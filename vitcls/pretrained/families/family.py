@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vitcls.models.resnet import ResNetConfig
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained.files.json_fields import JsonFields
 from vitcls.pretrained.keys import Key
 from vitcls.pretrained.processor import Processor

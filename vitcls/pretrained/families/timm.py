@@ -12,9 +12,9 @@ import re
 
 from vitcls.data.images import RESAMPLING
 from vitcls.errors import UserError
-from vitcls.models import resnet, vit
+from vitcls.models import resnet, vit_config
 from vitcls.models.resnet import ResNetConfig
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import keys
 from vitcls.pretrained.families.family import MOST_CLASSES, Config, Family, label_names
 from vitcls.pretrained.files.json_fields import JsonFields
@@ -52,7 +52,7 @@ def _read(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> Con
         raise fields.error("architecture", _SUPPORTED)
     _check_arguments(fields, image_size, pool="token")
     name = f"vit_{_SIZES[match['size']]}{match['patch']}"
-    config = vit.vit_config(name, num_classes=num_classes, image_size=image_size)
+    config = vit_config.vit_config(name, num_classes=num_classes, image_size=image_size)
     if match["distilled"]:
         tokens = dict(prefix_tokens=("cls", "dist"), pool="cls_dist")
         config = dataclasses.replace(config, family="deit", **tokens)

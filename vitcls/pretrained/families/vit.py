@@ -12,7 +12,7 @@ import functools
 import re
 from typing import Any, NamedTuple
 
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import keys
 from vitcls.pretrained.families import vit_fields
 from vitcls.pretrained.families.family import Family

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vitcls.errors import UserError
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained.files.json_fields import JsonFields
 
 ACTIVATIONS = {  # their name -> ours; the first of several is the one we write
