@@ -11,9 +11,13 @@ MAX_ROOT_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ROOM_LINES = 8, 400, 100
 MAX_LIGHT_LINES = 3100
 LARGE_ROOMS = {"data", "pretrained", "analysis"}
 # Above the bars for now: none of these may grow.
-LONG_FILES = {}
-LONG_FUNCTIONS = {}
-ROOMS_ABOVE = {}
+LONG_FILES = {"config/fields.py": 824, "plan/planning.py": 413}
+LONG_FUNCTIONS = {
+    "config/fields.py:default_config": 270,
+    "run/program.py:_make_program": 112,
+    "train.py:train_and_evaluate": 329,
+}
+ROOMS_ABOVE = {"run": 1430, "step": 1331}
 
 
 def num_lines(path: Path) -> int:
@@ -54,12 +58,12 @@ def test_rooms_are_small():
 @pytest.mark.parametrize(
     "path",
     [path for path in SOURCES if path.name == "__init__.py"],
-    ids=lambda path: path.parent.name,
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_rooms_open_with_a_docstring_and_import_nothing(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
-    imported = [
-        node for node in tree.body if isinstance(node, ast.ImportFrom) and "vitcls" in node.module
-    ]
-    assert not imported
+    imported = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    # Its module and its function `find` have one name, which a lazy import would confuse.
+    if path.parent.name != "pretrained":
+        assert not [node for node in imported if node.module.startswith("vitcls")]
