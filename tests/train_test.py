@@ -386,7 +386,7 @@ def test_a_diverging_run_stops_and_saves_nothing_of_it(config, tmp_path):
 
 def test_a_final_evaluation_that_is_not_finite_ends_the_run(config, tmp_path):
     config.optim.update(name="sgd", lr=3e38, clip_norm=0.0, warmup_steps=0, ema_decay=0.0)
-    config.eval.select_split = ""
+    config.eval.update(select_split="", every_steps=0)
     config.train.total_steps = 1
     with pytest.raises(NonFiniteLoss, match=r"to \d+ of 360 images are not finite: digits-test"):
         train.train_and_evaluate(config, tmp_path)
@@ -548,7 +548,7 @@ def test_a_folder_with_bad_images_trains_when_they_are_skipped(config, folder, t
 
 def test_a_bad_image_that_is_not_skipped_is_named(config, folder, tmp_path):
     config.data.source = f"folder:{folder}"
-    config.eval.select_split = ""
+    config.eval.update(select_split="", every_steps=0)
     config.train.total_steps = 12  # more than an epoch
     message = "Example train/bright/05.jpg of split 'train' cannot be used: .*on_error='skip'"
     with pytest.raises(UserError, match=message) as error:

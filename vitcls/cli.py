@@ -52,7 +52,9 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     main_module = sys.modules["__main__"]
     # Names of classes and files may hold what the terminal's encoding lacks.
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")
+        # A stream that became a pipe since it was opened refuses to be asked where it is.
+        with contextlib.suppress(OSError):
+            stream.reconfigure(errors="backslashreplace")
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(_help(main_module))
         sys.exit(0)

@@ -68,6 +68,8 @@ def initialize(
         _check_flags(coordinator_address, num_processes, process_id)
     if num_processes == 1:
         return
+    if process_id == 0:
+        _check_port(coordinator_address)
     # Our own handlers and votes do what it is for; it takes the signals away from them.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -83,11 +85,8 @@ def initialize(
             return  # no cluster
         raise
     except jax.errors.JaxRuntimeError as error:
-        address = coordinator_address or global_state.coordinator_address
-        raise Unavailable(
-            f"The processes of the run cannot meet at {address} (--coordinator_address): {error}. "
-            "If process 0 says so, another program has the port, perhaps an earlier start of this "
-            "run: end it, or name another port in all processes."
+        raise _cannot_meet(
+            coordinator_address or global_state.coordinator_address, error
         ) from error
     if global_state.num_processes > 1:
         if global_state.process_id:
@@ -112,6 +111,24 @@ def _check_flags(address: str | None, num_processes: int | None, process_id: int
             f"--process_id={process_id} must be from 0 to {num_processes - 1}, one less than "
             f"--num_processes={num_processes}."
         )
+
+
+def _check_port(address: str) -> None:
+    """Raises `Unavailable` where process 0 could not listen; jax may end in a segfault there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(address.rpartition(":")[2])))
+        except (OSError, OverflowError) as error:
+            raise _cannot_meet(address, error) from error
+
+
+def _cannot_meet(address: str, error: Exception) -> Unavailable:
+    return Unavailable(
+        f"The processes of the run cannot meet at {address} (--coordinator_address): {error}. If "
+        "process 0 says so, another program has the port, perhaps an earlier start of this run: "
+        "end it, or name another port in all processes."
+    )
 
 
 def wait_for_all(what: str) -> None:

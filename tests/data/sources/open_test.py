@@ -475,3 +475,13 @@ def test_subsets_of_subsets_read_the_right_examples():
     few = sources.take_per_class(rest, 2, seed=0)
     assert [few.read(i)[1] for i in range(6)] == few.labels().tolist()
     assert [int(few.id(i).split()[1]) % 3 for i in range(6)] == few.labels().tolist()
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_prepared_data_that_a_power_loss_has_cut_have_a_message(name, digits_dir, tmp_path):
+    shutil.copytree(digits_dir, tmp_path / "tfds")
+    (path,) = (tmp_path / "tfds").rglob(name)
+    path.write_text("")
+    message = "The prepared data of digits cannot be read .*Remove their folder"
+    with pytest.raises(UserError, match=message):
+        sources.open_split("digits", "train", data_dir=str(tmp_path / "tfds"))

@@ -1,9 +1,13 @@
 """tfds builders by source name. Making one imports no TensorFlow; only preparing data does."""
 
+import contextlib
 import importlib
+import json
 import pathlib
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 from tensorflow_datasets.core import registered
 
 from vitcls.errors import UserError, unknown
@@ -26,7 +30,8 @@ def find_builder(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
       data_dir: Folder of all tfds data; None: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
     Raises:
-      UserError: No such data set, configuration or version, or no home directory for its data.
+      UserError: No such data set, configuration or version, no home directory for its data, or
+        prepared data that cannot be read.
     """
     if data_dir is None:
         user_folders.check_home(
@@ -36,18 +41,32 @@ def find_builder(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
         data_dir = str(pathlib.Path(data_dir).expanduser())
     if source in BUILT_IN:
         module, name = BUILT_IN[source].split(":")
-        return getattr(importlib.import_module(module), name)(data_dir=data_dir)
+        with reading_prepared(source):
+            return getattr(importlib.import_module(module), name)(data_dir=data_dir)
     name = source.removeprefix("tfds:")
     if not name:
         raise UserError("data.source='tfds:' names no data set; tfds:cifar10, for example.")
     try:
-        return tfds.builder(name, data_dir=data_dir)
+        with reading_prepared(source):
+            return tfds.builder(name, data_dir=data_dir)
     except registered.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         raise unknown("tfds data set", name, known) from error
     # tfds raises ValueError for a configuration and AssertionError for a version it does not have.
     except (ValueError, AssertionError) as error:
         raise UserError(f"{source} cannot be opened: {error}") from error
+
+
+@contextlib.contextmanager
+def reading_prepared(source: str) -> Iterator[None]:
+    """Raises `UserError` for prepared data whose JSON is empty or cut, as after a power loss."""
+    try:
+        yield
+    except (json.JSONDecodeError, json_format.ParseError) as error:
+        raise UserError(
+            f"The prepared data of {source} cannot be read ({error}). Remove their folder, below "
+            "data.data_dir or --data_dir, else ~/tensorflow_datasets: they are prepared again."
+        ) from error
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:

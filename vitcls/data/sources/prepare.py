@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from vitcls.data.sources import builders
 from vitcls.errors import STORAGE_ERRNOS, StorageError, UserError
+from vitcls.files import sync
 from vitcls.folders import lock, user_folders
 from vitcls.logs.progress import doing
 
@@ -53,7 +54,8 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
             raise
         except OSError as error:
             raise StorageError(f"Cannot prepare {source} in {folder}: {error}") from error
-    return tfds.builder_from_directory(folder)
+    with builders.reading_prepared(source):
+        return tfds.builder_from_directory(folder)
 
 
 def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
@@ -101,6 +103,9 @@ def prepare(source: str, *, data_dir: str | None = None) -> None:
     # Copies on Google's storage have no random access, and asking for them costs seconds offline.
     download = tfds.download.DownloadConfig(try_download_gcs=False)
     builder.download_and_prepare(file_format=_FORMAT, download_config=download)
+    folder = pathlib.Path(builder.data_path)
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        sync(path)
 
 
 def main() -> int:
