@@ -310,8 +310,7 @@ def test_training_on_mostly_bad_images_stops_before_the_end_of_an_epoch(skipped)
 # first batch it sends itself and its workers the signal that a cluster sends before it kills.
 _SCRIPT = """
 import functools, itertools, multiprocessing, os, signal, sys, time
-from vitcls import images
-from vitcls.data import loader, sources
+from vitcls.data import images, loader, sources
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -391,8 +390,7 @@ def test_workers_end_when_the_iterator_is_closed(digits):
 # A pass that ends early, one that the process leaves open, and batches that outlive their pass.
 _PASSES = """
 import functools, itertools, sys
-from vitcls import images
-from vitcls.data import loader, sources
+from vitcls.data import images, loader, sources
 
 if __name__ == "__main__":
     split = sources.open_split("digits", "test", data_dir=sys.argv[1])

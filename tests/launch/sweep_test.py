@@ -74,7 +74,7 @@ def test_dry_run_shows_the_commands_and_makes_nothing(tmp_path):
 
 def test_a_second_start_names_the_first_and_runs_nothing(tmp_path):
     program = (
-        "import pathlib, sys; from vitcls import lock\n"
+        "import pathlib, sys; from vitcls.folders import lock\n"
         "lock.take(pathlib.Path(sys.argv[1]) / 'lock', verb='run')\n"
         "print('held', flush=True); input()\n"
     )

@@ -109,8 +109,7 @@ def test_splits_can_be_pickled(train):
 def test_reading_and_batching_prepared_data_imports_no_heavy_library(digits_dir):
     code = f"""if True:
         import functools, sys
-        from vitcls import images
-        from vitcls.data import loader, sources
+        from vitcls.data import images, loader, sources
         split = sources.open_split("digits", "train", data_dir={digits_dir!r})
         rest, held = sources.hold_out(split, 0.1, seed=0)
         options = dict(global_batch_size=8, num_threads=1)
@@ -222,7 +221,7 @@ def test_what_another_process_prepared_meanwhile_is_not_prepared_again(monkeypat
 def test_only_one_process_prepares_at_a_time(tmp_path):
     code = f"""if True:
         import pathlib, time
-        from vitcls import lock
+        from vitcls.folders import lock
         with lock.waiting(pathlib.Path({str(tmp_path)!r}) / "lock"):
             print("in", flush=True)
             time.sleep(0.3)

@@ -2,14 +2,11 @@
 
 import importlib
 
-_PLACES = {
-    "open": ("home", "open_split", "split_names"),
-    "split": ("Split", "Subset", "hold_out", "take_fold", "take_long_tail", "take_per_class"),
-}
-
 
 def __getattr__(name: str):
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"vitcls.data.sources.{module}"), name)
+    # A name of the package is one of `open`, which imports what the sources need.
+    if not name.startswith("_"):
+        module = importlib.import_module("vitcls.data.sources.open")
+        if name in module.__all__:
+            return getattr(module, name)
     raise AttributeError(f"module 'vitcls.data.sources' has no attribute {name!r}")
