@@ -31,6 +31,14 @@ def test_links_lead_somewhere(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings_lead_to_one(page):
+    for target, anchor in re.findall(r"\]\(([\w/]*(?:\.md)?)#([^)]+)\)", page.read_text()):
+        text = (page.parent / target if target else page).read_text()
+        titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in titles}
+
+
 def test_the_readme_names_every_room_and_stays_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 150
