@@ -27,7 +27,8 @@ import jax
 from benchmarks import jpegs
 from benchmarks.figures import host, line, positive, run_command, summary
 from benchmarks.trace import gap_share
-from vitcls.config.fields import check_config, default_config
+from vitcls.config.checks import check_config
+from vitcls.config.fields import default_config
 from vitcls.data import loader
 from vitcls.run import resolve, splits
 from vitcls.run.network import open_model, train_transform

@@ -4,7 +4,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from vitcls.config.fields import check_config
+from vitcls.config.checks import check_config
 from vitcls.errors import UserError
 
 

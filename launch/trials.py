@@ -15,7 +15,8 @@ from ml_collections import ConfigDict, config_flags
 
 from launch import commands
 from vitcls import cli
-from vitcls.config.fields import check_same_run, drop_unused
+from vitcls.config.checks import drop_unused
+from vitcls.config.saved import check_same_run
 from vitcls.errors import UserError
 from vitcls.files import read_json, write_json
 from vitcls.folders import ownership

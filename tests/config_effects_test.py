@@ -9,9 +9,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from vitcls.config.fields import RUN_FIELDS, check_config, default_config, flatten
+from vitcls.config.checks import check_config
+from vitcls.config.fields import RUN_FIELDS, default_config
+from vitcls.config.parse import flatten
 from vitcls.errors import UserError
-from vitcls.run import program, resolve, setup, splits
+from vitcls.run import program, resolve, splits
 from vitcls.run.network import open_model, train_transform
 from vitcls.step import sharding
 
@@ -144,7 +146,7 @@ def what_runs(config: ConfigDict) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_each_field_changes_what_runs_or_is_refused(base, digits_dir, monkeypatch):
-    monkeypatch.setattr(setup.log, "disabled", True)
+    monkeypatch.setattr(splits.log, "disabled", True)
     before = what_runs(base_config(base, digits_dir))
     assert what_runs(base_config(base, digits_dir)) == before
     without_effect = []

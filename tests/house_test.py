@@ -11,9 +11,8 @@ MAX_ROOT_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ROOM_LINES = 8, 400, 100
 MAX_LIGHT_LINES = 3100
 LARGE_ROOMS = {"data", "pretrained", "analysis"}
 # Above the bars for now: none of these may grow.
-LONG_FILES = {"config/fields.py": 824, "plan/planning.py": 413}
+LONG_FILES = {"plan/planning.py": 413}
 LONG_FUNCTIONS = {
-    "config/fields.py:default_config": 270,
     "run/program.py:_make_program": 112,
     "train.py:train_and_evaluate": 329,
 }

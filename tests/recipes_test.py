@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vitcls import cli, recipes
-from vitcls.config.fields import check_config
+from vitcls.config.checks import check_config
 from vitcls.errors import UserError
 from vitcls.run import program
 from vitcls.run.resolve import resolve

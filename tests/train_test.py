@@ -17,7 +17,8 @@ from PIL import Image
 
 from vitcls import pretrained, train
 from vitcls.checkpoints.manager import Checkpoints
-from vitcls.config.fields import default_config, flatten
+from vitcls.config.fields import default_config
+from vitcls.config.parse import flatten
 from vitcls.costs import footprint
 from vitcls.data import images
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from vitcls.config.fields import drop_unused
+from vitcls.config.checks import drop_unused
 from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.files import expand
 from vitcls.folders import user_folders

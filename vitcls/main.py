@@ -11,7 +11,7 @@ and config files take arguments after a colon, for example
 
   --config=configs/quickstart.py:init=scratch
 
-All fields, with their meaning, are listed in vitcls/config/fields.py.
+`python -m vitcls.config` prints all fields with their defaults, allowed values and meaning.
 
 On several machines start the same command in every process: SLURM, TPU VMs, Kubernetes and MPI are
 recognised, elsewhere --coordinator_address, --num_processes and --process_id say who is who. The
@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vitcls import cli
-from vitcls.config.fields import check_config
+from vitcls.config.checks import check_config
 from vitcls.processes import signals
 
 # Unknown fields are accepted here and refused by `check_config`, which knows the nearest name;

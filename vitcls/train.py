@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from vitcls import pretrained
 from vitcls.checkpoints import folders, manager
 from vitcls.checkpoints.state import restore_eval_variables, restore_state, state_items
-from vitcls.config.fields import check_config, check_same_run
+from vitcls.config.checks import check_config
+from vitcls.config.saved import check_same_run
 from vitcls.costs import footprint
 from vitcls.data import loader
 from vitcls.data.skipped import Skipped

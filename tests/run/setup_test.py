@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from vitcls import pretrained, train
 from vitcls.checkpoints.manager import Checkpoints
-from vitcls.config.fields import check_same_run, default_config
+from vitcls.config.fields import default_config
+from vitcls.config.saved import check_same_run
 from vitcls.errors import UserError
 from vitcls.models import vit_config
 from vitcls.pretrained.files import formats

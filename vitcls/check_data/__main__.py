@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vitcls import cli
-from vitcls.config.fields import check_config
+from vitcls.config.checks import check_config
 from vitcls.errors import UserError
 from vitcls.files import make_folder, write_json
 from vitcls.folders import ownership

@@ -2,11 +2,10 @@
 
 import importlib
 
-_PLACES = {"fields": ("default_config", "check_config", "parse_arg")}
+_PLACES = {"default_config": "fields", "check_config": "checks", "parse_arg": "parse"}
 
 
 def __getattr__(name: str):
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"vitcls.config.{module}"), name)
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"vitcls.config.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'vitcls.config' has no attribute {name!r}")

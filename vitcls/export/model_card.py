@@ -14,7 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.fields import RUN_FIELDS, default_config, flatten
+from vitcls.config.fields import RUN_FIELDS, default_config
+from vitcls.config.parse import flatten
 from vitcls.files import read_json
 from vitcls.run import records
 

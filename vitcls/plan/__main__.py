@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vitcls import cli
-from vitcls.config.fields import check_config
+from vitcls.config.checks import check_config
 from vitcls.costs import chips
 from vitcls.files import make_folder, write_json
 from vitcls.folders import ownership

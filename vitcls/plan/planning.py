@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.fields import check_config
+from vitcls.config.checks import check_config
 from vitcls.costs import chips, footprint
 from vitcls.costs.chips import Chip
 from vitcls.data.sources import builders

@@ -7,10 +7,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.fields import (
-    flatten,
-    read_saved_config,
-)
+from vitcls.config.parse import flatten
+from vitcls.config.saved import read_saved_config
 from vitcls.data import sources
 from vitcls.errors import UserError
 from vitcls.run import records

@@ -5,12 +5,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vitcls.config.fields import (
-    check_num_steps,
-    cycle_lengths,
-    read_class_weights,
-    read_saved_config,
-)
+from vitcls.config.checks import check_num_steps, cycle_lengths
+from vitcls.config.parse import read_class_weights
+from vitcls.config.saved import read_saved_config
 from vitcls.errors import UserError
 
 # Below so many training images BiT-HyperRule trains for 500 steps.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitcls.config.fields import read_saved_config
+from vitcls.config.saved import read_saved_config
 from vitcls.data import sources
 from vitcls.data.sources.split import Split, hash_ids
 from vitcls.errors import StorageError, UserError

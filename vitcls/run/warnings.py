@@ -7,10 +7,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.fields import (
-    cycle_lengths,
-    read_saved_config,
-)
+from vitcls.config.checks import cycle_lengths
+from vitcls.config.saved import read_saved_config
 from vitcls.models import vit_config
 from vitcls.run.program import learning_rate, with_fields
 

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.fields import restore_config
+from vitcls.config.saved import restore_config
 from vitcls.data import sources
 from vitcls.data.sources.division import DIVISIONS
 from vitcls.errors import UserError
