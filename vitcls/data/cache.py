@@ -3,7 +3,7 @@
 Only whole images of 8 bits per channel are kept, so that crops and batches stay what they are
 without a cache. An image that cannot be decoded is not: whoever draws it gets the same error.
 
-On disk, a split is a folder of at most `_MOST_SHARDS` files. Each has the pixels of consecutive
+On disk, a split is a folder of at most `_MAX_SHARDS` files. Each has the pixels of consecutive
 images one after the other, then one row (offset, width, height, label) per image, int64. Files
 appear complete, under their names, or not at all; processes map them and so share the system's one
 copy in memory. Their sizes are checked, their pixels are not.
@@ -37,8 +37,8 @@ log = logging.getLogger("vitcls")
 
 _VERSION = 2  # of the files, and of what `images.decode` makes of an image
 # A map needs an open file, of which a process may have 1024 for all its splits and all else.
-_MOST_SHARDS = 64
-_FEWEST_IMAGES = 16  # of a shard
+_MAX_SHARDS = 64
+_MIN_IMAGES = 16  # of a shard
 _ROW_BYTES = 4 * 8
 _NUM_SAMPLED = 32
 _SPARE_MEMORY = 2**30  # bytes, for everything else that the run will need
@@ -138,7 +138,7 @@ class DiskCache(_Cached):
         super().__init__(split)
         key, self._mean_bytes = sample(split)
         self._folder = folder / "vitcls-cache" / key
-        self._images_per_shard = max(_FEWEST_IMAGES, math.ceil(len(split) / _MOST_SHARDS))
+        self._images_per_shard = max(_MIN_IMAGES, math.ceil(len(split) / _MAX_SHARDS))
         self._shards: dict[int, tuple[memoryview, np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ Batch = dict[str, np.ndarray]
 
 # More only wait for Python's lock: on two processors 8 threads are a fifth slower than 4.
 _PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-_MOST_THREADS = 2 * len(_PROCESSORS)
+_MAX_THREADS = 2 * len(_PROCESSORS)
 
 
 def train_batches(
@@ -292,7 +292,7 @@ def _iterate(
     source: _Source, skipped: Skipped | None, *, num_threads: int, num_workers: int
 ) -> Iterator[Batch]:
     """Batches in order, made ahead of time. Closing the iterator ends the workers."""
-    num_threads = min(num_threads, _MOST_THREADS)
+    num_threads = min(num_threads, _MAX_THREADS)
     # Two more than are in the making, so that one slow batch does not stop the threads.
     buffer_size = num_threads + 2 if num_threads else 0
     dataset = grain.MapDataset.source(source).to_iter_dataset(

@@ -45,7 +45,7 @@ POOLS = {"cls": 1, "mean": 0, "cls_mean": 0, "cls_dist": 2}
 MLPS = ("mlp", "swiglu")
 
 
-_MOST_PATCHES = 1 << 16  # of 4096 x 4096 pixels by 16; attention takes the square of it
+_MAX_PATCHES = 1 << 16  # of 4096 x 4096 pixels by 16; attention takes the square of it
 
 
 _REGISTERS = re.compile(r"reg([1-9]\d*)")
@@ -97,10 +97,10 @@ class ViTConfig:
             raise UserError(f"A ViT's sizes must be positive; got {self}.")
         if min(self.grid) < 1:
             raise UserError(f"image_size={self.image_size} is below a patch, {self.patch_size}.")
-        if math.prod(self.grid) > _MOST_PATCHES:
+        if math.prod(self.grid) > _MAX_PATCHES:
             raise UserError(
                 f"image_size={self.image_size} makes {math.prod(self.grid)} patches of "
-                f"{self.patch_size}, more than {_MOST_PATCHES}; choose smaller images."
+                f"{self.patch_size}, more than {_MAX_PATCHES}; choose smaller images."
             )
         if self.width % self.num_heads:
             raise UserError(

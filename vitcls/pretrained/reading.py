@@ -18,7 +18,7 @@ from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import keys, processor
 from vitcls.pretrained.families.clip import CLIP, SIGLIP
 from vitcls.pretrained.families.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
-from vitcls.pretrained.families.family import MOST_CLASSES, Config, Family, label_names
+from vitcls.pretrained.families.family import MAX_CLASSES, Config, Family, label_names
 from vitcls.pretrained.families.resnet import RESNET
 from vitcls.pretrained.families.timm import TIMM, is_timm
 from vitcls.pretrained.families.vit import DEIT, VIT, VIT_MAE
@@ -80,7 +80,7 @@ def _open_weights(files: Files, *, new_head: bool) -> Weights | FlaxWeights | To
     stored = _read_stored(files.directory, tensors=None, new_head=new_head)
     config = stored.config
     if new_head:  # the file may have a head of any width
-        config = dataclasses.replace(config, num_classes=MOST_CLASSES)
+        config = dataclasses.replace(config, num_classes=MAX_CLASSES)
     fields = JsonFields.read(files.directory / CONFIG)
     if fields.number("layerscale_value", 1) != 1:
         # DINOv2's Flax class multiplies LayerScale by it, twice, and torch's does not.
@@ -173,8 +173,8 @@ def _class_names(fields: JsonFields) -> dict[int, str]:
         )  # fmt: skip
     named = fields.any("id2label")
     if named is None:
-        return label_names(fields.integer("num_labels", 2, most=MOST_CLASSES))
-    if not isinstance(named, dict) or not 1 <= len(named) <= MOST_CLASSES:
+        return label_names(fields.integer("num_labels", 2, most=MAX_CLASSES))
+    if not isinstance(named, dict) or not 1 <= len(named) <= MAX_CLASSES:
         raise fields.error("id2label", "an object of class names")
     first = 0 if "0" in named else 1
     names = [named.get(str(key)) for key in range(first, first + len(named))]

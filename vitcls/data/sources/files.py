@@ -18,7 +18,7 @@ _DIVISION_SEED = 2**32
 
 # Listing waits for the disk or the network: more threads than processors.
 NUM_THREADS = 16
-_MOST_SHOWN = 5  # names in a message
+_MAX_SHOWN = 5  # names in a message
 
 
 class FilesSplit(Split):
@@ -130,7 +130,7 @@ def divide(whole: Split, split: str, *, division: str = "hash") -> DividedSplit:
 
 def show(names: Sequence[str]) -> str:
     """The first few names, for a message."""
-    return ", ".join(names[:_MOST_SHOWN]) + (", ..." if len(names) > _MOST_SHOWN else "")
+    return ", ".join(names[:_MAX_SHOWN]) + (", ..." if len(names) > _MAX_SHOWN else "")
 
 
 def _fingerprint(class_names: tuple[str, ...], paths: list[bytes], sizes: np.ndarray) -> str:

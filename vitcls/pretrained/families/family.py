@@ -14,7 +14,7 @@ from vitcls.pretrained.keys import Key
 from vitcls.pretrained.processor import Processor
 
 Config = ViTConfig | ResNetConfig
-MOST_CLASSES = 1 << 17  # ImageNet-21k has 21 841
+MAX_CLASSES = 1 << 17  # ImageNet-21k has 21 841
 
 
 def label_names(num_classes: int) -> dict[int, str]:
