@@ -4,7 +4,8 @@ import importlib
 
 _PLACES = {
     "open": ("home", "open_split", "split_names"),
-    "split": ("Split", "Subset", "hold_out", "take_fold", "take_long_tail", "take_per_class"),
+    "split": ("Split", "Subset"),
+    "division": ("hold_out", "take_fold", "take_long_tail", "take_per_class"),
 }
 
 

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitcls.data.sources import classes, split_names
+from vitcls.data.sources import classes, split_roles
 from vitcls.data.sources.files import NUM_THREADS, FilesSplit, divide, show
 from vitcls.data.sources.split import Split
 from vitcls.errors import StorageError, UserError, unknown
 
-# Usual names of columns, in lower case; those of splits are in `vitcls.data.sources.split_names`.
+# Usual names of columns, in lower case; those of splits are in `vitcls.data.sources.split_roles`.
 COLUMNS = {
     "image": (
         "image", "image_path", "img", "img_path", "path", "file", "file_name", "filename",
@@ -100,7 +100,7 @@ def open_csv(source: str, split: str) -> Split:
     rows = [row._replace(label=class_of[row.label]) for row in rows]
     names = _split_names(rows)
     if names:
-        name = split_names.find(f"split of {path}", split, names)
+        name = split_roles.find(f"split of {path}", split, names)
         rows = [row for row in rows if row.split == name]
         opened = CsvSplit(path, split, rows=rows, class_names=class_names)
     elif split not in ("train", "test"):
@@ -120,7 +120,7 @@ def open_csv(source: str, split: str) -> Split:
 
 def csv_split_names(source: str) -> list[str]:
     """Names of the splits that `open_csv` opens."""
-    return list(split_names.offered(_split_names(_read(source).rows))) or ["train", "test"]
+    return list(split_roles.offered(_split_names(_read(source).rows))) or ["train", "test"]
 
 
 def _split_names(rows: list[_Row]) -> list[str]:
@@ -176,7 +176,7 @@ def _read_rows(path: str, file, query: str) -> tuple[list[_Row], str]:
     others = [column for column in range(len(names)) if column not in columns.values()]
     if "split" not in chosen:
         values = {names[column]: _few_values(lines, column) for column in others}
-        if split := split_names.find_column(path, "csv:PATH?split=", values):
+        if split := split_roles.find_column(path, "csv:PATH?split=", values):
             columns["split"] = names.index(split)
     rows = [_make_row(path, names, columns, line, cells) for line, cells in lines]
     if "split" in columns:
@@ -220,8 +220,8 @@ def _make_row(
 def _with_splits(path: str, column: str, rows: list[_Row]) -> tuple[list[_Row], str]:
     """The rows with the names of their splits, and a text that says which there are."""
     values = dict.fromkeys(row.split for row in rows)
-    if role := split_names.flag_role(column, values):
-        rows = [row._replace(split=split_names.flag_split(role, row.split)) for row in rows]
+    if role := split_roles.flag_role(column, values):
+        rows = [row._replace(split=split_roles.flag_split(role, row.split)) for row in rows]
         values = dict.fromkeys(row.split for row in rows)
     spellings = collections.defaultdict(list)
     for value in values:
@@ -232,7 +232,7 @@ def _with_splits(path: str, column: str, rows: list[_Row]) -> tuple[list[_Row], 
                 f"{path}: column {column!r} has {show(sorted(map(repr, same)))}, which differ in "
                 "case only. Write one of them everywhere."
             )
-    return rows, f"Splits by column {column!r}: {', '.join(split_names.offered(values))}."
+    return rows, f"Splits by column {column!r}: {', '.join(split_roles.offered(values))}."
 
 
 def _find_columns(path: str, names: list[str], chosen: dict[str, str]) -> dict[str, int]:

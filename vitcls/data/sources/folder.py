@@ -10,7 +10,7 @@ import concurrent.futures
 import os
 from collections.abc import Callable, Sequence
 
-from vitcls.data.sources import classes, image_files, split_names
+from vitcls.data.sources import classes, image_files, split_roles
 from vitcls.data.sources.files import NUM_THREADS, FilesSplit, divide, show
 from vitcls.data.sources.image_files import subfolders
 from vitcls.data.sources.split import Split
@@ -39,7 +39,7 @@ class FolderSplit(FilesSplit):
           root: The folder that ids are relative to.
           folder: The split's folder; "": `root` has the class folders.
           name: The split's name; "": that of its folder.
-          order: Of the classes.
+          order: Sorts the class names.
 
         Raises:
           UserError: No such folder, no classes or only one, a class without images, or what
@@ -58,7 +58,7 @@ class FolderSplit(FilesSplit):
                 pool.map(lambda prefix: image_files.list_images(root, prefix), prefixes)
             )
         found = {name: one.images for name, one in zip(class_names, listings, strict=True)}
-        is_measured = split_names.role_of(os.path.basename(folder)) in _MEASURING
+        is_measured = split_roles.role_of(os.path.basename(folder)) in _MEASURING
         _check_classes(path, found, is_strict=not is_measured)
         _check_nested(path, folder, found)
         found = {name: images for name, images in found.items() if images}
@@ -83,7 +83,7 @@ def open_folder(
     if names:
         folder = _find_split(path, split, names)
         opened = FolderSplit(path, folder, name=split, order=order)
-        opened.found = f"Splits: {', '.join(split_names.offered(names))}. {opened.found}"
+        opened.found = f"Splits: {', '.join(split_roles.offered(names))}. {opened.found}"
         if others := [name for name in subfolders(path) if name not in names]:
             opened.found += f" Not used: {show(others)}, without classes."
         return opened
@@ -101,7 +101,7 @@ def open_folder(
 def folder_split_names(root: str) -> list[str]:
     """Names of the splits that `open_folder` opens."""
     _, names = _look_into(root)
-    return list(split_names.offered(names)) if names else ["train", "test"]
+    return list(split_roles.offered(names)) if names else ["train", "test"]
 
 
 def _look_into(root: str) -> tuple[str, list[str]]:
@@ -117,7 +117,7 @@ def _look_into(root: str) -> tuple[str, list[str]]:
         names = subfolders(path)
     except UserError as error:
         raise UserError(f"data.source: {error}") from error
-    roles = split_names.find_roles(names)
+    roles = split_roles.find_roles(names)
     if any(subfolders(os.path.join(path, name)) for name in roles):
         return path, _check_others(path, names, roles)
     if len(set(roles.values())) > 1 or (roles and len(roles) == len(names)):
@@ -125,7 +125,7 @@ def _look_into(root: str) -> tuple[str, list[str]]:
             f"{path} has the splits {show(list(roles))} without classes; put their images into one "
             "folder per class."
         )
-    suspects = split_names.find_suspects(names)
+    suspects = split_roles.find_suspects(names)
     if suspects and (len(suspects) > 1 or len(suspects) == len(names)):
         raise UserError(
             f"{path}: {show(suspects)} look like splits, but it is not clear which is which. Call "
@@ -156,9 +156,9 @@ def _check_others(path: str, names: list[str], roles: dict[str, str]) -> list[st
 
 def _find_split(path: str, split: str, names: list[str]) -> str:
     try:
-        return split_names.find(f"split of {path}", split, names)
+        return split_roles.find(f"split of {path}", split, names)
     except UserError as error:
-        validation = [name for name in names if split_names.role_of(name) == "validation"]
+        validation = [name for name in names if split_roles.role_of(name) == "validation"]
         if split != "test":
             raise
         if validation:
@@ -177,13 +177,13 @@ def _class_folders(folder: str) -> list[str]:
     names = subfolders(folder)
     if not names:
         raise UserError(
-            f"{folder} has {len(_images_beside(folder)) or 'no'} images and no folders; put the "
+            f"{folder} has {len(_loose_images(folder)) or 'no'} images and no folders; put the "
             "images into one folder per class."
         )
     return names
 
 
-def _images_beside(folder: str) -> list[str]:
+def _loose_images(folder: str) -> list[str]:
     return [
         entry.name
         for entry in image_files.scan(folder)
@@ -217,7 +217,7 @@ def _check_nested(path: str, folder: str, found: dict[str, list]) -> None:
         for parts in (image.split(os.sep) for image, _ in images)
         if len(parts) > depth + 1
     }
-    roles = split_names.find_roles(inside)
+    roles = split_roles.find_roles(inside)
     if len(set(roles.values())) > 1:
         raise UserError(
             f"{path}: the classes are divided into {show(sorted(roles))}. Put the images into "
@@ -243,8 +243,8 @@ def _describe(
         f"{image_files.describe_unused({reason: number})} in {show(by_reason[reason])}"
         for reason, number in unused.most_common()
     ]
-    if beside := _images_beside(path):
-        lines.insert(0, f"{len(beside)} images directly in {path}, in no class")
+    if loose := _loose_images(path):
+        lines.insert(0, f"{len(loose)} images directly in {path}, in no class")
     if empty:
         lines.append(f"{show(empty)}, without images")
     return text + (f" Not used: {'; '.join(lines)}." if lines else "")

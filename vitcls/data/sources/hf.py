@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vitcls.data.sources import classes, image_files, split_names
+from vitcls.data.sources import classes, image_files, split_roles
 from vitcls.data.sources.csv_file import parse_columns
 from vitcls.data.sources.files import divide, show
 from vitcls.data.sources.split import Split, Subset
@@ -151,13 +151,13 @@ def open_hf(source: str, split: str) -> Split:
     if column:
         (only, table) = next(iter(tables.items()))
         values, found = _column_splits(table, column)
-        name = split_names.find(f"split of hf:{path}", split, dict.fromkeys(values))
+        name = split_roles.find(f"split of hf:{path}", split, dict.fromkeys(values))
         whole = _open_table(path, tables, only, chosen)
         opened = Subset(split, whole, indices=[i for i, one in enumerate(values) if one == name])
     elif not _is_divided(tables):
-        name = split_names.find(f"split of hf:{path}", split, tables)
+        name = split_roles.find(f"split of hf:{path}", split, tables)
         opened = _open_table(path, tables, name, chosen)
-        opened.name, found = split, f"Splits: {', '.join(split_names.offered(tables))}."
+        opened.name, found = split, f"Splits: {', '.join(split_roles.offered(tables))}."
     elif split not in ("train", "test"):
         raise unknown(f"split of hf:{path}", split, ("train", "test"))
     else:
@@ -176,12 +176,12 @@ def hf_split_names(source: str) -> list[str]:
     chosen = parse_columns(f"hf:{path}", query, ("image", "label", "split"))
     if column := _find_split_column(path, tables, chosen):
         values, _ = _column_splits(next(iter(tables.values())), column)
-        return list(split_names.offered(dict.fromkeys(values)))
-    return ["train", "test"] if _is_divided(tables) else list(split_names.offered(tables))
+        return list(split_roles.offered(dict.fromkeys(values)))
+    return ["train", "test"] if _is_divided(tables) else list(split_roles.offered(tables))
 
 
 def _is_divided(tables: dict[str, Any]) -> bool:
-    return len(tables) == 1 and split_names.role_of(next(iter(tables))) == "train"
+    return len(tables) == 1 and split_roles.role_of(next(iter(tables))) == "train"
 
 
 def _open_table(path: str, tables: dict[str, Any], name: str, chosen: dict[str, str]) -> HfSplit:
@@ -221,7 +221,7 @@ def _find_split_column(path: str, tables: dict[str, Any], chosen: dict[str, str]
         return chosen["split"]
     used = _find_columns(path, only, table, chosen).values()
     values = {name: _few_values(table, name) for name in table.features if name not in used}
-    return split_names.find_column(f"hf:{path}", f"hf:{path}?split=", values)
+    return split_roles.find_column(f"hf:{path}", f"hf:{path}?split=", values)
 
 
 def _few_values(table: Any, column: str) -> set[str]:
@@ -246,9 +246,9 @@ def _column_splits(table: Any, column: str) -> tuple[list[str], str]:
     values = table.select_columns([column])[:][column]
     names = getattr(table.features[column], "names", None)
     values = [str(names[value] if names and value is not None else value) for value in values]
-    if role := split_names.flag_role(column, set(values)):
-        values = [split_names.flag_split(role, value) for value in values]
-    splits = split_names.offered(dict.fromkeys(values))
+    if role := split_roles.flag_role(column, set(values)):
+        values = [split_roles.flag_split(role, value) for value in values]
+    splits = split_roles.offered(dict.fromkeys(values))
     return values, f"Splits by column {column!r}: {', '.join(splits)}."
 
 

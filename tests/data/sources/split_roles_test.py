@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitcls.data.sources import split_names
+from vitcls.data.sources import split_roles
 from vitcls.errors import UserError
 
 
@@ -19,39 +19,39 @@ from vitcls.errors import UserError
     ],
 )  # fmt: skip
 def test_roles(name, role):
-    assert split_names.role_of(name) == role
+    assert split_roles.role_of(name) == role
 
 
 def test_names_that_differ_in_the_role_only_are_recognised_together():
-    assert split_names.find_roles(["seg_train", "seg_test", "seg_pred"]) == {
+    assert split_roles.find_roles(["seg_train", "seg_test", "seg_pred"]) == {
         "seg_train": "train", "seg_test": "test",
     }  # fmt: skip
-    assert split_names.find_roles(["bullet_train", "steam_train"]) == {}
-    assert split_names.find_suspects(["bullet_train", "bus"]) == ["bullet_train"]
+    assert split_roles.find_roles(["bullet_train", "steam_train"]) == {}
+    assert split_roles.find_suspects(["bullet_train", "bus"]) == ["bullet_train"]
 
 
 def test_splits_are_offered_by_their_usual_names():
-    assert split_names.offered(["Training", "valid", "Testing"]) == {
+    assert split_roles.offered(["Training", "valid", "Testing"]) == {
         "train": "Training", "valid": "valid", "test": "Testing",
     }  # fmt: skip
-    assert split_names.offered(["train", "test1", "test2"]) == {
+    assert split_roles.offered(["train", "test1", "test2"]) == {
         "train": "train", "test1": "test1", "test2": "test2",
     }  # fmt: skip
-    assert split_names.offered(["A", "B"]) == {"A": "A", "B": "B"}
+    assert split_roles.offered(["A", "B"]) == {"A": "A", "B": "B"}
 
 
 def test_any_spelling_finds_the_only_split_of_its_role():
     names = ["Training", "valid"]
-    assert [split_names.find("split", one, names) for one in ("train", "Training", "val")] == [
+    assert [split_roles.find("split", one, names) for one in ("train", "Training", "val")] == [
         "Training", "Training", "valid",
     ]  # fmt: skip
     with pytest.raises(UserError, match="Unknown split 'test'. Known: train, valid."):
-        split_names.find("split", "test", names)
+        split_roles.find("split", "test", names)
 
 
 def column(**columns: set[str]) -> str:
     columns = {name.replace("__", " "): values for name, values in columns.items()}
-    return split_names.find_column("x.csv", "csv:x.csv?split=", columns)
+    return split_roles.find_column("x.csv", "csv:x.csv?split=", columns)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_columns_that_say_nothing_or_too_much_are_refused(columns, message):
 
 
 def test_yes_and_no_become_splits():
-    assert split_names.flag_role("is_valid", ["True", "False"]) == "validation"
-    assert [split_names.flag_split("validation", value) for value in ("True", "0")] == [
+    assert split_roles.flag_role("is_valid", ["True", "False"]) == "validation"
+    assert [split_roles.flag_split("validation", value) for value in ("True", "0")] == [
         "validation", "train",
     ]  # fmt: skip
-    assert [split_names.flag_split("train", value) for value in ("yes", "no")] == ["train", "test"]
+    assert [split_roles.flag_split("train", value) for value in ("yes", "no")] == ["train", "test"]
