@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from vitcls.errors import UserError
+from vitcls.models.vit_config import HEADS
 
 Params = dict[str, Any]
 
-HEAD = r"(distillation_)?classifier/.*"
+HEAD = rf"({'|'.join(HEADS)})/.*"
 # Names for patterns of what is trained along with the head.
 TRAINED = {
     "all": r".*",
