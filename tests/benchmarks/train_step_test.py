@@ -174,7 +174,7 @@ def test_imports_are_light():
     modules = json.loads(result.stdout)
     assert not HEAVY & set(modules)
     own = {name.split(".")[1] for name in modules if name.startswith("vitcls.")}
-    assert {"train_step", "models"} <= own <= LIGHT | {"errors"}
+    assert {"step", "models"} <= own <= LIGHT | {"errors", "files", "folders"}
 
 
 @pytest.mark.slow

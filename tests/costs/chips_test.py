@@ -96,7 +96,7 @@ def test_without_the_compiler_the_message_says_what_to_install():
     program = """
 import sys
 sys.modules["libtpu"] = None  # as if it were not installed
-from vitcls import chips
+from vitcls.costs import chips
 chips.prepare_environment()
 chips.open_topology("v5e:2x2")
 """

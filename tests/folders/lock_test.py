@@ -38,7 +38,8 @@ def other(tmp_path):
     """Another process that holds the lock of the folder."""
     program = f"""
 from pathlib import Path
-from vitcls import lock, progress
+from vitcls.folders import lock
+from vitcls.logs import progress
 lock.take(Path({str(tmp_path / "lock")!r}))
 print("held", flush=True)
 input()
@@ -113,7 +114,8 @@ def test_one_who_waits_is_told_for_whom(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(progress, "LINE_SECS", 0.05)
     program = f"""
 from pathlib import Path
-from vitcls import lock, progress
+from vitcls.folders import lock
+from vitcls.logs import progress
 with lock.waiting(Path({str(tmp_path / "lock")!r})):
     print("held", flush=True)
     input()

@@ -47,7 +47,7 @@ _KINDS: Mapping[str, _Kind] = {
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Pixels as a network wants them; its fields are plain values, for use on the device too."""
+    """Pixels as a network wants them; its fields are plain values, also for use on the device."""
 
     size: tuple[int, int]  # (height, width) that the network sees
     # None: squash to `size`. Else first the shorter side, or (height, width), then a central crop.
@@ -180,7 +180,7 @@ def _sizes(fields: JsonFields, kind: _Kind) -> tuple[tuple[int, int], int | tupl
 
 
 def _convnext_sizes(fields: JsonFields, kind: _Kind) -> tuple[tuple[int, int], int | None]:
-    """`size` and `resize` of a ConvNextImageProcessor, which ResNet checkpoints have too.
+    """`size` and `resize` of a ConvNextImageProcessor, which ResNet checkpoints also have.
 
     Its size is the side of a square. From 384 up images are squashed; below, the shorter side
     becomes size / crop_pct, cut to an integer, and the square is cropped from it.
@@ -207,7 +207,7 @@ def _size(
 
     Args:
       fields: The file.
-      name: Of the field.
+      name: Name of the field.
       default: What an absent field means.
       is_square: What an integer means, as all files had before 2022: both sides, or the shorter.
     """
@@ -228,7 +228,7 @@ def _size(
 def to_json(processor: Processor) -> dict[str, Any]:
     """The content of a `preprocessor_config.json` from which `read` makes the same processor.
 
-    Its type is one that takes these steps in older releases of `transformers` too, where
+    Its type is one that takes these steps also in older releases of `transformers`, where
     ViTImageProcessor does not crop.
     """
     resize, (height, width) = processor.resize, processor.size

@@ -60,7 +60,7 @@ def _read(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> Con
 
 
 def _pretrained_cfg(fields: JsonFields) -> JsonFields:
-    if "pretrained_cfg" not in fields:  # before timm 0.9 its fields stood beside `architecture`
+    if "pretrained_cfg" not in fields:  # before timm 0.9 its fields were at the top level
         raise UserError(f"{fields.path} has no pretrained_cfg; save it again with a newer timm.")
     return fields.group("pretrained_cfg")
 
@@ -138,7 +138,7 @@ def _read_processor(fields: JsonFields, id2label: dict[int, str]) -> Processor:
 
 
 def _key_table(config: Config, prefix: str) -> list[Key]:
-    """Unlike Hugging Face's, the head's tensors have the prefix, too."""
+    """Unlike Hugging Face's, the head's tensors also have the prefix."""
     if isinstance(config, ResNetConfig):
         return _resnet_table(config, prefix)
     return _vit_table(config, prefix)

@@ -56,7 +56,7 @@ class FlaxWeights:
         return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as float32, whatever floating-point type it is stored in."""
+        """The tensor as float32, from any floating-point type."""
         return self._tensors[name].astype(np.float32)
 
 
