@@ -85,7 +85,7 @@ def test_a_sweep_that_runs_starts_no_device_but_its_trials(tmp_path):
 def test_checking_optimizers_starts_no_device():
     program = """
 from jax._src import xla_bridge
-from vitcls import optim
+from vitcls.step import optim
 from vitcls.errors import UserError
 
 ARGS = {"sgd": {"momentum": 0.9}, "adamw": {"b1": 0.8, "nesterov": True}, "rmsprop": {"decay": 0.9},
