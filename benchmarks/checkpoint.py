@@ -2,11 +2,11 @@
 
     python -m benchmarks.checkpoint --model=vit_b16 --directory=/path/on/the/disk/of/your/runs
 
-Saving: a state with AdamW's moments is saved several times, as training does it. What the loop
-waits for is the call's time; the limit beside it is copying as many bytes in memory, for the loop
-goes on to change them. Then the time until the files are written, sealed and have their name,
-beside writing as many bytes to one file and waiting for the disk. On a machine with other work,
-look at this process' own time on the processors meanwhile: alone, a save takes no longer.
+Saving: a state with AdamW's moments is saved several times, as training does it. The loop
+waits for the time of the call. The limit for it is copying as many bytes in memory, because the
+loop continues to change them. Then follows the time until the files are written, sealed and named;
+its limit is writing as many bytes to one file and waiting for the disk. On a machine with other
+work, look at this process' own CPU time meanwhile: alone, a save takes no longer.
 
 Resuming: `python -m vitcls.main` continues a run by one step after step 10, and a copy of the run
 whose checkpoint says step 1 000 000; both take turns. Needs the digits data set (--data_dir).
@@ -144,7 +144,7 @@ def report(result: dict[str, Any]) -> str:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them."""
     if args.directory and not args.directory.is_dir():
-        raise UserError(f"--directory={args.directory} is no folder.")
+        raise UserError(f"--directory={args.directory} is not a folder.")
     result = host() | {"model": args.model, "saving": None}
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         if args.model != "none":

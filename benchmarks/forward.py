@@ -1,4 +1,4 @@
-"""How fast evaluation is, beside the same network of transformers in PyTorch and the limit.
+"""How fast evaluation is, compared with transformers' network in PyTorch and the limit.
 
     python -m benchmarks.forward --model=vit_b16 --batch_size=32
 
@@ -71,7 +71,7 @@ def check_logits(found: jax.Array, expected: jax.Array, dtype: str) -> dict[str,
     norm = float(jnp.linalg.norm(expected))
     difference = float(jnp.linalg.norm(found - expected)) / norm
     tolerance = relative_tolerance(dtype)
-    if not difference <= tolerance:  # a NaN too
+    if not difference <= tolerance:  # also for a NaN
         raise ArithmeticError(
             f"The logits in {dtype} are {difference:.1e} away from those in float32 at the highest "
             f"precision, relatively, more than the {tolerance:.1e} that rounding explains."

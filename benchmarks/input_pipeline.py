@@ -1,4 +1,4 @@
-"""How fast the loader gives training images, beside tf.data, torch's DataLoader and the limits.
+"""How fast the loader gives training images, compared with tf.data, torch's DataLoader and limits.
 
     python -m benchmarks.input_pipeline --resample=bilinear
 
@@ -179,7 +179,7 @@ def main() -> None:
     add("--threads", type=positive(int), default=8, help="data.num_threads (default: 8, as there)")
     add(
         "--peers", nargs="*", choices=list(PEERS), default=list(PEERS),
-        help=f"whom to measure beside (default: {' '.join(PEERS)})",
+        help=f"libraries to compare with (default: {' '.join(PEERS)})",
     )  # fmt: skip
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")

@@ -23,7 +23,7 @@ def arch_config(name: str, image_size: int) -> Config:
     """Returns the config of a network by its name, for square images.
 
     Raises:
-      UserError: there is no such network, or its patch does not divide the image.
+      UserError: the name is unknown, or its patch does not divide the image.
     """
     sizes = dict(num_classes=NUM_CLASSES, image_size=(image_size, image_size))
     if name in resnet.SIZES:
@@ -86,7 +86,7 @@ def _macs(jaxpr: Any) -> int:
         else:
             # The bodies of `jit` and its like. A loop's would have to count once per round.
             assert eqn.primitive.name not in ("scan", "while")
-            # Of what depends on the platform the last one: the default.
+            # Where branches depend on the platform, the last one is the default.
             params = [*eqn.params.values(), *eqn.params.get("branches", ())[-1:]]
             bodies = (getattr(param, "jaxpr", param) for param in params)
             total += sum(_macs(body) for body in bodies if hasattr(body, "eqns"))

@@ -1,4 +1,4 @@
-"""What training only a part of a network gains, beside what it can gain at most.
+"""How much training only a part of a network gains, and how much it could gain at most.
 
     python -m benchmarks.partial_training --model=vit_s16 --image_size=224 --batch_size=8
 
@@ -7,7 +7,7 @@ Every way is the step that training runs (see `benchmarks.train_step`), compiled
   full           everything, the one that the others are compared with
   half           the upper half of the layers and the head; the rest is frozen
   head           the head alone
-  lora           LoRA of rank 8 beside the kernels of attention, and the head
+  lora           LoRA of rank 8 next to the kernels of attention, and the head
   patch_dropout  everything, on half of the patches
 
 The bound is the ratio of the multiply-adds of both steps, counted in what is differentiated: a step
@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them.
 
     Raises:
-      UserError: there is no such network.
+      UserError: the name is unknown.
     """
     config = models.arch_config(args.model, args.image_size)
     if not isinstance(config, vit_config.ViTConfig):

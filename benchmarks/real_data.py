@@ -37,7 +37,7 @@ from vitcls.step import sharding
 
 NUM_IMAGES = 512
 SCALE = 0.15  # of the sides of ImageNet's images: 66 pixels on average
-MOST_TRACED = 40  # steps: a trace has a line for every operation
+MAX_TRACED = 40  # steps: a trace has a line for every operation
 PRIMED = 12  # steps before the first turn: compiles, and fills the cache
 
 
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rates[name].append(num_steps * args.batch_size / secs)
         waiting.append(waited / secs)  # of the last, that with real images
     with jax.profiler.trace(folder / "trace"):
-        runs["loop, one batch"](min(num_steps, MOST_TRACED))
+        runs["loop, one batch"](min(num_steps, MAX_TRACED))
     alone, fixed, real = rates.values()
     packages = ("jax", "flax", "optax", "grain", "Pillow")
     return before | {

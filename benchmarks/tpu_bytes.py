@@ -5,7 +5,7 @@
 Compiles the step of configs/vit_b16.py or configs/resnet50.py in bfloat16 for a slice that need not
 exist (Linux on x86-64, pip install 'jax[tpu]') and sums the bytes of every instruction, by what it
 computes; see vitcls/costs/traffic.py. Fusions count for what they are named after, which is one of
-the things that they do. These are the compiler's decisions, no measurements. A compilation takes
+the things that they do. These are the compiler's decisions, not measurements. A compilation takes
 minutes.
 """
 
@@ -15,7 +15,7 @@ from importlib import import_module
 
 from vitcls.costs import chips
 
-# Of the instructions' names, the first that is found.
+# The first pattern that an instruction's name matches counts.
 KINDS = {
     "products q, k and v": r"/attention/qkv/",
     "product after attention": r"/attention/output/",

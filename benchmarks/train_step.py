@@ -1,4 +1,4 @@
-"""How fast a training step is, beside a peer doing the same work and the machine's limit.
+"""How fast a training step is, compared with a peer doing the same work and the machine's limit.
 
     python -m benchmarks.train_step --model=vit_b16 --image_size=224 --batch_size=8
 
@@ -58,7 +58,7 @@ def measure(
     """Returns all figures, as `--json` writes them.
 
     Args:
-      args: Of the command line.
+      args: Arguments of the command line.
       make_ours: See `make_ours`.
       is_training: Whether its step trains; otherwise peer and limit are of a forward pass.
 
@@ -250,7 +250,7 @@ def check_numerics(
             "value": value, "reference": reference, "difference": difference,
             "tolerance": tolerance,
         }  # fmt: skip
-        if not difference <= tolerance:  # a NaN too
+        if not difference <= tolerance:  # also for a NaN
             raise ArithmeticError(
                 f"The first step's {name} is {value} in {dtype}, but {reference} in float32 at the "
                 f"highest precision: a relative difference of {difference:.1e}, more than the "
@@ -293,7 +293,7 @@ def start_peer(peer: str, platform: str) -> tuple[Callable[..., Any] | None, str
     """Starts the process of a peer; returns what calls its functions, and whose network it has.
 
     Raises:
-      UserError: there is no environment for it, or not on this platform.
+      UserError: its environment does not exist, or not on this platform.
     """
     if peer == "auto":
         has_timm = platform == "gpu" and importlib.util.find_spec("timm")

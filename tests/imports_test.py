@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors"},
     {"augment", "files"},
-    {"config", "models", "step"},
+    {"config", "models"},
+    {"step"},
     {"processes", "recipes"},
     {"logs"},
     {"folders"},

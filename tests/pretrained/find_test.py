@@ -158,7 +158,7 @@ def test_missing_folder(source):
 
 
 def test_folder_without_a_config(tmp_path):
-    with pytest.raises(UserError, match=r"has no config.json, so it is no checkpoint"):
+    with pytest.raises(UserError, match=r"has no config.json, so it is not a checkpoint"):
         find(write(tmp_path, NAMES[1:]))
 
 
@@ -334,8 +334,8 @@ def test_a_revision_that_was_not_downloaded(cache):
     cache(NAMES)
     with pytest.raises(
         UserError,
-        match=rf"no folder, the cache has no revision 'v2' of it but {COMMIT}, and .*cannot be "
-        "reached .*`HF_HUB_OFFLINE=0 hf download owner/name --revision v2`; or name a folder",
+        match=rf"is not a folder, the cache has no revision 'v2' of it but {COMMIT}, and .*cannot "
+        "be reached .*`HF_HUB_OFFLINE=0 hf download owner/name --revision v2`; or name a folder",
     ):
         find("owner/name@v2")
 

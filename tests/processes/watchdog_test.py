@@ -14,7 +14,7 @@ from vitcls.processes.watchdog import RunningClock, Watchdog
 def test_a_stuck_process_ends_and_says_where_it_is():
     program = """
 import time
-from vitcls.watchdog import Watchdog
+from vitcls.processes.watchdog import Watchdog
 
 def stuck_here():
     while True:
@@ -61,7 +61,7 @@ def test_a_pause_counts_as_one_second_at_most_and_work_as_what_it_takes():
 def test_a_process_that_was_stopped_and_continued_is_not_stuck():
     program = """
 import time
-from vitcls.watchdog import Watchdog
+from vitcls.processes.watchdog import Watchdog
 
 with Watchdog(step_secs=2.0) as watchdog:
     watchdog.expect("step")

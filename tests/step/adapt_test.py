@@ -208,8 +208,8 @@ def test_lora_trains_its_factors_and_the_head():
     [
         ("head", "nothing", "adapt.lora_targets='nothing' matches no parameter"),
         ("attention", ".*/qkv/kernel", "qkv/kernel, which is trained itself"),
-        ("head", ".*/qkv/bias", "qkv/bias, which is no kernel of a dense layer"),
-        ("head", ".*position_embeddings", "which is no kernel of a dense layer"),
+        ("head", ".*/qkv/bias", "qkv/bias, which is not the kernel of a dense layer"),
+        ("head", ".*position_embeddings", "which is not the kernel of a dense layer"),
     ],
 )
 def test_lora_where_it_cannot_be_is_refused(train, targets, message):
@@ -222,7 +222,7 @@ def test_lora_of_a_convolution_is_refused():
         "conv": {"kernel": jnp.zeros((3, 3, 3, 4))},
         "classifier": {"kernel": jnp.zeros((4, 2))},
     }
-    with pytest.raises(UserError, match="conv/kernel, which is no kernel of a dense layer"):
+    with pytest.raises(UserError, match="conv/kernel, which is not the kernel of a dense layer"):
         lora(params, "conv/kernel")
 
 

@@ -212,7 +212,7 @@ def test_l2_sp_is_the_gradient_of_its_penalty():
         moved = params["encoder"]["w"] - start["encoder"]["w"]
         return 0.3 / 2 * jnp.sum(moved**2) + 0.7 / 2 * jnp.sum(params["classifier"]["w"] ** 2)
 
-    tx = optim.draw_to_start(optim.L2SP(0.3, 0.7))
+    tx = optim.pull_to_start(optim.L2SP(0.3, 0.7))
     grads, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(start), params)
     expected = jax.tree.map(lambda g: 1 + g, jax.grad(penalty)(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), grads, expected)

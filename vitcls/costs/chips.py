@@ -17,14 +17,14 @@ class Chip:
     """One device, as JAX counts them, which of a TPU7x is half a chip.
 
     Attributes:
-      name: As in a topology; of GPUs, for people.
+      name: As in a topology; a GPU's is for readers only.
       kind: How its `device_kind` begins.
       flops: bfloat16 operations per second; a multiply-add is two.
-      float32_flops: Of products of float32 arrays at JAX's default precision.
+      float32_flops: The same for float32 arrays at JAX's default precision.
       memory: Bytes that programs can use.
       memory_bandwidth: Bytes per second.
       link_bandwidth: Bytes per second that it sends, and as many that it receives, on all links.
-      num_axes: Of the torus that its links make; 0: a switch.
+      num_axes: Dimensions of the torus that its links make; 0: a switch.
       ring: Number of chips from which an axis of a slice is a ring; below it is a line.
     """
 
@@ -87,7 +87,7 @@ def open_topology(topology: str) -> list[Any]:
     Before jax is imported, `prepare_environment` must have been called.
 
     Raises:
-      UserError: there is no such slice, or the compiler for it is not installed.
+      UserError: the slice does not exist, or the compiler for it is not installed.
     """
     from jax.experimental import topologies
 
@@ -105,7 +105,7 @@ def open_topology(topology: str) -> list[Any]:
     except Exception as error:  # of many types, as libtpu is missing, old or refuses the sides
         if "INVALID_ARGUMENT" in str(error):
             reason = str(error).partition("INVALID_ARGUMENT: ")[2]
-            raise UserError(f"--topology={topology} is no slice: {reason}") from error
+            raise UserError(f"--topology={topology} is not a slice: {reason}") from error
         raise UserError(
             f"--topology={topology} needs libtpu, the compiler for TPUs, which runs on any Linux "
             f"machine with an x86-64 processor: pip install 'jax[tpu]' ({error})"
@@ -146,7 +146,7 @@ def exchange_secs(chip: Chip, sides: tuple[int, ...], collectives: list[dict[str
 
     Args:
       chip: The devices.
-      sides: Of the slice; empty for a switch.
+      sides: Sides of the slice; empty for a switch.
       collectives: As `collectives.find_collectives` returns them.
     """
     bandwidth = chip.link_bandwidth

@@ -21,9 +21,9 @@ def find_collectives(text: str, *, num_devices: int, num_passes: int) -> list[di
     """Returns what is sent in one execution, the same exchanges added up, largest first.
 
     Args:
-      text: Of the compiled program.
+      text: Text of the compiled program.
       num_devices: Devices that run it.
-      num_passes: How often a loop is taken whose text does not say it.
+      num_passes: Rounds of loops without a count in the text.
 
     Returns:
       For each: `kind`; `dtype`; `devices`, how many take part together; `elements` and `bytes`, of

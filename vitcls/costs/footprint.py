@@ -15,24 +15,24 @@ from vitcls.costs.collectives import find_collectives
 from vitcls.logs.parameters import bytes_per_device
 from vitcls.processes.memory import available_memory
 
-# Of the free memory; the rest is for what the compiler does not count: fragments, and the host.
+# Share of the free memory; the compiler does not count the rest: fragments, and the host.
 SHARE = 0.8
 # "Used 21.3G of 15.75G hbm", or "memory required for HLO temporaries (21.3G) exceeds"
 _NEEDED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)")
 
 
 def analyse(lowered: jax.stages.Lowered, *, num_devices: int, num_passes: int) -> dict[str, Any]:
-    """Compiles a step and returns its figures, of one device and one step.
+    """Compiles a step and returns its figures, for one device and one step.
 
-    The compiler counts a loop's inside once: what it counts is multiplied by the number of passes,
-    but for the reading and writing of arguments and results. Of a TPU the bytes are those between
-    chip and memory, see `traffic`; the compiler's also count its fast memory's.
+    The compiler counts a loop's inside once. So its counts are multiplied by the number of passes,
+    except the reading and writing of arguments and results. On a TPU the bytes are those between
+    chip and memory, see `traffic`; the compiler's own count includes its fast memory.
 
     Returns:
       `arguments`, `temporaries`, `results` (that reuse no argument's memory) and `program` in
-      bytes; `flops`; `bytes_accessed`; `collectives`, see `find_collectives`. Of a step that the
-      compiler refuses, because there is not enough memory, `refused` alone: the bytes it says it
-      needs, None where it does not.
+      bytes; `flops`; `bytes_accessed`; `collectives`, see `find_collectives`. If the compiler
+      refuses the step for lack of memory, only `refused`: the bytes that it needs, or None if its
+      message does not say.
     """
     try:
         compiled = lowered.compile()
@@ -68,7 +68,7 @@ def memory_by_kind(program: Any, analysis: dict[str, Any]) -> dict[str, int]:
 
     Args:
       program: A `program.Program`.
-      analysis: Of its training step; a refused one counts nothing of the step itself.
+      analysis: Analysis of its training step; a refused step itself counts as nothing.
     """
     kinds = _state_by_kind(program)
     batch = bytes_of(

@@ -51,12 +51,12 @@ def read_computations(text: str) -> tuple[Computations, str]:
 
 
 def executions(computations: Computations, entry: str, num_passes: int) -> dict[str, int]:
-    """How often each computation is executed; of branches, each as if it were taken.
+    """How often each computation is executed; every branch counts as taken.
 
     Args:
       computations: See `read_computations`.
       entry: Name of the first.
-      num_passes: How often a loop is taken whose text does not say it.
+      num_passes: Rounds of loops without a count in the text.
     """
     times: dict[str, int] = {}
 

@@ -1,7 +1,7 @@
 """What a program compiled for a TPU moves between the chip and its memory, read from its text.
 
 The compiler's own "bytes accessed" also counts what stays in the chip's fast memory (VMEM, 128 MiB
-on v5e). The text says of every array where it is, and in which tiles, whose rest is padding.
+on v5e). The text gives each array's location and its tiles; the rest of a tile is padding.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ _TILE = re.compile(r":T\(([\d,]+)\)")
 _SPACE = re.compile(r"S\([1-9]\d*\)")  # without it, or 0: the memory
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
-# What moves nothing by itself.
+# Instructions that move nothing themselves.
 _FREE = {
     "parameter", "constant", "bitcast", "get-tuple-element", "tuple", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id",
@@ -33,12 +33,12 @@ class Traffic:
     """What one instruction moves.
 
     Attributes:
-      name: What of the traced function it computes, as JAX names it.
+      name: JAX's name of the operation it computes.
       opcode: HLO's.
-      read: Bytes from the memory in one execution.
-      written: Bytes to it.
-      padding: Of both together.
-      times: Executions.
+      read: Bytes read from the memory in one execution.
+      written: Bytes written to it.
+      padding: Bytes of padding among both.
+      times: Number of executions.
     """
 
     name: str
@@ -69,8 +69,8 @@ def find_traffic(text: str, *, num_passes: int = 1) -> list[Traffic]:
     What an instruction only takes a slice of, or writes a slice to, counts as the slice.
 
     Args:
-      text: Of the compiled program.
-      num_passes: How often a loop is taken whose text does not say it.
+      text: Text of the compiled program.
+      num_passes: Rounds of loops without a count in the text.
     """
     computations, entry = hlo.read_computations(text)
     times = hlo.executions(computations, entry, num_passes)
@@ -162,7 +162,7 @@ def _parameter(body: list[Instruction], index: int) -> str:
 
 
 def _taken(body: list[Instruction], name: str, whole: _Bytes, computations: Computations) -> _Bytes:
-    """What of an array the instructions of a fusion read."""
+    """The part of an array that the instructions of a fusion read."""
     taken = _Bytes()
     for one in body:
         operands = one.operands()
@@ -182,7 +182,7 @@ def _taken(body: list[Instruction], name: str, whole: _Bytes, computations: Comp
 
 
 def _stored(shapes: str, body: list[Instruction], computations: Computations) -> _Bytes:
-    """What a fusion writes: of an array that it updates in place, the update."""
+    """What a fusion writes: only the update, if it updates an array in place."""
     by_name = {one.name: one for one in body}
     root = next(one for one in body if one.is_root)
     results = [by_name[name] for name in root.operands()] if root.opcode == "tuple" else [root]

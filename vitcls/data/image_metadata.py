@@ -45,7 +45,7 @@ def turn(info: dict[str, Any]) -> Image.Transpose | None:
     """How the pixels become upright; None: they are. As `PIL.ImageOps.exif_transpose` decides.
 
     Args:
-      info: Of a Pillow image. Entries that are damaged after the orientation still give it.
+      info: A Pillow image's `info`. Damaged entries after the orientation do not matter.
     """
     orientation = _exif_orientation(info.get("exif") or _raw_exif(info.get(_RAW_EXIF)))
     if orientation is None:
@@ -63,7 +63,7 @@ def _raw_exif(text: Any) -> bytes:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """The value of the tag, whatever the other tags are like; None: there is none."""
+    """The value of the orientation tag, or None. Other tags may be damaged."""
     exif = re.sub(rb"^(Exif\0\0){1,2}", b"", exif)
     for tag, kind, at, order in _tags(exif):
         if tag == _ORIENTATION and kind in _INTEGERS:
@@ -89,7 +89,7 @@ def _tags(tiff: bytes) -> list[tuple[int, int, int, str]]:
 def without_metadata(data: bytes) -> tuple[bytes, dict[str, Any]]:
     """Returns a file of the same pixels, and what is known of its orientation, for `turn`.
 
-    Formats of which nothing can be left out come back as they are.
+    Files of other formats come back unchanged.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg(data)

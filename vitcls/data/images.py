@@ -46,7 +46,7 @@ _HEIF = re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the sides
 
 # Attempts to fit a random area and aspect ratio into the image before a central crop is taken.
-# All are drawn at once, so that every crop consumes the same number of random numbers.
+# All are sampled at once, so that every crop consumes the same count of random numbers.
 _NUM_ATTEMPTS = 10
 
 
@@ -177,7 +177,7 @@ def _high_byte(image: Image.Image) -> Image.Image:
 
 
 def squash(image: Image.Image, *, size: tuple[int, int], resample: str) -> np.ndarray:
-    """Resizes to `size` whatever the aspect ratio. Returns uint8 (H, W, 3).
+    """Resizes to `size`, ignoring the aspect ratio. Returns uint8 (H, W, 3).
 
     Args:
       image: RGB.
@@ -267,24 +267,24 @@ def random_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Box:
-    """Draws a crop box: area uniform, aspect ratio log-uniform, position uniform.
+    """Samples a crop box: area uniform, aspect ratio log-uniform, position uniform.
 
-    Areas and aspect ratios are redrawn until they fit; after ten that do not, the box is the
-    largest central one whose aspect ratio is allowed. Szegedy et al. 2015 (arXiv:1409.4842),
+    Areas and aspect ratios are sampled again until they fit. After ten that do not, the box is the
+    largest central one with an allowed aspect ratio. Szegedy et al. 2015 (arXiv:1409.4842),
     section 6, with torchvision's rules for what does not fit.
 
     Args:
-      rng: Always advanced by the same number of draws.
+      rng: Always advanced by the same count of numbers.
       aspect: The image's width / height.
       scale: Smallest and largest area, as fractions of the image's.
       ratio: Smallest and largest width / height, in pixels.
     """
     # Plain floats: for so few numbers ten times faster than arrays.
-    x, y, *draws = rng.random(2 + 2 * _NUM_ATTEMPTS).tolist()
+    x, y, *samples = rng.random(2 + 2 * _NUM_ATTEMPTS).tolist()
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for area_draw, ratio_draw in zip(draws[::2], draws[1::2], strict=True):
-        area = scale[0] + area_draw * (scale[1] - scale[0])
-        relative = math.exp(log_low + ratio_draw * (log_high - log_low)) / aspect
+    for area_sample, ratio_sample in zip(samples[::2], samples[1::2], strict=True):
+        area = scale[0] + area_sample * (scale[1] - scale[0])
+        relative = math.exp(log_low + ratio_sample * (log_high - log_low)) / aspect
         width, height = math.sqrt(area * relative), math.sqrt(area / relative)
         if width <= 1 and height <= 1:
             return _place(width, height, x, y)

@@ -1,1 +1,1 @@
-"""Whose files lie in a folder, and who may write there."""
+"""Which command owns the files of a folder, and locks between processes."""

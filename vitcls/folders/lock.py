@@ -1,8 +1,8 @@
-"""Locks of files that one process at a time may hold: for workdirs, caches, data sets and lists.
+"""File locks that one process at a time may hold: for workdirs, caches, data sets and lists.
 
-They are the operating system's, which takes them back however the process ends: none is left
-behind. Where a file system has no locks, one warning says so, and work continues without. The file
-stays: deleting it would let two processes in.
+The operating system releases them when the process ends, even if it is killed. Where a file system
+has no locks, one warning says so, and work continues without. The file stays: deleting it would let
+two processes in.
 
 The library `filelock` does not suffice. Where locks are missing it fails (ENOLCK, ENOTSUP) or
 leaves a file behind when it is killed (ENOSYS). It hides the open file, through which a process
@@ -65,11 +65,11 @@ def release(path: Path) -> None:
 
 @contextlib.contextmanager
 def waiting(path: Path) -> Iterator[tuple[TextIO, bool]]:
-    """Holds the lock at `path`, whose folder is made, after whichever process has it now.
+    """Makes the folder of `path`, waits for the lock there, and holds it.
 
     Yields:
-      The open file, with which a child process inherits the lock; and whether this process is
-      alone, which it may not be where there are no locks.
+      The open file, through which a child process inherits the lock; and whether this process is
+      known to be alone. Without locks it is not.
 
     Raises:
       OSError: The file cannot be written.

@@ -1,6 +1,6 @@
-"""Whose files lie where a command writes: it replaces its own, and no others.
+"""Checks that a command replaces only files that it has written itself.
 
-A command is known by the file that it writes first, so that one which was killed is known, too.
+A command is recognised by the file that it writes first. So a killed one is also recognised.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vitcls.errors import UserError
 
-# What a run writes into its workdir, all but what gets a new name each time.
+# What a run writes into its workdir, except files with a new name each time.
 _RUN = (
     "manifest.json", "config.json", "model", "checkpoints", "metrics.jsonl", "skipped.jsonl",
     "nonfinite.jsonl", "predictions", "results.json", "seen.npz",
@@ -35,9 +35,9 @@ def check(
     """Raises `UserError` where a command would write over what it has not written.
 
     Args:
-      flag: Whose value the folder, or a file in it, is.
+      flag: The flag that names the folder, or a file in it.
       folder: Need not exist.
-      names: What the command writes there; empty files and folders are nobody's.
+      names: What the command writes there. Empty files and folders may be replaced.
       is_own: Whether an earlier call of the command wrote them; asked only if one is there.
     """
     found = [name for name in names if _holds_something(folder / name)]
@@ -54,7 +54,7 @@ def check_file(flag: str, path: Path, *, is_own: Callable[[], bool]) -> None:
 
 
 def has_keys(path: Path, *keys: str) -> bool:
-    """Whether a file is JSON, or its first line is, whose object has these keys."""
+    """Whether a JSON file, or the first line of JSON lines, is an object with these keys."""
     try:
         with path.open(encoding="utf-8") as file:
             content = json.loads(file.readline() if path.suffix == ".jsonl" else file.read())

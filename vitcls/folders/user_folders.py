@@ -1,4 +1,4 @@
-"""Folders of the user, who in some containers has no home: no HOME, and no entry in passwd."""
+"""Folders of the user. Some containers have no home folder: no HOME and no passwd entry."""
 
 import os
 from pathlib import Path
@@ -27,9 +27,9 @@ def check_home(what: str, *instead: str, settings: str = "") -> None:
     """Raises `UserError` where something has no folder to be kept in.
 
     Args:
-      what: What is kept in the home directory, as the message begins.
+      what: What is kept in the home directory; the message begins with it.
       *instead: Environment variables that name another folder.
-      settings: Flags and fields that do, as the message has them.
+      settings: Flags and fields that name another folder, as the message shows them.
     """
     if home() is None and not any(map(os.environ.get, instead)):
         advice = " or ".join([*filter(None, [settings]), *instead])

@@ -1,4 +1,4 @@
-"""What is said of parameters: their table, the memory they take, their digest."""
+"""Facts about parameters: their table, their memory, their digest."""
 
 import hashlib
 import math
@@ -42,7 +42,7 @@ def parameter_table(params: Any, frozen: Any, batch_stats: Any) -> str:
 
 
 def memory_line(state: TrainState) -> str:
-    """Returns what a state takes on each device, as placed: `parameters 5.0 MB, ...`."""
+    """Returns the memory of a placed state on each device: `parameters 5.0 MB, ...`."""
     parts = {
         "parameters": (state.params, state.frozen, state.batch_stats),
         "optimizer": state.opt_state,
@@ -63,7 +63,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def sha256(variables: Any) -> str:
-    """Returns the hexadecimal digest of names, shapes and values, whatever file they came from."""
+    """Returns the hexadecimal digest of names, shapes and values, independent of the file."""
     digest = hashlib.sha256()
     for name, leaf in sorted(traverse_util.flatten_dict(variables, sep="/").items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())

@@ -19,9 +19,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 T = TypeVar("T")
 log = logging.getLogger("vitcls")
 
-LINE_SECS = 25.0  # below half a minute by what a busy process is late
-_DOING: list[Callable[[], str]] = []  # what says how far the work is, the innermost last
-_last_line = time.monotonic()  # when the log had a line, of whatever kind
+LINE_SECS = 25.0  # half a minute, less the delays of a busy process
+_DOING: list[Callable[[], str]] = []  # describe the work in progress, the innermost last
+_last_line = time.monotonic()  # time of the log's last line, of any kind
 
 
 def _note_line(record: logging.LogRecord) -> bool:
@@ -34,17 +34,17 @@ log.addFilter(_note_line)
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches: bars are drawn only then."""
+    """Whether stderr is a terminal: only then bars are shown."""
     return sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def doing(what: str | Callable[[], str]) -> Iterator[None]:
-    """Work that may take long: `what` is logged while nothing else is, see above.
+    """Encloses work that may take long: `what` is logged while nothing else is.
 
     Args:
-      what: Text, to which the time since the start is added; or what makes a whole line, called in
-        another thread.
+      what: Text, to which the time since the start is added; or a function that makes a whole line,
+        called in another thread.
     """
     global _last_line
     start = time.monotonic()
@@ -55,7 +55,7 @@ def doing(what: str | Callable[[], str]) -> Iterator[None]:
     if on_terminal():
         yield
         return
-    if silence() >= LINE_SECS:  # of what came before
+    if silence() >= LINE_SECS:  # silence of earlier work does not count
         _last_line = start
     _DOING.append(describe)
     _start_talking()

@@ -1,7 +1,7 @@
-"""Weights & Biases, from a process of its own: whatever happens there, training goes on.
+"""Weights & Biases, from a process of its own: its failures do not stop training.
 
-Its client waits for networks, at its start and at its end, and for ever for a helper that is stuck:
-a process can be left behind.
+Its client waits for networks at its start and its end, and waits forever for a stuck helper. A
+process of its own can be left behind.
 """
 
 import importlib.util
@@ -39,16 +39,16 @@ def check(project: str) -> None:
 class WandbSender:
     """Shows scalars in a run of Weights & Biases, the same one after every restart.
 
-    Once it is open it raises nothing, and waits only at its end, for seconds.
+    Once open it raises nothing. It waits only at its end, for seconds.
     """
 
     def __init__(self, workdir: Path, *, project: str, config: dict[str, Any]):
         """Starts the process.
 
         Args:
-          workdir: The run's folder; keeps in `wandb_id` which run there it is.
-          project: Its project.
-          config: What it shows of how the run is made.
+          workdir: The run's folder; its file `wandb_id` keeps the id of the run there.
+          project: The project there.
+          config: The run's config, to be shown there.
         """
         kept = workdir / "wandb_id"
         key = kept.read_text() if kept.exists() else ""
@@ -57,7 +57,7 @@ class WandbSender:
             with written_aside(kept) as aside:
                 aside.write_text(key)
         path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # Of a session of its own: Ctrl-C is for the run, which then ends this one.
+        # Its own session keeps Ctrl-C from it: the run receives that, and then ends this process.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vitcls.logs.wandb_sender"],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
@@ -107,14 +107,16 @@ def _send() -> None:
     """The process: reads what to open, then lines of scalars, and at last how the run ended."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def read() -> None:  # all the time: the other side does not wait
+    # Reads continuously, as the run does not wait for this process.
+    def read() -> None:
         for line in sys.stdin:
             if line.endswith("\n"):  # a kill may cut the last one
                 lines.put(line)
         lines.put('{"exit_code": 1}')  # if nothing was said before, the run was killed
 
     for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)  # clusters tell all processes; the run ends this one
+        # Clusters signal all processes; the run itself ends this one.
+        signal.signal(number, signal.SIG_IGN)
     asked = json.loads(sys.stdin.readline())
     threading.Thread(target=read, daemon=True).start()
     run = _open(**asked)

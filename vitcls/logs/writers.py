@@ -28,7 +28,7 @@ log = logging.getLogger("vitcls")
 
 
 class JsonLines:
-    """`metrics.jsonl`, of which a restart forgets what came after the restored step."""
+    """`metrics.jsonl`; a restart removes the lines after the restored step."""
 
     def __init__(self, workdir: Path, *, start_step: int, again: Sequence[str]):
         _drop_lines(workdir / "metrics.jsonl", start_step, again)
@@ -47,10 +47,10 @@ class JsonLines:
 
 
 class EventFiles:
-    """TensorBoard's, which are told of a restart."""
+    """TensorBoard's event files, which record restarts."""
 
     def __init__(self, workdir: Path, *, start_step: int):
-        # Not its SummaryWriter, whose thread a full disk ends, after which writing never returns.
+        # Not its SummaryWriter: a full disk ends its thread, and then writing never returns.
         self._events = EventsWriter(str(workdir / "events"))
         restart = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
         self._add(start_step + 1, session_log=restart)
@@ -71,7 +71,7 @@ class EventFiles:
 
 
 class MetricWriter:
-    """Writes scalars to all of them; what comes after a restart takes the place of what was."""
+    """Writes scalars to all sinks; lines after a restart replace earlier ones."""
 
     def __init__(
         self,
@@ -88,10 +88,10 @@ class MetricWriter:
         Args:
           workdir: The run's folder.
           start_step: The last step that counts; later lines are dropped.
-          again: Splits whose evaluation at `start_step` will be done again.
+          again: Splits that will be evaluated again at `start_step`.
           is_main: Whether this process writes at all.
-          wandb_project: Where to show them, too; "": nowhere.
-          config: What is shown there of how the run is made.
+          wandb_project: Project that also shows them; "": none.
+          config: The run's config, to be shown there.
         """
         self._skipped_path = workdir / "nonfinite.jsonl"
         self._closing = contextlib.ExitStack()
@@ -108,8 +108,8 @@ class MetricWriter:
         self._sinks.append(self._closing.enter_context(sink))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        # A line is there for whoever follows the file, and after a kill. What a full disk does not
-        # take is kept and written with the next line, or with the last.
+        # Each line is flushed, for readers that follow the file and in case of a kill. What a full
+        # disk refuses is kept and written with the next line, or at the end.
         for sink in self._sinks:
             try:
                 sink.write(step, scalars)
@@ -136,7 +136,7 @@ class LateMetrics:
 
     Attributes:
       window: Metrics of the steps since the last line that changed something; part of what a
-        checkpoint keeps, so that a run that goes on writes the same means.
+        checkpoint keeps, so that a continued run writes the same means.
     """
 
     def __init__(

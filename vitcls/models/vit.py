@@ -17,7 +17,7 @@ from vitcls.errors import UserError
 from vitcls.models.attention import Thirds, attention
 from vitcls.models.dense import Dense
 from vitcls.models.remat import call_layer
-from vitcls.models.vit_config import ACTIVATIONS, POOLS, ViTConfig
+from vitcls.models.vit_config import ACTIVATIONS, HEADS, POOLS, ViTConfig
 
 
 def dropout(
@@ -30,7 +30,7 @@ def dropout(
       keys: (B,) typed keys, one per sample, so that a sample's mask does not depend on its place
         in the batch nor on how the batch is split (not so for `rbg` keys, which `vmap` mixes).
         None: returns `x`.
-      site: Number of this place in the network; every place draws its own mask.
+      site: Number of this place in the network; every place samples its own mask.
       rate: Probability of a zero.
       shape: Shape of one sample's mask, broadcast against `x.shape[1:]`: ones drop whole samples.
     """
@@ -229,7 +229,7 @@ class Encoder(nn.Module):
 class ViT(nn.Module):
     """Images -> logits. Parameters are float32; `dtype` is that of products and residual stream.
 
-    LayerNorms, softmax, pooled features and logits are computed in float32 whatever `dtype`.
+    LayerNorms, softmax, pooled features and logits are computed in float32 for every `dtype`.
     """
 
     config: ViTConfig
@@ -237,7 +237,7 @@ class ViT(nn.Module):
     dropout_rate: float = 0.0  # of the embeddings and of every branch
     drop_path_rate: float = 0.0  # of the last layer; linear in depth from 0 at the first
     patch_dropout_rate: float = 0.0  # see `drop_patches`
-    attention: str = "xla"  # or "cudnn": who computes it, see `attention`
+    attention: str = "xla"  # or "cudnn": its implementation, see `attention`
     remat: str = "none"  # or a key of `remat.POLICIES`: what each layer keeps to go backwards
 
     @nn.compact
@@ -288,9 +288,9 @@ class ViT(nn.Module):
         # A zero kernel: the first loss is ln K, and the first gradient leaves the backbone alone.
         head = functools.partial(Dense, config.num_classes, kernel_init=nn.initializers.zeros)
         if config.pool != "cls_dist":
-            return head(name="classifier")(x)
+            return head(name=HEADS[0])(x)
         cls, dist = jnp.split(x, 2, axis=-1)
-        return (head(name="classifier")(cls) + head(name="distillation_classifier")(dist)) / 2
+        return (head(name=HEADS[0])(cls) + head(name=HEADS[1])(dist)) / 2
 
 
 def check_image_size(images: jax.Array, image_size: tuple[int, int]) -> None:

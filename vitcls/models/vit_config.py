@@ -40,20 +40,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 # Pool -> how many of the first tokens it reads, 0: all of them.
 POOLS = {"cls": 1, "mean": 0, "cls_mean": 0, "cls_dist": 2}
-
-
+# The layers that make logits, in every network: the head, and that of the distillation token.
+HEADS = ("classifier", "distillation_classifier")
 MLPS = ("mlp", "swiglu")
-
-
-_MOST_PATCHES = 1 << 16  # of 4096 x 4096 pixels by 16; attention takes the square of it
-
-
+# 4096 x 4096 pixels in patches of 16; attention takes the square of it.
+_MAX_PATCHES = 1 << 16
 _REGISTERS = re.compile(r"reg([1-9]\d*)")
-
-
 NAME = re.compile(rf"vit_({'|'.join(SIZES)})([1-9]\d*)")  # of an architecture
-
-
 EXAMPLES = [f"vit_{size}{4 if size == 'nano' else 16}" for size in SIZES]
 
 
@@ -82,7 +75,7 @@ class ViTConfig:
     # cls | mean (of the patches) | cls_mean (the two side by side, 2 D wide) | cls_dist (a head for
     # each of the two tokens, the logits are their mean)
     pool: str = "cls"
-    mlp: str = "mlp"  # mlp | swiglu (whose gate is SiLU, whatever `activation` says)
+    mlp: str = "mlp"  # mlp | swiglu (with SiLU as its gate, not `activation`)
     activation: str = "gelu"  # a name of ACTIVATIONS
     pre_norm: bool = False  # a LayerNorm between the embeddings and the first layer
     epsilon: float = 1e-6  # of every LayerNorm
@@ -97,10 +90,10 @@ class ViTConfig:
             raise UserError(f"A ViT's sizes must be positive; got {self}.")
         if min(self.grid) < 1:
             raise UserError(f"image_size={self.image_size} is below a patch, {self.patch_size}.")
-        if math.prod(self.grid) > _MOST_PATCHES:
+        if math.prod(self.grid) > _MAX_PATCHES:
             raise UserError(
                 f"image_size={self.image_size} makes {math.prod(self.grid)} patches of "
-                f"{self.patch_size}, more than {_MOST_PATCHES}; choose smaller images."
+                f"{self.patch_size}, more than {_MAX_PATCHES}; choose smaller images."
             )
         if self.width % self.num_heads:
             raise UserError(
@@ -168,7 +161,7 @@ def vit_config(name: str, *, num_classes: int, image_size: tuple[int, int]) -> V
       image_size: (height, width) in pixels, multiples of the patch.
 
     Raises:
-      UserError: there is no such network, or the patch does not divide the image.
+      UserError: the name is unknown, or the patch does not divide the image.
     """
     match = NAME.fullmatch(name)
     if not match:

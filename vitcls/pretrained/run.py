@@ -37,7 +37,7 @@ class Run:
             return self._step(checkpoints)
 
     def steps(self) -> list[int]:
-        """The same as a list; of `DIR@all`, which is no single checkpoint, all that are kept."""
+        """The same as a list; for `DIR@all`, the steps of all kept checkpoints."""
         with self._open() as checkpoints:
             all_steps = checkpoints.steps() if self.which == "all" else []
             return all_steps or [self._step(checkpoints)]
@@ -51,7 +51,7 @@ class Run:
           shapes: The network's variables as nested dicts of `jax.ShapeDtypeStruct`.
 
         Raises:
-          UserError: there is no such checkpoint, or its values are of no use.
+          UserError: the checkpoint does not exist, or its values are damaged.
           StorageError: it cannot be read.
         """
         with self._open() as checkpoints:
@@ -72,12 +72,12 @@ class Run:
         return variables
 
     def _open(self) -> Checkpoints:
-        start_devices()  # Orbax asks them who it is
+        start_devices()  # Orbax asks jax for this process' index
         return Checkpoints(self.directory / "checkpoints", read_only=True)
 
     def _step(self, checkpoints: Checkpoints) -> int:
         steps = checkpoints.steps()
-        if self.which in map(str, steps):  # whatever has become of the others
+        if self.which in map(str, steps):  # even if the others are damaged
             return int(self.which)
         best = checkpoints.best_step()
         chosen = {
@@ -94,7 +94,7 @@ class Run:
 
 
 def find_run(checkpoint: str | Path) -> Run | None:
-    """Returns the run that `checkpoint` refers to, or None if it is no workdir."""
+    """Returns the run that `checkpoint` refers to, or None if it is not a workdir."""
     before, _, which = str(checkpoint).rpartition("@")
     for name, step in ((str(checkpoint), None), (before, which)):
         directory = Path(name).expanduser()

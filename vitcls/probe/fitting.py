@@ -22,6 +22,7 @@ from vitcls.data.sources.split import Split
 from vitcls.errors import UserError
 from vitcls.files import write_json
 from vitcls.logs.progress import doing
+from vitcls.models.vit_config import HEADS
 from vitcls.pretrained.saving import config_to_json
 from vitcls.probe import features as features_lib
 from vitcls.probe import heads
@@ -281,13 +282,11 @@ def save_with_head(
 def _head_params(head: heads.Linear, config: pretrained.Config) -> dict[str, Any]:
     kernel = head.kernel.T  # (D, K)
     if getattr(config, "pool", None) != "cls_dist":
-        return {"classifier": {"kernel": kernel, "bias": head.bias}}
+        return {HEADS[0]: {"kernel": kernel, "bias": head.bias}}
     # Two heads, each of its half of the features, whose mean are the logits.
     return {
         name: {"kernel": 2 * half, "bias": head.bias}
-        for name, half in zip(
-            ("classifier", "distillation_classifier"), np.split(kernel, 2), strict=True
-        )
+        for name, half in zip(HEADS, np.split(kernel, 2), strict=True)
     }
 
 

@@ -1,1 +1,1 @@
-"""Several processes, the signals that end them, and the locks between them."""
+"""Several processes, the signals and the watchdog that end them, and their memory."""

@@ -1,7 +1,7 @@
 """Several processes, one run: how they find each other, what they must agree on, how they end.
 
-They talk through the store of jax's coordinator, which lives in process 0. A run of one process
-passes through all of this without a trace.
+They talk through the store of jax's coordinator, which lives in process 0. With one process, every
+function here is a no-op.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.distributed import global_state  # the store has no public door
+from jax._src.distributed import global_state  # the store has no public interface
 from jax.sharding import Mesh
 
 from vitcls.errors import STALLED, Unavailable, UserError
@@ -33,17 +33,20 @@ from vitcls.step.devices import settings
 
 log = logging.getLogger("vitcls")
 
-# A process that sends no sign of life for so long is dead: jax then ends all others.
+# A process without a sign of life for this long is dead. Then jax ends all others.
 _HEARTBEAT_SECS = 30
 _SHUTDOWN_SECS = 30
-# After another process ended, what this one has to end by itself: it may be closing its files. The
-# coordinator waits longer for the others, which would be aborted without it.
+# After another process ended, this one has a while to end by itself: it may be closing its files.
+# The coordinator waits longer, because without it jax aborts the others.
 _GRACE_SECS, _COORDINATOR_GRACE_SECS = 10, 30
 _POLL_SECS = 1
-_LAST_SECS = 3  # between the last word of a process and its end
-_FOREVER = 10**9  # milliseconds: whoever waits is ended by what ends the others
+# The others need this long between their last message and their end.
+_LAST_SECS = 3
+# In milliseconds. A waiting process needs no limit: it ends with the others.
+_FOREVER = 10**9
 _END = "vitcls/end"
-_meetings = itertools.count()  # names in the store, and barriers, can be used once
+# Names in the store, and barriers, can be used only once, so each meeting gets a number.
+_meetings = itertools.count()
 
 
 def initialize(
@@ -51,7 +54,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins the run's other processes, before anything else is asked of jax.
+    """Joins the run's other processes, before any other use of jax.
 
     Args:
       coordinator_address: HOST:PORT of process 0.
@@ -60,7 +63,7 @@ def initialize(
         MPI says, see `jax.distributed.initialize`; nothing where none of them started this process.
 
     Raises:
-      UserError: some are set and others are not, or one makes no sense.
+      UserError: some are set and others are not, or a value is out of range.
       Unavailable: the port of process 0 is taken, or process 0 does not answer.
     """
     given = [coordinator_address, num_processes, process_id]
@@ -70,7 +73,7 @@ def initialize(
         return
     if process_id == 0:
         _check_port(coordinator_address)
-    # Our own handlers and votes do what it is for; it takes the signals away from them.
+    # This service would take the signals away from our own handlers and votes.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -82,15 +85,17 @@ def initialize(
         )
     except ValueError as error:
         if "coordinator_address should be defined" in str(error):
-            return  # no cluster
+            # No cluster started this process.
+            return
         raise
     except jax.errors.JaxRuntimeError as error:
         raise _cannot_meet(
             coordinator_address or global_state.coordinator_address, error
         ) from error
     if global_state.num_processes > 1:
+        # Process 0 logs for all.
         if global_state.process_id:
-            log.setLevel(logging.WARNING)  # process 0 speaks for all
+            log.setLevel(logging.WARNING)
         _watch_others()
 
 
@@ -134,19 +139,17 @@ def _cannot_meet(address: str, error: Exception) -> Unavailable:
 def wait_for_all(what: str) -> None:
     """Returns once every process is here; `what` names the place."""
     if jax.process_count() > 1:
-        name = f"vitcls/{what}/{next(_meetings)}"  # all come to the same ones in the same order
+        # Every process meets the others in the same order, so the numbers agree.
+        name = f"vitcls/{what}/{next(_meetings)}"
         global_state.client.wait_at_barrier(name, _FOREVER)
 
 
 def in_any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process; all must ask.
-
-    Through the store, as `wait_for_all`: unlike a collective of the devices it cannot get between
-    those of a step that is still being computed, and leaves no device waiting for a process that
-    is not coming.
-    """
+    """Whether `flag` is true in any process; all must ask."""
     if jax.process_count() == 1:
         return flag
+    # The vote goes through the store. A collective of the devices could get between those of a step
+    # that is still being computed, and could leave devices waiting for a process that ended.
     votes = f"vitcls/votes/{next(_meetings)}/"
     if flag:
         global_state.client.key_value_set(f"{votes}{jax.process_index()}", "")
@@ -155,7 +158,7 @@ def in_any_process(flag: bool) -> bool:
 
 
 def of_first(value: int) -> int:
-    """The value that process 0 has; all must ask."""
+    """Returns the value that process 0 has; all must ask."""
     if jax.process_count() == 1:
         return value
     name = f"vitcls/first/{next(_meetings)}"
@@ -168,10 +171,10 @@ def check_same(facts: dict[str, Any]) -> None:
     """Returns once every process has come here with the same facts.
 
     Args:
-      facts: Name -> what JSON can hold: the config, the data, and the like. The code is added.
+      facts: Name -> JSON value: the config, the data, and the like. The code is added.
 
     Raises:
-      UserError: this process' facts are not those of process 0; shows the differences.
+      UserError: this process' facts differ from those of process 0; shows the differences.
     """
     if jax.process_count() == 1:
         return
@@ -206,7 +209,7 @@ def check_shared(folder: Path, *, patience_secs: float = 10) -> None:
     """Returns once every process sees the same `folder`, which process 0 has made.
 
     Raises:
-      UserError: this process does not see in it what process 0 writes.
+      UserError: this process does not see a file that process 0 writes there.
     """
     if jax.process_count() == 1:
         return
@@ -218,7 +221,8 @@ def check_shared(folder: Path, *, patience_secs: float = 10) -> None:
         global_state.client.key_value_set("vitcls/probe", first)
     host, name = json.loads(global_state.client.blocking_key_value_get("vitcls/probe", _FOREVER))
     try:
-        # Network file systems may be late. Looks are counted, not seconds: a pause is not one.
+        # Network file systems may be late. Attempts are counted, not seconds, because a suspended
+        # process makes no attempts.
         looks_left = round(patience_secs / 0.1)
         while not (folder / name).exists():
             if not looks_left:
@@ -236,13 +240,13 @@ def check_shared(folder: Path, *, patience_secs: float = 10) -> None:
 
 
 def late_maximum(mesh: Mesh) -> Callable[[int], int]:
-    """Returns a function of a number, the largest that any process gave it at the call before.
+    """Returns a function: number -> the largest number that any process gave at the call before.
 
-    Every process must call it equally often; all get the same. Late, so that nobody waits for it.
-    In a run of one process it is the number itself.
+    Every process must call it equally often; all get the same. With one process it is the identity.
     """
     if jax.process_count() == 1:
         return int
+    # The result is one call late, so that no process waits for the devices.
     split = sharding.batch_sharding(mesh)
     maximum = jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))
     pending = maximum(_everywhere(0, split))
@@ -262,10 +266,9 @@ def _everywhere(value: int, split: jax.sharding.NamedSharding) -> jax.Array:
 
 
 def leave(code: int, message: str) -> None:
-    """Ends this process and with it all others, all with the code of the first that ends.
+    """Ends this process and all others, with the exit code of the first that ends.
 
-    Returns in a run of one process, and where this process never joined any. Elsewhere nothing
-    of Python's own end would help: jax would wait for processes that wait for this one.
+    Returns if this process has not joined any others.
 
     Args:
       code: Exit code.
@@ -274,17 +277,20 @@ def leave(code: int, message: str) -> None:
     client = global_state.client
     if client is None or global_state.num_processes == 1:
         return
-    # The coordinator may be gone, or stuck: nothing below may keep this process.
+    # Python's own exit would not suffice: jax would wait for processes that wait for this one.
+    # The coordinator may be gone or stuck, so a timer ends this process in any case.
     patience = _GRACE_SECS if global_state.process_id else _COORDINATOR_GRACE_SECS
     backstop = threading.Timer(patience, os._exit, [code])
     backstop.daemon = True
     backstop.start()
     own = {"process": global_state.process_id, "code": code, "message": message}
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was first, or nobody is there
+    # Setting the key fails if another process was first, or if the coordinator is gone.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(_END, json.dumps(own))
     first = _first_end() or own
     if first["process"] != own["process"]:
-        if first["code"] == STALLED:  # in one of the processes is the reason
+        # Any process may be the one that holds up the others, so each shows its threads.
+        if first["code"] == STALLED:
             faulthandler.dump_traceback(file=sys.__stderr__)
         print(
             f"Process {own['process']} ends because process {first['process']} did, with code "
@@ -295,10 +301,12 @@ def leave(code: int, message: str) -> None:
     sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(f"{_END}/{global_state.process_id}", "")
-        if global_state.process_id == 0:  # the others read it here
+        # The coordinator lives in process 0, which therefore ends last.
+        if global_state.process_id == 0:
             while len(client.key_value_dir_get(f"{_END}/")) < global_state.num_processes:
                 time.sleep(0.1)
-            time.sleep(_LAST_SECS)  # without a coordinator jax aborts who has not ended yet
+            # Without a coordinator jax aborts the processes that have not ended yet.
+            time.sleep(_LAST_SECS)
     os._exit(first["code"])
 
 
@@ -312,8 +320,10 @@ def _watch_others() -> None:
             if first is None:
                 continue
             if first["process"] == global_state.process_id:
-                return  # which is leaving already, in another thread
-            is_over.wait(_GRACE_SECS)  # to end by itself
+                # Another thread of this process is leaving already.
+                return
+            # This process may still end by itself.
+            is_over.wait(_GRACE_SECS)
             leave(first["code"], first["message"])
 
     thread = threading.Thread(target=watch, name="watch-others", daemon=True)
@@ -323,11 +333,12 @@ def _watch_others() -> None:
         is_over.set()
         thread.join()
 
-    atexit.register(stop)  # before jax leaves the coordinator, which it registered earlier
+    # This runs before jax leaves the coordinator, because jax registered its exit earlier.
+    atexit.register(stop)
 
 
 def _first_end() -> dict[str, Any] | None:
-    """What the first process that ended said; None: nobody did, or the coordinator is gone."""
+    """The message of the first process that ended; None: there is none, or no coordinator."""
     try:
         return json.loads(global_state.client.key_value_try_get(_END))
     except jax.errors.JaxRuntimeError:

@@ -5,7 +5,7 @@ import math
 import pathlib
 from collections.abc import Iterator
 
-# Of a control group's folder: the files of limit and use, and how memory.stat names what it counts.
+# In a control group's folder: the files of limit and use, and the prefix of names in memory.stat.
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _V2 = ("memory.max", "memory.current", "")
 
@@ -22,7 +22,8 @@ def available_memory(root: pathlib.Path = pathlib.Path("/")) -> float:
         system = dict(line.split(":") for line in lines)
         available.append(1024 * int(system["MemAvailable"].split()[0]))
     for group, (limit_name, used_name, prefix) in _control_groups(root):
-        with contextlib.suppress(OSError, ValueError):  # no files or "max": no limit here
+        # Without these files, or with "max" in them, the group has no limit.
+        with contextlib.suppress(OSError, ValueError):
             limit, used = (int((group / name).read_text()) for name in (limit_name, used_name))
             lines = (group / "memory.stat").read_text().splitlines()
             stat = {name: int(number) for name, number in map(str.split, lines)}

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: obeyed at once where nothing is lost, else between two steps."""
+"""Signals that stop a run: at once if nothing is lost, otherwise between two steps."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from vitcls.errors import Interrupted
 # HUP says that the terminal was closed. USR1 and USR2 are what clusters send, on demand, some time
 # before they end a job.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Ignored from a process' start these stay so: by `nohup`, and by shells for jobs in background.
+# `nohup`, and shells for background jobs, start a process with these ignored. They stay ignored.
 _MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 
 
@@ -29,10 +29,8 @@ def heeded(numbers: tuple[int, ...] = STOPS) -> list[int]:
 
 
 def leave_terminal() -> None:
-    """Sends what is printed from here on nowhere, if the terminal it went to was closed.
-
-    Every write would be an error, also of what a run prints when it has saved.
-    """
+    """Discards all further output if its terminal was closed."""
+    # Otherwise every write would be an error, also after the run has saved.
     for descriptor in (1, 2):
         try:
             termios.tcgetattr(descriptor)
@@ -42,13 +40,14 @@ def leave_terminal() -> None:
 
 
 def exit_on_signal() -> None:
-    """From here on a signal ends the command, with the code that says: run it again.
+    """Makes signals end the command, with the exit code that says: run it again.
 
-    For what comes before and after training, where all that is worth keeping is saved.
+    This is for the time before and after training, when there is nothing to save.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        ignore()  # a second one must not come between this one and its end
+        # A second signal must not interrupt this exit.
+        ignore()
         _say(f"{_name(number)}: stopped outside of training; run the same command again.")
         sys.exit(Interrupted.exit_code)
 
@@ -57,7 +56,7 @@ def exit_on_signal() -> None:
 
 
 def ignore() -> None:
-    """From here on signals do nothing, for a process that ends; a second Ctrl-C still kills it."""
+    """Ignores signals in a process that ends; a second Ctrl-C still kills it."""
     for number in heeded():
         is_second = number == signal.SIGINT
         signal.signal(number, signal.SIG_DFL if is_second else signal.SIG_IGN)
@@ -66,12 +65,12 @@ def ignore() -> None:
 class StopRequest:
     """While entered, signals are only noted, for `poll`; but a second SIGINT ends the process.
 
-    Nothing is raised: that would lose a checkpoint that is being written. Other signals may come
-    repeatedly: clusters send a SIGTERM after the signal that was asked for.
+    Nothing is raised, because that would lose a checkpoint that is being written. Other signals may
+    repeat: clusters send a SIGTERM after the signal that was asked for.
 
     Attributes:
       name: The signal that `poll` knows of; None: none.
-      is_all_saved: Whether a signal may end the process at once; set by whoever knows.
+      is_all_saved: Whether a signal may end the process at once; the training loop sets it.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class StopRequest:
         self._previous = {}
 
     def poll(self) -> str | None:
-        """Returns `name`. To be called by all processes equally often, which then agree on it."""
+        """Returns `name`. All processes must call it equally often, and then agree on it."""
         number = self._vote(self._number)
         if self.name is None and number:
             self.name = _name(number)
@@ -100,8 +99,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._note) for number in heeded()}
-        # Python calls a handler when the main thread is back in Python, after minutes perhaps where
-        # that compiles. The number of the signal is in this pipe at once.
+        # Python calls a handler only when the main thread is back in Python. During compilation
+        # that may take minutes. The signal's number is in this pipe at once.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -110,12 +109,14 @@ class StopRequest:
 
     def __exit__(self, *_) -> None:
         signal.set_wakeup_fd(-1)
-        os.close(self._writer)  # ends the thread
+        # Closing the pipe ends the thread.
+        os.close(self._writer)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        leave_terminal()  # before the run hears of the stop, and prints
+        # The run prints once it knows of the stop, so the output must be safe before.
+        leave_terminal()
         self._number = self._number or number
 
     def _listen(self, reader: int) -> None:
@@ -146,7 +147,7 @@ def _name(number: int) -> str:
 
 def _say(text: str) -> None:
     leave_terminal()
-    with contextlib.suppress(OSError):  # a pipe that nobody reads must not cost the run
-        os.write(
-            2, f"{text}\n".encode()
-        )  # a handler may interrupt a print, which cannot be entered
+    # A closed pipe must not stop the run. `os.write` is used because a handler may interrupt a
+    # `print`, which cannot be entered again.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())

@@ -1,4 +1,4 @@
-"""Ends a process that is stuck: alive, but without progress for longer than that may take."""
+"""Ends a process that is stuck: alive, but without progress for too long."""
 
 import faulthandler
 import os
@@ -11,7 +11,7 @@ from vitcls.errors import STALLED
 from vitcls.processes import distributed
 
 _TICK_SECS = 0.5
-# A longer gap between two ticks is not work: the process was stopped, and then continued.
+# After a longer gap between two ticks, the process must have been stopped and continued.
 _MAX_GAP_SECS = 2 * _TICK_SECS
 
 
@@ -39,8 +39,7 @@ class RunningClock:
 class Watchdog:
     """While entered, a thread waits for signs of progress, each within the time given for it.
 
-    When one is missing, it prints where every thread is, and ends the process: nothing else could,
-    as a stuck main thread does not come back to see a flag or an exception. Time in which the
+    When one is missing, it prints where every thread is, and ends the process. Time in which the
     process was stopped does not count.
     """
 
@@ -48,7 +47,8 @@ class Watchdog:
         """Takes `NAME_secs=SECONDS` for everything that `expect` will be told; 0: no limit."""
         self._budgets = budgets
         self._clock = RunningClock()
-        self._expected = ("", 0.0, float("inf"))  # replaced as a whole: read by the thread
+        # The thread reads this tuple, so it is only replaced as a whole.
+        self._expected = ("", 0.0, float("inf"))
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -76,5 +76,6 @@ class Watchdog:
 def _end(message: str) -> None:
     faulthandler.dump_traceback(file=sys.__stderr__)
     print(f"ERROR: {message} Above is where each thread is.", file=sys.stderr, flush=True)
+    # A stuck main thread would never see a flag or an exception, so the process ends here.
     distributed.leave(STALLED, message)
     os._exit(STALLED)

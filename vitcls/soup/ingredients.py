@@ -17,6 +17,7 @@ from vitcls.data import sources
 from vitcls.data.sources.division import DIVISIONS
 from vitcls.errors import UserError
 from vitcls.files import read_json
+from vitcls.models.vit_config import HEADS
 from vitcls.pretrained.run import find_run
 from vitcls.run import seen
 from vitcls.run.splits import open_splits
@@ -25,7 +26,6 @@ PyTree = Any
 log = logging.getLogger("vitcls")
 
 _MOST_SHOWN = 8  # differences in a message
-_HEADS = ("classifier", "distillation_classifier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,7 @@ def read_start(
     if config is not None:
         keeps_head = not has_new_head
     if not keeps_head:
-        heads = {name: end["params"][name] for name in _HEADS if name in end["params"]}
+        heads = {name: end["params"][name] for name in HEADS if name in end["params"]}
         start = start | {"params": start["params"] | heads}
         log.info("The head is the fine-tuned one at both ends.")
     return start, {"checkpoint": source, "head": "pretrained" if keeps_head else "fine-tuned"}

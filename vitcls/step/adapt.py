@@ -1,6 +1,6 @@
-"""Which parameters are trained, and how far: patterns over their names, and LoRA.
+"""Selects the parameters to train by patterns over their names, and adds LoRA.
 
-D and E are the sides of a kernel, r the rank of what LoRA adds to it.
+D and E are the sides of a kernel, r is the rank of LoRA's factors.
 """
 
 import re
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from vitcls.errors import UserError
+from vitcls.models.vit_config import HEADS
 
 Params = dict[str, Any]
 
-HEAD = r"(distillation_)?classifier/.*"
-# Names for patterns of what is trained along with the head.
+HEAD = rf"({'|'.join(HEADS)})/.*"
+# Short names for patterns. The head is always trained in addition.
 TRAINED = {
     "all": r".*",
     "head": HEAD,
@@ -38,7 +39,7 @@ def match(params: Params, pattern: str, *, field: str) -> dict[str, bool]:
     """Returns whether each parameter's whole name matches `pattern`.
 
     Raises:
-      UserError: the pattern matches no parameter; `field` is what set it.
+      UserError: the pattern, which comes from the config's `field`, matches no parameter.
     """
     flat = {name: bool(re.fullmatch(pattern, name)) for name in names(params)}
     if not any(flat.values()):
@@ -51,12 +52,11 @@ def split(params: Params, freeze: str = "", *, train: str = "all") -> tuple[Para
     """Returns (trained, frozen): two trees without common leaves.
 
     Args:
-      params: All parameters.
-      freeze: Regular expression for what stays whatever `train` says; "": nothing.
-      train: A name of `TRAINED` or a regular expression; the head is always trained along.
+      freeze: Regular expression for parameters that stay, even if `train` names them; "": none.
+      train: A name of `TRAINED` or a regular expression; the head is always trained.
 
     Raises:
-      UserError: a pattern matches no parameter, or changes nothing, or nothing is left to train.
+      UserError: a pattern matches no parameter or changes nothing, or nothing is left to train.
     """
     matches = match(params, TRAINED.get(train, train), field="adapt.train")
     trained = {name for name in matches if matches[name] or re.fullmatch(HEAD, name)}
@@ -65,7 +65,7 @@ def split(params: Params, freeze: str = "", *, train: str = "all") -> tuple[Para
         if not any(matches[name] for name in trained):
             raise UserError(
                 f"adapt.freeze={freeze!r} has no effect: adapt.train={train!r} trains nothing that "
-                "it matches. Change that, or leave adapt.freeze at ''."
+                "it matches. Change adapt.train, or leave adapt.freeze at ''."
             )
         trained = {name for name in trained if not matches[name]}
     if not trained:
@@ -80,7 +80,7 @@ def split(params: Params, freeze: str = "", *, train: str = "all") -> tuple[Para
 
 
 def subtree(params: Params, like: Params) -> Params:
-    """Returns the leaves of `params` that `like` has too."""
+    """Returns the leaves of `params` that are also in `like`."""
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
         {path: flat[path] for path in traverse_util.flatten_dict(like)}
@@ -94,9 +94,9 @@ def merge(trained: Params, frozen: Params) -> Params:
 
 
 def layer_numbers(params: Params) -> dict[str, int]:
-    """Returns by name how deep each parameter lies: embeddings 0, layer or stage i at i + 1.
+    """Returns the depth of each parameter by name: embeddings 0, layer or stage i at i + 1.
 
-    What follows the last of them, such as the final norm and the head, is one deeper.
+    All that follows the last layer, such as the final norm and the head, is one deeper.
     """
     found = {name: _LAYER.fullmatch(name) for name in names(params)}
     numbers = {name: int(layer[1]) + 1 for name, layer in found.items() if layer}
@@ -111,12 +111,12 @@ def lr_factors(
     lr_scale: tuple[tuple[str, float], ...],
     layer_decay: float,
 ) -> dict[str, float] | None:
-    """Returns what the learning rate of each trained parameter is multiplied by; None: 1 for all.
+    """Returns the factor of each trained parameter's learning rate by name; None: 1 for all.
 
     Args:
       trained: The trained parameters (arrays or shapes).
       frozen: The others, which count for the depth.
-      lr_scale: (regular expression, factor); the factors of all that match are multiplied.
+      lr_scale: (regular expression, factor). All factors that match a parameter are multiplied.
       layer_decay: Factor from a layer to the one below; the deepest have 1 (Clark et al. 2020,
         arXiv:2003.10555, and Bao et al. 2021, arXiv:2106.08254).
 
@@ -135,7 +135,7 @@ def lr_factors(
 
 
 def hold_backbone(params: Params) -> Params:
-    """Returns the same parameters; gradients reach those of the head only."""
+    """Returns the same parameters; gradients reach only those of the head."""
     held = {
         name: leaf if re.fullmatch(HEAD, name) else jax.lax.stop_gradient(leaf)
         for name, leaf in traverse_util.flatten_dict(params, sep="/").items()
@@ -146,23 +146,18 @@ def hold_backbone(params: Params) -> Params:
 def add_lora(
     trained: Params, frozen: Params, key: jax.Array, *, rank: int, alpha: float, targets: str
 ) -> tuple[Params, Params]:
-    """Adds low-rank factors beside frozen kernels (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+    """Adds low-rank factors to frozen kernels (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-    A kernel W (D, E) acts as `W + scale A B`: trained `lora_a` A (D, r), uniform as the initial
-    kernels of torch, and `lora_b` B (r, E), zero, so that nothing changes at first; frozen
-    `lora_scale` (), alpha / r. Of the fused q, k and v the three share A.
+    A kernel W (D, E) acts as `W + scale A B`. `lora_a` A (D, r) and `lora_b` B (r, E) are trained;
+    `lora_scale` (), alpha / r, is frozen. The fused q, k and v share one A.
 
     Args:
-      trained: The trained parameters.
-      frozen: The frozen ones.
-      key: Draws A.
-      rank: r.
-      alpha: See `lora_scale`.
+      key: Samples A.
       targets: Regular expression for the names of the kernels.
 
     Raises:
-      UserError: `targets` matches nothing, a parameter that is trained itself, or one that is not
-        the kernel of a dense layer.
+      UserError: `targets` matches nothing, a trained parameter, or one that is not the kernel of a
+        dense layer.
     """
     matches = match(merge(trained, frozen), targets, field="adapt.lora_targets")
     trained, frozen = (traverse_util.flatten_dict(tree) for tree in (trained, frozen))
@@ -176,10 +171,12 @@ def add_lora(
             )
         if path[-1] != "kernel" or frozen[path].ndim != 2:
             raise UserError(
-                f"adapt.lora_targets matches {name}, which is no kernel of a dense layer; use "
+                f"adapt.lora_targets matches {name}, which is not the kernel of a dense layer; "
+                "use "
                 r"'.*/(attention|mlp)/.*/kernel', for example."
             )
         layer, (rows, columns) = path[:-1], frozen[path].shape
+        # A is uniform as torch's initial kernels. B is zero, so that nothing changes at first.
         init_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         trained[*layer, "lora_a"] = init_a(jax.random.fold_in(key, index), (rows, rank))
         trained[*layer, "lora_b"] = jnp.zeros((rank, columns))
@@ -188,11 +185,9 @@ def add_lora(
 
 
 def fold_lora(params: Params) -> Params:
-    """Returns the parameters with every `W + scale A B` in place of its W; without LoRA, the same.
-
-    In float32: this is what is evaluated and exported.
-    """
+    """Returns the parameters with `W + scale A B` in place of each W; without LoRA, the same."""
     flat = traverse_util.flatten_dict(params)
+    # In float32, because the result is evaluated and exported.
     for layer in [path[:-1] for path in flat if path[-1] == "lora_a"]:
         a, b, scale = (flat.pop((*layer, name)) for name in LORA)
         flat[*layer, "kernel"] = flat[*layer, "kernel"] + scale * jnp.matmul(
@@ -204,7 +199,7 @@ def fold_lora(params: Params) -> Params:
 def with_lora(apply: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a flax module's `apply` for parameters with LoRA's factors, kept apart: x W + x A B.
 
-    Folded kernels would cost the gradients of whole kernels; so the step saves them.
+    The step saves the gradients of whole kernels, which folded kernels would need.
     """
 
     def add_low_rank(call, args, kwargs, context):
@@ -214,7 +209,8 @@ def with_lora(apply: Callable[..., Any]) -> Callable[..., Any]:
         a, b, scale = (layer.get_variable("params", name) for name in LORA)
         x, a, b = nn.dtypes.promote_dtype(args[0], scale * a, b, dtype=layer.dtype)
         low_rank = x @ a @ b
-        if isinstance(y, tuple):  # of q, k and v, which share A
+        # A tuple is q, k and v, which share A.
+        if isinstance(y, tuple):
             return tuple(map(jnp.add, y, jnp.split(low_rank, len(y), axis=-1)))
         return y + low_rank
 

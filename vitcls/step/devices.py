@@ -1,4 +1,4 @@
-"""The start of jax's devices, which can fail, and the settings of jax that results depend on."""
+"""Starts jax's devices, which can fail, and checks the settings that change its results."""
 
 import functools
 
@@ -7,13 +7,13 @@ import numpy as np
 
 from vitcls.errors import Unavailable, UserError
 
-# Settings of jax that this program is written for, and what another value does.
+# Settings that this program is written for, and the effect of another value.
 _NEEDED = {
     "jax_enable_x64": (False, "computes in float64 what is meant in float32"),
     "jax_numpy_dtype_promotion": ("standard", "refuses sums of numbers of two types"),
     "jax_disable_jit": (False, "compiles nothing, so that nothing can be planned or split"),
 }
-# Further ones that change numbers, on purpose perhaps: runs keep them.
+# Further settings change numbers, perhaps on purpose, so runs keep them.
 _RECORDED = (
     "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable",
     "jax_random_seed_offset",
@@ -37,7 +37,7 @@ def settings() -> dict[str, str]:
 
 
 def start_devices() -> None:
-    """Starts the devices, once, before anything is asked of them.
+    """Starts the devices, once, before they are used.
 
     Raises:
       UserError: see `check_settings`.
@@ -52,12 +52,13 @@ def _start() -> None:
     platforms = jax.config.jax_platforms
     try:
         devices = jax.local_devices()
-        # A GPU whose memory is taken starts, and fails at the first array.
+        # A GPU without free memory starts, and fails at the first array.
         for device in devices:
             jax.block_until_ready(jax.device_put(np.zeros((), np.float32), device))
-    except Exception as error:  # of many types: also an assertion where there is no such device
+    # Backends raise many types, for a missing device even an assertion.
+    except Exception as error:
         raise _unavailable(str(error) or "it has no devices here", platforms) from error
-    # Without a driver jax skips "cuda" and computes on the processor, which would take months.
+    # Without a driver, jax skips "cuda" and computes on the CPU. Training would take months.
     wanted = (platforms or "").partition(",")[0]
     if devices[0].platform == "cpu" and wanted not in ("", "cpu"):
         raise _unavailable(f"there is no device of {wanted!r} here, only a processor", platforms)

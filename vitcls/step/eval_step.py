@@ -13,15 +13,13 @@ PyTree = Any
 
 
 def over_mirror_images(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Makes a network's logits the mean of those of the images and of their mirror images.
+    """Averages a network's logits over the images and their mirror images."""
 
-    Of the logits and not of the probabilities: what is recorded then stays on the network's scale,
-    and the cross-entropy, convex in the logits, is at most the mean of the two either way.
-    """
-
+    # Logits are averaged, not probabilities, so that records keep the network's scale. The
+    # cross-entropy is convex in the logits, so it is at most the mean of the two.
     def applied(variables, images, *, train):
         both = jnp.stack([images, images[:, :, ::-1]])
-        # One after the other, so that an evaluation needs no more memory than without.
+        # The two passes run one after the other, so that evaluation needs no more memory.
         logits = jax.lax.map(lambda images: apply(variables, images, train=train), both)
         return jnp.mean(logits, axis=0)
 
@@ -34,7 +32,7 @@ def make_eval_step(
     """Returns `(variables, batch) -> (sums, predictions)`, to be compiled by the caller.
 
     The sums are those of `metrics.batch_sums`, and `num_seen`, the rows that show an example of
-    the split, whether it could be used or not. The predictions are `labels` int32 (B,), `logits`
+    the split, usable or not. The predictions are `labels` int32 (B,), `logits`
     float32 (B, K), and `index` int32 (B,), -1 for rows that do not count.
     """
 
@@ -66,6 +64,6 @@ def make_predict_step(
 
 def probabilities(logits: jax.Array) -> jax.Array:
     """Softmax of (B, K), nan for images with any logit that is not finite."""
-    # Softmax alone makes a plausible 0 of -infinity.
+    # Softmax alone would turn -infinity into a plausible 0.
     is_finite = jnp.isfinite(logits).all(axis=-1, keepdims=True)
     return jnp.where(is_finite, jax.nn.softmax(logits), jnp.nan)

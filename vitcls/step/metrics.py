@@ -18,7 +18,7 @@ Name = TypeVar("Name")
 def batch_sums(
     logits: jax.Array, targets: jax.Array, loss: jax.Array, weights: jax.Array
 ) -> dict[str, jax.Array]:
-    """Sums over a batch all that `summarise` needs.
+    """Returns the sums over a batch that `summarise` needs.
 
     Args:
       logits: float32 (B, K).
@@ -30,12 +30,12 @@ def batch_sums(
       float32 scalars `num_examples`, `loss`, `correct`, `top5_correct`; float32 (K,)
       `true_positives`, `predicted`, `labelled`. Counts of one batch are exact in float32.
     """
-    # Padding may hold anything, and 0 * nan is nan.
+    # Padding rows may hold a nan, and 0 * nan is nan.
     loss = jnp.where(weights > 0, loss * weights, 0.0)
     labels = jnp.argmax(targets, axis=-1)
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # Number of classes before the label, ties in the order of classes as argmax has them. Written
-    # so that a nan anywhere in a row leaves it outside the top.
+    # The rank is the number of classes before the label; ties are in the order of argmax. This form
+    # also keeps every row with a nan outside the top.
     classes = jnp.arange(logits.shape[-1])[None]
     behind = (logits < label_logits) | ((logits == label_logits) & (classes >= labels[:, None]))
     rank = jnp.sum(~behind, axis=-1)
@@ -70,7 +70,7 @@ def summarise(
     scikit-learn defines them. `top5_accuracy` only with more than 5 classes.
 
     Args:
-      sums: Of all batches, see `batch_sums`.
+      sums: Sums of all batches, see `batch_sums`.
       train_counts: Training images of each class, int (K,). With them `head_accuracy`,
         `medium_accuracy` and `tail_accuracy` are the mean recall of the classes with more than
         100, 20 to 100, and fewer than 20 (Liu et al. 2019, arXiv:1904.05160, section 5), each
@@ -92,7 +92,8 @@ def summarise(
         "macro_recall": np.mean(hits / np.maximum(labelled, 1)),
         "macro_f1": np.mean(2 * hits / (predicted + labelled)),
     }
-    if len(seen) <= 5:  # every answer would be right
+    # With 5 classes or fewer, every answer would be right.
+    if len(seen) <= 5:
         del summary["top5_accuracy"]
     if train_counts is not None:
         groups = {
@@ -109,9 +110,7 @@ def summarise(
 
 
 def select_score(summary: dict[str, float], metric: str) -> float:
-    """What `metric` of a summary says for a choice: higher is better.
-
-    Where any metric is not finite, it is -inf: a network that answers with nan is right by chance.
+    """Returns the score of a summary by `metric`; higher is better.
 
     Raises:
       UserError: the summary lacks the metric.
@@ -121,13 +120,14 @@ def select_score(summary: dict[str, float], metric: str) -> float:
             f"The metric {metric!r}, which is to choose, does not exist here; there are "
             f"{', '.join(name for name in summary if name != 'num_examples')}."
         )
+    # A network whose answers are nan is right only by chance, so its score is the lowest.
     if not all(map(math.isfinite, summary.values())):
         return -math.inf
     return -summary[metric] if metric == "loss" else summary[metric]
 
 
 def best_name(found: dict[Name, dict[str, float]], metric: str) -> Name:
-    """Returns what has the best summary: of equals the lowest loss, then the first.
+    """Returns the name with the best summary. The lower loss breaks ties, then the order.
 
     Raises:
       UserError: none of them is finite.

@@ -15,7 +15,7 @@ import optax.contrib
 from vitcls.errors import UserError, unknown
 from vitcls.step import adapt
 
-# Optimizers that the step cannot drive, and why.
+# The step cannot drive these optimizers, for the reason given.
 _REFUSED = {
     "dpsgd": "it needs the gradient of every image by itself",
     "lbfgs": "its line search computes the loss several times in a step",
@@ -41,9 +41,9 @@ def _find_optimizers(module: ModuleType) -> dict[str, Callable[..., optax.Gradie
     }
 
 
-# All that optax ships, by name: the functions that make one of a learning rate.
+# Every function of optax that makes an optimizer from a learning rate, by name.
 OPTIMIZERS = _find_optimizers(optax.contrib) | _find_optimizers(optax)
-# What the config's own fields set; the rest of a signature is open to `optim.args`.
+# The config's own fields set these arguments; `optim.args` may set all others.
 _OWN_ARGS = {"learning_rate", "weight_decay", "mask", "weight_decay_mask"}
 
 
@@ -56,11 +56,9 @@ def make_schedule(
       name: "cosine" or "linear", both to 0 at `total_steps`; "constant"; or "step", divided by 10
         at 30, 60 and 90 % of all steps, the warm-up included (Kolesnikov et al. 2020,
         arXiv:1912.11370, section 3.3).
-      lr: Peak rate.
-      warmup_steps: Its length.
-      total_steps: Where it ends.
-      restarts: Rising steps below `total_steps` at which it ends, too, and begins anew with its
-        warm-up (Loshchilov & Hutter 2017, arXiv:1608.03983).
+      lr: Peak learning rate.
+      restarts: Rising steps below `total_steps`; at each the schedule begins anew, with its warm-up
+        (Loshchilov & Hutter 2017, arXiv:1608.03983).
     """
     cycles = [
         _make_cycle(name, lr=lr, warmup_steps=warmup_steps, num_steps=end - start)
@@ -106,19 +104,14 @@ def check_args(name: str, args: dict[str, Any]) -> None:
         return tx.update(x, tx.init(x), x)
 
     try:
-        # Shapes alone: an array would start the devices, for which launchers have no use.
+        # Only shapes are computed: an array would start the devices, which launchers do not need.
         jax.eval_shape(try_out, jax.ShapeDtypeStruct((), jnp.float32))
     except Exception as error:
         raise UserError(f"optim.args={args} does not suit {name}: {error}") from error
 
 
 class L2SP(NamedTuple):
-    """Rates at which parameters are drawn to where they began: `make_optimizer`'s `l2_sp`.
-
-    Attributes:
-      alpha: Of the pretrained ones.
-      beta: Of the head.
-    """
+    """L2-SP's rates: `alpha` for the pretrained parameters, `beta` for the head."""
 
     alpha: float
     beta: float
@@ -139,22 +132,21 @@ def make_optimizer(
     """Returns clipping, L2-SP, weight decay, the optax optimizer called `name`, scaling.
 
     Args:
-      params: The trained parameters (arrays or shapes): says which names exist. What is returned
-        can be applied to a part of them, too.
-      weight_decay: Given to the optimizer where it has such an argument, and one for the names
-        (decoupled, Loshchilov & Hutter, arXiv:1711.05101), otherwise added to the clipped gradient
-        (L2).
+      params: The trained parameters (arrays or shapes), for their names. The result also works on a
+        part of them.
+      weight_decay: Passed to the optimizer if it takes a weight decay and a mask (decoupled,
+        Loshchilov & Hutter, arXiv:1711.05101). Otherwise added to the clipped gradient (L2).
       decay: Regular expression for the names of the parameters that are decayed.
-      clip_norm: Global norm that gradients are scaled down to; 0: never.
+      clip_norm: Largest global norm of the gradient; 0: no limit.
       args: Further arguments of the optax function.
-      lr_factors: Of each parameter, what its update is multiplied by, see `adapt.lr_factors`.
-      l2_sp: Added to the clipped gradient: see `draw_to_start`.
+      lr_factors: Factor of each parameter's update by name, see `adapt.lr_factors`.
+      l2_sp: Added to the clipped gradient, see `pull_to_start`.
     """
     check_args(name, args)
     make = OPTIMIZERS[name]
     transforms = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if l2_sp is not None:
-        transforms.append(draw_to_start(l2_sp))
+        transforms.append(pull_to_start(l2_sp))
     mask = None
     if weight_decay:
         is_decayed = adapt.match(params, decay, field="optim.decay")
@@ -178,11 +170,11 @@ def make_optimizer(
     return optax.chain(*transforms)
 
 
-def draw_to_start(l2_sp: L2SP) -> optax.GradientTransformation:
+def pull_to_start(l2_sp: L2SP) -> optax.GradientTransformation:
     """Returns L2-SP: adds `rate (w - w0)`, the gradient of `rate / 2 |w - w0|^2`.
 
-    w0 is what the parameters were at first, kept in the state, and for a new head zero. Li et al.
-    2018, arXiv:1802.01483, equation 2.
+    w0 are the initial parameters, kept in the state; a new head's are zero. Li et al. 2018,
+    arXiv:1802.01483, equation 2.
     """
 
     def update(grads, start, params):
@@ -196,7 +188,7 @@ def draw_to_start(l2_sp: L2SP) -> optax.GradientTransformation:
 
 
 class ProbeState(NamedTuple):
-    """State of `probe_first`: int32 () number of finished steps, and of both optimizers."""
+    """State of `probe_first`: int32 () number of finished steps, and both optimizers' states."""
 
     count: jax.Array
     probe: optax.OptState
@@ -234,7 +226,7 @@ def probe_first(
 
 
 def _map_names(function: Callable[..., Any], tree: adapt.Params, *rest: adapt.Params) -> Any:
-    """`function(name, leaf, *leaves of rest)` for each leaf; what optax masks is no leaf."""
+    """`function(name, leaf, *leaves of rest)` for each leaf; what optax masks is not a leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(
             jax.tree_util.keystr(path, simple=True, separator="/"), *leaves

@@ -1,7 +1,7 @@
 """Where arrays live: one mesh of two axes, `data` and `fsdp`.
 
-Batches are split over both axes. Parameters, and whatever has their shape, are replicated over
-`data` and split over `fsdp` along one dimension.
+Batches are split over both axes. Parameters, and arrays of their shape, are replicated over `data`
+and split over `fsdp` along one dimension.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vitcls.errors import UserError
 from vitcls.step.devices import start_devices
 
-# Below this number of elements an array is replicated: gathering it would cost more than it saves.
+# Smaller arrays are replicated: gathering them would cost more than splitting saves.
 MIN_SHARDED_SIZE = 2**16
 
 
@@ -40,7 +40,7 @@ def make_mesh(data: int, fsdp: int, *, devices: list[jax.Device] | None = None) 
             f"mesh.data={data} x mesh.fsdp={fsdp} does not make {len(devices)} devices; "
             "set mesh.data=-1 and mesh.fsdp to a divisor of the number of devices."
         )
-    # By process, not by topology: a process' rows of a batch are neighbours, as they are loaded.
+    # Devices are sorted by process, not by topology: a process loads neighbouring rows of a batch.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.asarray(devices).reshape(data, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -59,9 +59,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_shardings(tree: Any, mesh: Mesh) -> Any:
     """Returns the sharding of each array (or shape) of `tree`.
 
-    Large arrays are split over `fsdp` along their largest divisible dimension. The rule sees
-    shapes only, so an optimizer's moments are placed like their parameters.
+    Large arrays are split over `fsdp` along their largest divisible dimension.
     """
+    # The rule sees shapes only, so an optimizer's moments are placed like their parameters.
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _partition_spec(leaf, mesh)), tree)
 
 
@@ -85,7 +85,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def on_each_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Makes a function of batches one that every device calls with its own rows: none travels."""
+    """Makes every device call a function of batches with its own rows; no row travels."""
     rows = PartitionSpec(("data", "fsdp"))
     return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
@@ -102,7 +102,8 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def prefetch(
     batches: Iterator[dict[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-    """Makes batches global one ahead, so that the copy to the devices overlaps a step."""
+    """Makes batches global, one ahead."""
+    # The copy of the next batch to the devices thus overlaps a step.
     ahead = None
     for batch in batches:
         batch = to_global(batch, mesh)

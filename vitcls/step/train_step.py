@@ -1,4 +1,4 @@
-"""The training step and the evaluation step, made of plain callables: no I/O, no config.
+"""The training step, made of plain callables: no I/O, no config.
 
 B batch, H W pixels, K classes.
 """
@@ -23,20 +23,20 @@ LossFn = Callable[..., tuple[jax.Array, tuple[jax.Array, PyTree]]]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes while training, and what stays: frozen parameters and the teacher.
+    """All that training changes, and what it keeps: frozen parameters and the teacher.
 
     Attributes:
       step: int32 (), the number of finished steps.
       params: The trained parameters.
-      frozen: The parameters that stay; `adapt.merge(params, frozen)` are all of them.
+      frozen: The parameters that stay. `adapt.merge(params, frozen)` are all parameters.
       batch_stats: Running statistics of BatchNorm; empty without it.
       opt_state: State of the optimizer.
       ema: Moving averages of `params` and `batch_stats`, or None.
-      skips: int32 () each, the steps so far that changed nothing because loss or gradient were not
-        finite: `total`, and `in_row`, those since the last one that did.
-      num_empty: int32 (), the steps so far that changed nothing because no image of their batch
-        counted: all were skipped.
-      teacher: Variables of the network to learn from, or None; not part of a checkpoint.
+      skips: int32 () each, numbers of steps that changed nothing because loss or gradient were not
+        finite: `total`, and `in_row`, those since the last finite step.
+      num_empty: int32 (), number of steps that changed nothing because no image of their batch
+        counted.
+      teacher: Variables of the network to distil from, or None; not part of a checkpoint.
     """
 
     step: jax.Array
@@ -54,13 +54,13 @@ class TrainState:
         return _variables(self.params, self.frozen, self.batch_stats)
 
     def averages(self) -> PyTree:
-        """The moving averages, where there are any, in place of what they average."""
+        """The variables, with moving averages in place of what they average, if any."""
         if self.ema is None:
             return self.variables()
         return _variables(self.ema["params"], self.frozen, self.ema["batch_stats"])
 
     def eval_variables(self) -> PyTree:
-        """The network's variables to evaluate and to export: the averages, with LoRA folded in."""
+        """The variables to evaluate and export: the averages, with LoRA folded in."""
         return fold_lora(self.averages())
 
 
@@ -81,25 +81,20 @@ def init_state(
     use_ema: bool,
     split: Callable[[PyTree], tuple[PyTree, PyTree]] = adapt.split,
 ) -> TrainState:
-    """Returns the state before the first step; the average starts as the weights themselves.
-
-    Args:
-      variables: The network's.
-      tx: The optimizer.
-      use_ema: Whether to keep moving averages.
-      split: Parameters -> (trained, frozen).
-    """
+    """Returns the state before the first step; `split` is parameters -> (trained, frozen)."""
     params, frozen = split(variables["params"])
     batch_stats = variables.get("batch_stats", {})
+    # The averages start as copies of the weights. The step donates both, so they must not share
+    # memory.
+    averaged = {"params": params, "batch_stats": batch_stats}
+    ema = jax.tree.map(jnp.copy, averaged) if use_ema else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen=frozen,
         batch_stats=batch_stats,
         opt_state=tx.init(params),
-        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
-        if use_ema
-        else None,
+        ema=ema,
         skips={"total": jnp.zeros((), jnp.int32), "in_row": jnp.zeros((), jnp.int32)},
         num_empty=jnp.zeros((), jnp.int32),
     )
@@ -116,25 +111,24 @@ def make_loss_fn(
     """Returns the loss of a network, summed over a batch.
 
     Args:
-      apply: A flax module's `apply`. BatchNorm's statistics come back as the mutable collection
-        `batch_stats`, if there are any; such a network takes a `mask`, see `resnet.ResNet`.
-      loss: Of one image.
-      class_weights: (K,) factors of an image's weight; that of a dense target is their mean under
-        it. None: all 1.
+      apply: A flax module's `apply`. A network with BatchNorm returns its statistics as the mutable
+        collection `batch_stats`, and takes a `mask`, see `resnet.ResNet`.
+      loss: The loss of each image.
+      class_weights: (K,) factors of an image's weight; a dense target averages them. None: all 1.
       distil: `(teacher, images, logits, loss (B,)) -> loss (B,)`, see `make_distil`; None: no
         distillation.
-      may_skip: Whether images may have weight 0 because they were skipped. If not, BatchNorm is
-        computed without a mask: a tenth faster on CPU.
+      may_skip: Whether images may have weight 0 because they were skipped.
     """
 
     def loss_fn(params, fixed, batch_stats, images, targets, weights, keys):
         frozen, teacher = fixed
         options = {}
+        # Without skipped images BatchNorm needs no mask, which is a tenth faster on CPU.
         if batch_stats and may_skip:
             is_image = weights > 0
             has_images = jnp.any(is_image)
-            # The mean of no image is not finite, and 0 times its gradient is not 0. A pass without
-            # images is normalised by its black rows instead, which enter no loss.
+            # The mean over no image is not finite, and 0 times its gradient is not 0. So a pass
+            # without images is normalised by its black rows, which have no loss.
             options = {"mask": is_image | ~has_images}
         logits, updated = apply(
             _variables(params, frozen, batch_stats),
@@ -163,17 +157,16 @@ def make_loss_fn(
 def make_distil(
     teacher_logits: Callable[[PyTree, jax.Array], jax.Array], *, weight: float, temperature: float
 ) -> Callable[..., jax.Array]:
-    """Returns what mixes `losses.distillation` into the loss of each image.
-
-    The teacher is shown the very images that the network sees, augmented and mixed (Beyer et al.
-    2021, arXiv:2106.05237).
+    """Returns the function that mixes `losses.distillation` into the loss of each image.
 
     Args:
       teacher_logits: `(teacher's variables, images) -> logits (B, K)`.
       weight: Share of the teacher, from 0 to 1; the rest is the loss against the labels.
-      temperature: Of the distillation.
+      temperature: See `losses.distillation`.
     """
 
+    # The teacher sees the same augmented and mixed images as the network (Beyer et al. 2021,
+    # arXiv:2106.05237).
     def distil(teacher, images, logits, image_loss):
         taught = losses.distillation(
             logits, teacher_logits(teacher, images), temperature=temperature
@@ -190,29 +183,29 @@ def sample_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
 
 
 def image_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
-    """Returns two keys per image, (B, 2): for what `prepare` does to it, and for the network."""
+    """Returns two keys per image, (B, 2): one for `prepare`, one for the network."""
     return jax.vmap(lambda k: jax.random.split(k, 2))(sample_keys(key, step, batch_size))
 
 
 def in_passes(
     grad_fn: Callable[..., Any], num_passes: int, *, group_size: int = 1
 ) -> Callable[..., Any]:
-    """Makes a sum over a batch, and its gradient, the sum of several passes over parts of it.
+    """Computes a sum over a batch, and its gradient, in several passes over parts of the batch.
 
-    The memory is that of one pass. Of `A` passes, pass a takes the rows a, a + A, a + 2 A, ...
-    (or groups of rows): every device then divides the rows that it has. BatchNorm normalises each
-    pass by itself and moves its running statistics in each; nothing else depends on the number of
-    passes.
+    The memory is that of one pass. BatchNorm normalises each pass by itself, and moves its running
+    statistics in each. Nothing else depends on the number of passes.
 
     Args:
       grad_fn: `(params, fixed, batch_stats, *arrays (B, ...)) -> (loss sum, (weight sum,
         batch_stats)), gradient of the loss sum`.
       num_passes: A, a divisor of the groups on one device.
-      group_size: Number of neighbours that stay together, because they are mixed.
+      group_size: Number of neighbours that stay together because they are mixed.
     """
     if num_passes == 1:
         return grad_fn
 
+    # Pass a takes the rows (or groups) a, a + A, a + 2 A, ..., so that every device divides the
+    # rows that it already has.
     def split(array):  # (B, ...) -> (A, B / A, ...)
         groups = array.reshape(-1, num_passes, group_size, *array.shape[1:]).swapaxes(0, 1)
         return groups.reshape(num_passes, -1, *array.shape[1:])
@@ -247,13 +240,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `(state, batch) -> (new state, metrics)`, for the caller to compile.
 
-    The metrics are `loss`, `grad_norm` (of the mean loss, before clipping), `lr` (what `schedule`,
-    which `tx` follows, says of this step), `is_empty` (whether no image counts), and the
-    new state's `skips`. For `num_passes` and `group_size` see `in_passes`. In the first
-    `probe_steps` only the head has a gradient, and only that is computed.
+    The metrics are `loss`, `grad_norm` (of the mean loss, before clipping), `lr` (by `schedule`,
+    which `tx` follows), `is_empty` (whether no image counts), and the new state's `skips`. For
+    `num_passes` and `group_size` see `in_passes`. The first `probe_steps` train the head only.
 
-    A step whose loss or gradient norm is not finite, or in which no image counts, changes nothing
-    but the counts of steps.
+    A step changes only the counts of steps if its loss or gradient norm is not finite, or if no
+    image counts.
     """
 
     def batch_loss(params, fixed, batch_stats, batch, keys):
@@ -263,7 +255,7 @@ def make_train_step(
     def probe_loss(params, *rest):
         return batch_loss(adapt.hold_backbone(params), *rest)
 
-    # Sums, divided once: the mean does not depend on how a batch is split.
+    # Sums are divided once at the end, so that the mean does not depend on the split of a batch.
     grad_fn, probe_grad_fn = (
         in_passes(jax.value_and_grad(loss, has_aux=True), num_passes, group_size=group_size)
         for loss in (batch_loss, probe_loss)
@@ -272,34 +264,28 @@ def make_train_step(
     def train_step(state, batch):
         keys = image_keys(key, state.step, batch["image"].shape[0])
         inputs = (state.params, (state.frozen, state.teacher), state.batch_stats, batch, keys)
-        # As `tx` counts.
+        # Skipped steps do not count, because `tx` does not see them.
         num_updates = state.step - state.skips["total"] - state.num_empty
-        if probe_steps:  # one branch is executed
+        # Only one branch is executed, so that probing does not pay for the backbone's gradient.
+        if probe_steps:
             result = jax.lax.cond(num_updates < probe_steps, probe_grad_fn, grad_fn, *inputs)
         else:
             result = grad_fn(*inputs)
         (loss_sum, (weight_sum, batch_stats)), grads = result
-        # No image counts where all are skipped, or of classes of weight 0: not 0 / 0 then.
+        # No image counts if all are skipped or of classes with weight 0. Then 0 / 0 must not occur.
         is_empty = weight_sum == 0
         weight_sum = jnp.where(is_empty, 1.0, weight_sum)
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
         loss, grad_norm = loss_sum / weight_sum, optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         skips = count_skips(state.skips, is_finite, is_empty)
-        step_metrics = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": schedule(num_updates),
-            "is_empty": is_empty,
-            "skips": skips,
-        }
+        step_metrics = {"loss": loss, "grad_norm": grad_norm, "lr": schedule(num_updates)}
+        step_metrics |= {"is_empty": is_empty, "skips": skips}
 
         def update(old):
             updates, opt_state = tx.update(grads, old["opt_state"], old["params"])
-            averaged = {
-                "params": optax.apply_updates(old["params"], updates),
-                "batch_stats": batch_stats,
-            }
+            params = optax.apply_updates(old["params"], updates)
+            averaged = {"params": params, "batch_stats": batch_stats}
             ema = old["ema"]
             if ema is not None:
                 ema = update_ema(ema, averaged, state.step, ema_decay)
@@ -323,15 +309,15 @@ def update_if(condition: jax.Array, update: Callable[[PyTree], PyTree], old: PyT
     def select(old):
         return jax.tree.map(lambda new, old: jnp.where(condition, new, old), update(old), old)
 
-    # On CPU a branch updates in place; a selection reads the optimizer's moments once more, for
-    # which XLA copies them first. A GPU's host would have to wait for a branch's condition.
+    # On CPU a branch updates in place. A selection would read the optimizer's moments once more,
+    # and XLA would copy them first. On a GPU a branch would make the host wait for its condition.
     return jax.lax.platform_dependent(old, cpu=branch, default=select)
 
 
 def count_skips(
     skips: dict[str, jax.Array], is_finite: jax.Array, is_empty: jax.Array
 ) -> dict[str, jax.Array]:
-    """Returns `TrainState.skips` after a step: finite or not; an empty one changes no count."""
+    """Returns `TrainState.skips` after a step. An empty step changes no count."""
     skipped = 1 - is_finite.astype(jnp.int32)
     counted = {"total": skips["total"] + skipped, "in_row": (skips["in_row"] + 1) * skipped}
     return jax.tree.map(lambda new, old: jnp.where(is_empty, old, new), counted, skips)
@@ -340,8 +326,9 @@ def count_skips(
 def update_ema(average: PyTree, new: PyTree, step: jax.Array, decay: float) -> PyTree:
     """Moves the average towards `new`.
 
-    The decay warms up as `min(decay, (1 + step) / (10 + step))`, so that the first weights are
-    forgotten within a few steps (the rule of TensorFlow's ExponentialMovingAverage).
+    The decay warms up as `min(decay, (1 + step) / (10 + step))`, the rule of TensorFlow's
+    ExponentialMovingAverage.
     """
+    # With the warm-up, the first weights are forgotten within a few steps.
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, n: a + (1.0 - decay) * (n - a), average, new)

@@ -127,7 +127,7 @@ def test_a_scaled_layer_scale_is_refused(tmp_path):
     folder = Path(shutil.copytree(GOLDEN / "flax_dinov2", tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"layerscale_value": 0.5}))
-    with pytest.raises(UserError, match="layerscale_value=0.5 is not .* 1 beside a flax_model.msg"):
+    with pytest.raises(UserError, match="layerscale_value=0.5 is not .* 1 next to a flax_model"):
         pretrained.load(folder)
 
 

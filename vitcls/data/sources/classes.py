@@ -155,7 +155,7 @@ class Relabelled(Split):
         return image, self._label(label)
 
     def _label(self, label: int) -> int:
-        # A label that is not a class stays one: whoever uses it says so.
+        # A label that is not a class stays one: its user raises the error.
         return int(self._positions[label]) if 0 <= label < len(self._positions) else -1
 
     def id(self, index: int) -> str:

@@ -2,8 +2,8 @@
 
 Within its class an example is ranked by a random key, a hash of its id and the seed, and a part is
 a range of ranks. So one more file moves at most one other image of its class across each end of the
-range. Of folds, test splits and samples it moves none of another class. A hold-out has the same
-size with every seed, for which one other class may give one image more or less.
+range. In folds, test splits and samples it moves no image of another class. A hold-out has the
+same size with every seed, so one other class may give one image more or less.
 
 N examples, K classes.
 """
@@ -24,9 +24,9 @@ def hold_out(
 ) -> tuple[Subset, Subset]:
     """Divides a split, stratified, into what remains and a part named "holdout".
 
-    Of every class the held-out part has its share to within one example, and never the last one.
-    Where shares are no whole numbers the seed decides which classes give one more. Both parts keep
-    the split's order.
+    The held-out part has each class' share to within one example, and never its last one. Where
+    shares are not whole numbers, the seed decides which classes give one more. Both parts keep the
+    split's order.
 
     Args:
       split: What to divide.
@@ -71,7 +71,7 @@ def _shares(split: Split, fraction: float, total: int, *, seed: int) -> np.ndarr
     counts = split.class_counts()
     exact = np.round(fraction * counts, 9)  # whole numbers are to be whole
     shares = np.floor(exact).astype(np.int64)
-    # The seed draws which classes give one more, those rather that miss a larger part of it.
+    # The seed samples the classes that give one more, rather those that miss a larger part of it.
     bits = order.random_keys(hash_ids(split.class_names), seed, stream=order.HOLD_OUT)
     scores = exact - shares + (bits >> np.uint64(11)) * 2.0**-53
     scores[exact == shares] -= 2

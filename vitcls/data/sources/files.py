@@ -11,14 +11,14 @@ from vitcls.data.sources.division import hold_out, hold_out_of_each
 from vitcls.data.sources.split import Split, Subset
 from vitcls.errors import StorageError, UserError
 
-# Of data without splits, and the same in every run, whatever its seed: results stay comparable. The
-# seed is beyond all that train.seed can be, so that hold-outs are drawn independently.
+# The test part of data without splits. It is the same in every run: results stay comparable.
+# The seed is above the range of train.seed, so that hold-outs are sampled independently.
 TEST_FRACTION = 0.2
 _DIVISION_SEED = 2**32
 
 # Listing waits for the disk or the network: more threads than processors.
 NUM_THREADS = 16
-_MOST_SHOWN = 5  # names in a message
+_MAX_SHOWN = 5  # names in a message
 
 
 class FilesSplit(Split):
@@ -36,9 +36,9 @@ class FilesSplit(Split):
 
         Args:
           root: Absolute path of the folder that the images are in.
-          name: The split's.
+          name: Name of the split.
           class_names: In the order of the labels.
-          listings: Of every class, path relative to the root and size in bytes of its images.
+          listings: For each class, (path relative to the root, size in bytes) of its images.
         """
         self.name = name
         self.class_names = tuple(class_names)
@@ -130,7 +130,7 @@ def divide(whole: Split, split: str, *, division: str = "hash") -> DividedSplit:
 
 def show(names: Sequence[str]) -> str:
     """The first few names, for a message."""
-    return ", ".join(names[:_MOST_SHOWN]) + (", ..." if len(names) > _MOST_SHOWN else "")
+    return ", ".join(names[:_MAX_SHOWN]) + (", ..." if len(names) > _MAX_SHOWN else "")
 
 
 def _fingerprint(class_names: tuple[str, ...], paths: list[bytes], sizes: np.ndarray) -> str:

@@ -39,7 +39,7 @@ class FolderSplit(FilesSplit):
           root: The folder that ids are relative to.
           folder: The split's folder; "": `root` has the class folders.
           name: The split's name; "": that of its folder.
-          order: Of the classes.
+          order: Sorts the class names.
 
         Raises:
           UserError: No such folder, no classes or only one, a class without images, or what
@@ -177,13 +177,13 @@ def _class_folders(folder: str) -> list[str]:
     names = subfolders(folder)
     if not names:
         raise UserError(
-            f"{folder} has {len(_images_beside(folder)) or 'no'} images and no folders; put the "
+            f"{folder} has {len(_loose_images(folder)) or 'no'} images and no folders; put the "
             "images into one folder per class."
         )
     return names
 
 
-def _images_beside(folder: str) -> list[str]:
+def _loose_images(folder: str) -> list[str]:
     return [
         entry.name
         for entry in image_files.scan(folder)
@@ -243,8 +243,8 @@ def _describe(
         f"{image_files.describe_unused({reason: number})} in {show(by_reason[reason])}"
         for reason, number in unused.most_common()
     ]
-    if beside := _images_beside(path):
-        lines.insert(0, f"{len(beside)} images directly in {path}, in no class")
+    if loose := _loose_images(path):
+        lines.insert(0, f"{len(loose)} images directly in {path}, in no class")
     if empty:
         lines.append(f"{show(empty)}, without images")
     return text + (f" Not used: {'; '.join(lines)}." if lines else "")

@@ -31,7 +31,7 @@ OTHER_SUFFIXES = frozenset(
     )
 )  # fmt: skip
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
-# Folders that systems and archives leave beside images.
+# Folders that systems and archives leave next to images.
 SYSTEM_FOLDERS = frozenset(
     ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__pycache__")
 )
@@ -58,7 +58,7 @@ class Listing(NamedTuple):
 
 
 def suffixes() -> list[str]:
-    """Suffixes of files that are images whatever their content; others are looked into."""
+    """Suffixes of files that count as images unread; other files are looked into."""
     registered = Image.registered_extensions().items()
     return sorted(
         suffix

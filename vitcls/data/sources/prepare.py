@@ -44,7 +44,7 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
     if not builders.is_prepared(builder):
         try:
             with lock.waiting(folder.parent / f".{folder.name}.lock") as (file, is_alone):
-                if not builders.is_prepared(builder):  # by whoever held the lock
+                if not builders.is_prepared(builder):  # by the process that held the lock
                     try:
                         _run(source, data_dir, file)
                     except (UserError, StorageError):
@@ -59,7 +59,7 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
 
 
 def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
-    """Runs this module's `main` in a process of its own, which holds the lock, too."""
+    """Runs this module's `main` in a process of its own, which also holds the lock."""
     command = [sys.executable, "-m", "vitcls.data.sources.prepare", source]
     if data_dir is not None:
         command.append(f"--data_dir={data_dir}")
@@ -120,7 +120,7 @@ def main() -> int:
     # Failed and manual downloads raise types of many libraries; their text is what helps.
     except Exception as error:
         print(f"{type(error).__name__}: {error}")
-        # Failed downloads are `OSError`s, too, but of no such number.
+        # Failed downloads are also `OSError`s, but without such a number.
         is_storage = getattr(error, "errno", None) in STORAGE_ERRNOS
         return StorageError.exit_code if is_storage else UserError.exit_code
     return 0

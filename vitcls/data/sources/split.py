@@ -20,7 +20,7 @@ class Split(abc.ABC):
     Attributes:
       name: Its name, such as "test".
       class_names: One per class, in the order of the labels.
-      fingerprint: Hash of whatever defines the content and the order; where the data lie does not.
+      fingerprint: Hash of all that defines content and order; the location of the data does not.
       found: What there is and what is not used, in one line.
     """
 
@@ -66,11 +66,11 @@ class Split(abc.ABC):
         return images.decode(data), label
 
     def fill_cache(self, *, num_threads: int) -> None:
-        """Decodes beforehand what is kept on disk, see `vitcls.data.cache`; here nothing is."""
+        """Decodes images to disk beforehand, see `vitcls.data.cache`; here a no-op."""
         del num_threads
 
     def origin(self) -> dict[str, Any]:
-        """What a run's manifest says of the split beside its size and fingerprint, for JSON."""
+        """What a run's manifest says of the split besides size and fingerprint, for JSON."""
         return {}
 
 
@@ -101,7 +101,7 @@ class Subset(Split):
         return self._parent.image(int(self.indices[index]))
 
     def fill_cache(self, *, num_threads: int) -> None:
-        """See `Split`; of the whole parent, which other subsets have, too."""
+        """See `Split`. Fills the cache of the whole parent, which other subsets share."""
         self._parent.fill_cache(num_threads=num_threads)
 
     def id(self, index: int) -> str:

@@ -26,7 +26,7 @@ FILLERS = frozenset(
 )  # fmt: skip
 # Columns that tell the splits, without regard to case, spaces, hyphens and underscores.
 COLUMNS = ("split", "splits", "subset", "partition", "set", "dataset", "phase", "usage", "fold")
-# Of these, columns whose values may be any names.
+# Those of them whose values may be any names.
 _FREE_COLUMNS = ("split", "splits", "subset", "partition")
 # Columns of yes and no, such as is_valid, and the roles of their rows.
 FLAG_COLUMNS = {
@@ -178,7 +178,7 @@ def _tells_splits(column: str, values: Collection[str]) -> bool:
         return True
     if name in COLUMNS:
         return bool(roles or find_suspects(values))
-    # Of any other name: every value is that of a split, and there are several.
+    # Under any other name, every value must be that of a split, and there must be several.
     return len(roles) == len(values) and len(set(roles.values())) > 1
 
 

@@ -30,7 +30,7 @@ class TfdsSplit(Split):
         """Opens a split.
 
         Args:
-          builder: Of data on disk, as `tfds.builder_from_directory` makes it.
+          builder: A builder of data on disk, as `tfds.builder_from_directory` returns it.
           split: Name or expression.
 
         Raises:
@@ -118,7 +118,7 @@ def _find_keys(info: tfds.core.DatasetInfo) -> tuple[str, str]:
     images = [key for key in features if isinstance(features[key], tfds.features.Image)]
     labels = [key for key in features if getattr(features[key], "num_classes", None)]
     supervised = info.supervised_keys or ()
-    # Where there are several, such as a mask beside the image, the data set says which to use.
+    # Where there are several, such as an image and its mask, the data set says which to use.
     for keys in (supervised, (*images, *labels)):
         if len(keys) == 2 and keys[0] in images and keys[1] in labels:
             return keys

@@ -23,7 +23,7 @@ def _vision_fields(fields: JsonFields) -> tuple[JsonFields, int]:
     """The vision tower's fields, and the width of its MLPs."""
     if fields.any("model_type") in ("clip", "siglip"):
         fields = fields.group("vision_config")
-    return fields, fields.integer("intermediate_size", 3072, most=vit_fields.MOST_WIDTH)
+    return fields, fields.integer("intermediate_size", 3072, most=vit_fields.MAX_WIDTH)
 
 
 def _read_clip(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> ViTConfig:

@@ -19,8 +19,8 @@ from vitcls.pretrained.families.family import Family
 from vitcls.pretrained.files.json_fields import JsonFields
 from vitcls.pretrained.keys import Key
 
-_MOST_RATIO = 64
-_MOST_REGISTERS = 1024
+_MAX_RATIO = 64
+_MAX_REGISTERS = 1024
 _PLAIN, _REGISTERS = "dinov2", "dinov2_with_registers"
 
 
@@ -29,15 +29,15 @@ def _read(fields: JsonFields, num_classes: int, family: str) -> ViTConfig:
     patch_size = 16 if family == _REGISTERS else 14
     shared = vit_fields.read(fields, patch_size=patch_size, epsilon=1e-6)
     ratio = fields.number("mlp_ratio", 4)
-    if not 1 / shared["width"] <= ratio <= _MOST_RATIO:
-        raise fields.error("mlp_ratio", f"above 0, up to {_MOST_RATIO}")
+    if not 1 / shared["width"] <= ratio <= _MAX_RATIO:
+        raise fields.error("mlp_ratio", f"above 0, up to {_MAX_RATIO}")
     mlp_dim = int(shared["width"] * ratio)
     is_swiglu = fields.boolean("use_swiglu_ffn", False)
     if is_swiglu:  # two thirds, rounded up to a multiple of 8
         mlp_dim = (int(mlp_dim * 2 / 3) + 7) // 8 * 8
     prefix_tokens = ("cls",)
     if family == _REGISTERS:
-        count = fields.integer("num_register_tokens", 4, most=_MOST_REGISTERS)
+        count = fields.integer("num_register_tokens", 4, most=_MAX_REGISTERS)
         prefix_tokens += (f"reg{count}",)
     return ViTConfig(
         family=family,

@@ -14,7 +14,7 @@ from vitcls.pretrained.keys import Key
 from vitcls.pretrained.processor import Processor
 
 Config = ViTConfig | ResNetConfig
-MOST_CLASSES = 1 << 17  # ImageNet-21k has 21 841
+MAX_CLASSES = 1 << 17  # ImageNet-21k has 21 841
 
 
 def label_names(num_classes: int) -> dict[int, str]:
@@ -36,8 +36,8 @@ class Family:
       key_table_in_memory: The same by the names that modules of transformers 5 have, where they are
         others: `state_dict()`, accelerate's `save_model` and `save_original_format=False` give
         these.
-      prefix: Begins the names of the backbone's tensors beside a head. Without a head they have
-        none when we write, and may have it when we read.
+      prefix: Begins the names of the backbone's tensors if there is a head. Without a head they
+        have none when we write, and may have it when we read.
       heads: Tensors that show that there is a head.
       ignored: Matches the names of tensors that may be there and that classification does not use,
         without the prefix.
@@ -50,7 +50,7 @@ class Family:
       takes_any_size: Whether the network resizes its position embeddings to what it is given: the
         preprocessing then says for what size, and config.json for what size they are stored.
       antialias: Whether it does so with antialiasing.
-      spare_bytes: What a file of flax's may hold beside twice the network, at most: names, a small
+      spare_bytes: Limit on what a file of flax's holds besides twice the network: names, a small
         network's pooler; a text tower.
     """
 

@@ -13,7 +13,7 @@ from vitcls.pretrained.files.json_fields import JsonFields
 from vitcls.pretrained.keys import Key
 
 # Far above any ResNet that exists; a config beyond them is broken or hostile.
-_MOST_WIDTH, _MOST_DEPTH, _MOST_STAGES = 1 << 16, 256, 16
+_MAX_WIDTH, _MAX_DEPTH, _MAX_STAGES = 1 << 16, 256, 16
 
 
 def _read(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> ResNetConfig:
@@ -22,18 +22,18 @@ def _read(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> Res
     The image size is to be replaced by what the preprocessing makes.
     """
     del tensors
-    if fields.integer("num_channels", 3, most=_MOST_WIDTH) != 3:
+    if fields.integer("num_channels", 3, most=_MAX_WIDTH) != 3:
         raise fields.error("num_channels", "3")
-    stages = dict(longest=_MOST_STAGES)
-    depths = fields.integers("depths", (3, 4, 6, 3), most=_MOST_DEPTH, **stages)
-    if sum(depths) > _MOST_DEPTH:
-        raise fields.error("depths", f"at most {_MOST_DEPTH} layers in all")
+    stages = dict(longest=_MAX_STAGES)
+    depths = fields.integers("depths", (3, 4, 6, 3), most=_MAX_DEPTH, **stages)
+    if sum(depths) > _MAX_DEPTH:
+        raise fields.error("depths", f"at most {_MAX_DEPTH} layers in all")
     return ResNetConfig(
         family="resnet",
         image_size=(224, 224),
-        embedding_size=fields.integer("embedding_size", 64, most=_MOST_WIDTH),
+        embedding_size=fields.integer("embedding_size", 64, most=_MAX_WIDTH),
         hidden_sizes=fields.integers(
-            "hidden_sizes", (256, 512, 1024, 2048), most=_MOST_WIDTH, **stages
+            "hidden_sizes", (256, 512, 1024, 2048), most=_MAX_WIDTH, **stages
         ),
         depths=depths,
         layer_type=fields.choice("layer_type", "bottleneck", {name: name for name in LAYER_TYPES}),

@@ -16,7 +16,7 @@ from vitcls.models import resnet, vit_config
 from vitcls.models.resnet import ResNetConfig
 from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import keys
-from vitcls.pretrained.families.family import MOST_CLASSES, Config, Family, label_names
+from vitcls.pretrained.families.family import MAX_CLASSES, Config, Family, label_names
 from vitcls.pretrained.files.json_fields import JsonFields
 from vitcls.pretrained.keys import Key
 from vitcls.pretrained.processor import Processor
@@ -30,7 +30,7 @@ _SUPPORTED = (
     f"vit_{{{','.join(_SIZES)}}}_patch{{8,14,16,32}}_{{224,384}}, "
     "deit_{tiny,small,base}[_distilled]_patch16_{224,384} or resnet{18,34,50,101,152}"
 )
-_MOST_PIXELS = 8192
+_MAX_PIXELS = 8192
 
 
 def is_timm(fields: JsonFields) -> bool:
@@ -60,14 +60,14 @@ def _read(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> Con
 
 
 def _pretrained_cfg(fields: JsonFields) -> JsonFields:
-    if "pretrained_cfg" not in fields:  # before timm 0.9 its fields stood beside `architecture`
+    if "pretrained_cfg" not in fields:  # before timm 0.9 its fields were at the top level
         raise UserError(f"{fields.path} has no pretrained_cfg; save it again with a newer timm.")
     return fields.group("pretrained_cfg")
 
 
 def _image_size(cfg: JsonFields) -> tuple[int, int]:
     """(height, width). `test_input_size` is not used, nor is it in timm unless asked for."""
-    size = cfg.integers("input_size", (3, 224, 224), most=_MOST_PIXELS, longest=3)
+    size = cfg.integers("input_size", (3, 224, 224), most=_MAX_PIXELS, longest=3)
     if len(size) != 3 or size[0] != 3:
         raise cfg.error("input_size", "[3, height, width]")
     return size[1:]
@@ -91,8 +91,8 @@ def _check_arguments(fields: JsonFields, image_size: tuple[int, int], *, pool: s
 def _class_names(fields: JsonFields) -> dict[int, str]:
     """Descriptions of the classes if there are any, or else their names, or else numbers."""
     cfg = _pretrained_cfg(fields)
-    known = cfg.integer("num_classes", 1000, least=0, most=MOST_CLASSES)
-    num_classes = fields.integer("num_classes", known, most=MOST_CLASSES)
+    known = cfg.integer("num_classes", 1000, least=0, most=MAX_CLASSES)
+    num_classes = fields.integer("num_classes", known, most=MAX_CLASSES)
     if cfg.any("label_offset"):  # leaves out the first rows of the stored head
         raise cfg.error("label_offset", "0")
     names = fields.any("label_names", cfg.any("label_names"))
@@ -117,8 +117,8 @@ def _read_processor(fields: JsonFields, id2label: dict[int, str]) -> Processor:
     cfg = _pretrained_cfg(fields)
     size = _image_size(cfg)
     crop_pct = cfg.number("crop_pct", 0.875)
-    if not max(size) / _MOST_PIXELS <= crop_pct <= 1:
-        raise cfg.error("crop_pct", f"from {max(size) / _MOST_PIXELS} to 1")
+    if not max(size) / _MAX_PIXELS <= crop_pct <= 1:
+        raise cfg.error("crop_pct", f"from {max(size) / _MAX_PIXELS} to 1")
     resize = tuple(math.floor(side / crop_pct) for side in size)
     if cfg.choice("crop_mode", "center", {"center": True, "squash": False}):
         if size[0] != size[1]:
@@ -138,7 +138,7 @@ def _read_processor(fields: JsonFields, id2label: dict[int, str]) -> Processor:
 
 
 def _key_table(config: Config, prefix: str) -> list[Key]:
-    """Unlike Hugging Face's, the head's tensors have the prefix, too."""
+    """Unlike Hugging Face's, the head's tensors also have the prefix."""
     if isinstance(config, ResNetConfig):
         return _resnet_table(config, prefix)
     return _vit_table(config, prefix)

@@ -26,7 +26,7 @@ def _read(fields: JsonFields, num_classes: int, **values: Any) -> ViTConfig:
     """What a file leaves out is as in `transformers.ViTConfig`, which DeiT's equals."""
     return ViTConfig(
         num_classes=num_classes,
-        mlp_dim=fields.integer("intermediate_size", 3072, most=vit_fields.MOST_WIDTH),
+        mlp_dim=fields.integer("intermediate_size", 3072, most=vit_fields.MAX_WIDTH),
         qkv_bias=fields.boolean("qkv_bias", True),
         **vit_fields.read(fields, epsilon=1e-12),
         **values,

@@ -17,7 +17,7 @@ ACTIVATIONS = {  # their name -> ours; the first of several is the one we write
     "swish": "silu",
 }
 # Far above any ViT that exists; a config beyond them is broken or hostile.
-MOST_PIXELS, MOST_WIDTH, MOST_DEPTH = 8192, 1 << 16, 256
+MAX_PIXELS, MAX_WIDTH, MAX_DEPTH = 8192, 1 << 16, 256
 
 
 def read(
@@ -28,14 +28,14 @@ def read(
     Raises:
       UserError: a value is not supported.
     """
-    if fields.integer("num_channels", 3, most=MOST_WIDTH) != 3:
+    if fields.integer("num_channels", 3, most=MAX_WIDTH) != 3:
         raise fields.error("num_channels", "3")
     return dict(
-        image_size=fields.pair("image_size", 224, most=MOST_PIXELS),
-        patch_size=fields.pair("patch_size", patch_size, most=MOST_PIXELS),
-        width=fields.integer("hidden_size", 768, most=MOST_WIDTH),
-        depth=fields.integer("num_hidden_layers", 12, most=MOST_DEPTH),
-        num_heads=fields.integer("num_attention_heads", 12, most=MOST_WIDTH),
+        image_size=fields.pair("image_size", 224, most=MAX_PIXELS),
+        patch_size=fields.pair("patch_size", patch_size, most=MAX_PIXELS),
+        width=fields.integer("hidden_size", 768, most=MAX_WIDTH),
+        depth=fields.integer("num_hidden_layers", 12, most=MAX_DEPTH),
+        num_heads=fields.integer("num_attention_heads", 12, most=MAX_WIDTH),
         activation=fields.choice("hidden_act", activation, ACTIVATIONS),
         epsilon=fields.number("layer_norm_eps", epsilon),
     )

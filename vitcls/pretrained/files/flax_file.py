@@ -27,7 +27,7 @@ _CHUNKED = "__msgpack_chunked_array__"  # key in the map that stands for an arra
 # Limits of the tree (256: as many layers as a config may ask for), and of an array in it (8 axes).
 _TREE = dict(max_map_len=256, max_array_len=0, max_str_len=32)
 _ITEM = dict(max_map_len=0, max_array_len=8)
-_MOST_ENTRIES, _MOST_DEPTH = 1 << 14, 32  # of the whole tree; a ResNet-152 has 2 000 and 11
+_MAX_ENTRIES, _MAX_DEPTH = 1 << 14, 32  # of the whole tree; a ResNet-152 has 2 000 and 11
 
 
 class FlaxWeights:
@@ -38,7 +38,7 @@ class FlaxWeights:
         content = path.read_bytes()
         try:
             tree = msgpack.unpackb(
-                content, ext_hook=_array, object_hook=_at_most(_MOST_ENTRIES), **_TREE
+                content, ext_hook=_array, object_hook=_at_most(_MAX_ENTRIES), **_TREE
             )
             arrays = flatten_dict(tree, is_leaf=lambda _, node: _CHUNKED in node)
             self._tensors = dict(_tensor(names, leaf) for names, leaf in arrays.items())
@@ -56,7 +56,7 @@ class FlaxWeights:
         return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as float32, whatever floating-point type it is stored in."""
+        """The tensor as float32, from any floating-point type."""
         return self._tensors[name].astype(np.float32)
 
 
@@ -86,8 +86,8 @@ def _tensor(names: tuple[str, ...], leaf: np.ndarray | dict) -> tuple[str, np.nd
     if isinstance(leaf, dict):  # in pieces; flax has maps from "0", "1", ... for lists
         shape, chunks = (list(leaf[key].values()) for key in ("shape", "chunks"))
         leaf = np.concatenate(chunks).reshape(shape)
-    if not isinstance(leaf, np.ndarray) or len(names) > _MOST_DEPTH:
-        raise ValueError(f"something other than arrays, or deeper than {_MOST_DEPTH} maps")
+    if not isinstance(leaf, np.ndarray) or len(names) > _MAX_DEPTH:
+        raise ValueError(f"something other than arrays, or deeper than {_MAX_DEPTH} maps")
     if names[-1] == "kernel":  # (in, out) or (height, width, in, out): out and in come first
         leaf = np.moveaxis(leaf, (-1, -2), (0, 1))
     if names[0] in ("params", "batch_stats"):  # the top of a tree with BatchNorm

@@ -49,7 +49,7 @@ class Weights:
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as float32, whatever floating-point type it is stored in."""
+        """The tensor as float32, from any floating-point type."""
         stored = self._file_of[name].get_slice(name).get_dtype()
         if stored not in _FLOATS:
             raise UserError(f"Tensor {name!r} has type {stored}; weights are {', '.join(_FLOATS)}.")

@@ -10,8 +10,8 @@ from typing import Any
 
 from vitcls.errors import UserError
 
-_MOST_BYTES = 64 << 20  # ImageNet-21k's class names take 2 MB
-_MOST_SHOWN = 80  # characters of a value
+_MAX_BYTES = 64 << 20  # ImageNet-21k's class names take 2 MB
+_MAX_SHOWN = 80  # characters of a value
 
 
 class JsonFields:
@@ -37,8 +37,8 @@ class JsonFields:
     def read(cls, path: Path) -> "JsonFields":
         """Reads a file. Raises `UserError` if it holds no JSON object."""
         try:
-            if path.stat().st_size > _MOST_BYTES:
-                raise UserError(f"{path} has more than {_MOST_BYTES} bytes: not a checkpoint's.")
+            if path.stat().st_size > _MAX_BYTES:
+                raise UserError(f"{path} has more than {_MAX_BYTES} bytes: not a checkpoint's.")
             text = path.read_text(encoding="utf-8")
             content = json.loads(text, object_pairs_hook=_without_repetition)
         except (ValueError, RecursionError, OSError) as error:
@@ -61,8 +61,8 @@ class JsonFields:
     def string(self, name: str, default: str) -> str:
         """A name, not a text."""
         value = self.any(name, default)
-        if not isinstance(value, str) or len(value) > _MOST_SHOWN:
-            raise self.error(name, f"a string of up to {_MOST_SHOWN} characters")
+        if not isinstance(value, str) or len(value) > _MAX_SHOWN:
+            raise self.error(name, f"a string of up to {_MAX_SHOWN} characters")
         return value
 
     def integer(self, name: str, default: int, *, most: int, least: int = 1) -> int:
@@ -117,9 +117,9 @@ class JsonFields:
 
     def error(self, name: str, allowed: str) -> UserError:
         # Piece by piece: the value may be long, or nested deeper than Python can follow.
-        pieces = itertools.islice(json.JSONEncoder().iterencode(self.any(name)), _MOST_SHOWN)
+        pieces = itertools.islice(json.JSONEncoder().iterencode(self.any(name)), _MAX_SHOWN)
         value = "".join(pieces)
-        value = value if len(value) < _MOST_SHOWN else value[:_MOST_SHOWN] + "..."
+        value = value if len(value) < _MAX_SHOWN else value[:_MAX_SHOWN] + "..."
         return UserError(f"{self.path}: {name}={value} is not supported; it must be {allowed}.")
 
     def _checked_integer(self, name: str, value: Any, least: int, most: int) -> int:
@@ -133,7 +133,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice[:_MOST_SHOWN]!r} is there twice")
+        raise ValueError(f"the key {twice[:_MAX_SHOWN]!r} is there twice")
     return content
 
 

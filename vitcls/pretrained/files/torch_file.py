@@ -67,7 +67,7 @@ class TorchWeights:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as float32, whatever floating-point type it is stored in; a copy."""
+        """A copy of the tensor as float32, from any floating-point type."""
         tensor = self._tensors[name].detach()
         if tensor.dtype not in self._floats:
             known = ", ".join(map(str, self._floats))
