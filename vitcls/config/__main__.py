@@ -10,7 +10,8 @@ import signal
 import textwrap
 
 from vitcls.config.checks import bounds
-from vitcls.config.fields import FIELDS, Field
+from vitcls.config.field import Field
+from vitcls.config.fields import FIELDS
 
 
 def describe(name: str, field: Field) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vitcls.config.fields import FIELDS, Field, default_config
+from vitcls.config.field import Field
+from vitcls.config.fields import FIELDS, default_config
 from vitcls.config.parse import flatten, parse_fold, read_class_weights
 from vitcls.errors import UserError, unknown
 
