@@ -14,10 +14,9 @@ LARGE_ROOMS = {"data", "pretrained", "analysis"}
 LONG_FILES = {"config/fields.py": 824, "plan/planning.py": 413}
 LONG_FUNCTIONS = {
     "config/fields.py:default_config": 270,
-    "run/program.py:_make_program": 112,
     "train.py:train_and_evaluate": 313,
 }
-ROOMS_ABOVE = {"run": 1430, "step": 1331}
+ROOMS_ABOVE = {"run": 1426, "step": 1331}
 
 
 def num_lines(path: Path) -> int:

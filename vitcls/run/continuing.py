@@ -7,10 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.fields import (
-    flatten,
-    read_saved_config,
-)
+from vitcls.config.fields import flatten, read_saved_config
 from vitcls.data import sources
 from vitcls.errors import UserError
 from vitcls.run import records

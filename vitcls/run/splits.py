@@ -6,10 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vitcls.config.fields import (
-    parse_fold,
-    read_saved_config,
-)
+from vitcls.config.fields import parse_fold, read_saved_config
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.data.sources import classes

@@ -7,17 +7,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.fields import (
-    cycle_lengths,
-    read_saved_config,
-)
+from vitcls.config.fields import cycle_lengths, read_saved_config
 from vitcls.models import vit_config
 from vitcls.run.program import learning_rate, with_fields
 
 # What `traps` warns of: fewer images that select, and of Adam on all of a ViT of this width or
 # more, a higher rate.
 _FEW_IMAGES, _SMALL_WIDTH, _MOST_LR = 100, 192, 3e-4
-
 
 # Of a run that should be saved before its end.
 _MANY_STEPS = 1000
