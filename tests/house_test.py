@@ -13,10 +13,9 @@ LARGE_ROOMS = {"data", "pretrained", "analysis"}
 # Above the bars for now: none of these may grow.
 LONG_FILES = {"plan/planning.py": 413}
 LONG_FUNCTIONS = {
-    "run/program.py:_make_program": 112,
-    "train.py:train_and_evaluate": 329,
+    "train.py:train_and_evaluate": 313,
 }
-ROOMS_ABOVE = {"run": 1430, "step": 1331}
+ROOMS_ABOVE = {"run": 1426, "step": 1331}
 
 
 def num_lines(path: Path) -> int:

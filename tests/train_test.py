@@ -22,6 +22,7 @@ from vitcls.config.parse import flatten
 from vitcls.costs import footprint
 from vitcls.data import images
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
+from vitcls.evaluate import run_evaluator
 from vitcls.evaluate.exact import evaluate_checkpoint
 from vitcls.logs.writers import LateMetrics
 from vitcls.run import continuing, splits
@@ -412,13 +413,13 @@ def test_profile_leaves_a_trace(config, tmp_path, num_steps):
 def test_selection_never_looks_at_the_test_split(config, tmp_path, monkeypatch):
     """Until the last step only the hold-out is read."""
     names = []
-    evaluate = train.evaluate
+    evaluate = run_evaluator.evaluate
 
     def recorded(*args, name, **kwargs):
         names.append(name)
         return evaluate(*args, name=name, **kwargs)
 
-    monkeypatch.setattr(train, "evaluate", recorded)
+    monkeypatch.setattr(run_evaluator, "evaluate", recorded)
     train.train_and_evaluate(config, tmp_path)
     assert names == ["holdout", "holdout", "test", "holdout"]
 

@@ -22,7 +22,7 @@ from vitcls.config.saved import check_same_run
 from vitcls.errors import UserError
 from vitcls.models import vit_config
 from vitcls.pretrained.files import formats
-from vitcls.run import continuing, network, setup, splits, warnings
+from vitcls.run import continuing, network, splits, warnings
 from vitcls.run.program import with_fields
 from vitcls.run.resolve import resolve
 
@@ -155,7 +155,7 @@ def test_image_size_comes_from_the_config_or_the_checkpoint(make_checkpoint):
 
 
 def test_black_borders_are_announced(make_checkpoint, caplog, monkeypatch):
-    monkeypatch.setattr(setup.log, "propagate", True)
+    monkeypatch.setattr(splits.log, "propagate", True)
     folder = Path(make_checkpoint(DIGITS))
     content = {"image_processor_type": "CLIPImageProcessor", "size": 9, "crop_size": 8}
     (folder / "preprocessor_config.json").write_text(json.dumps(content))
@@ -253,7 +253,7 @@ def test_selection_on_images_of_the_test_split_is_refused(digits_dir):
 def test_images_that_are_trained_on_are_refused_elsewhere(
     digits_dir, caplog, monkeypatch, train_split, select, evaluated, message
 ):
-    monkeypatch.setattr(setup.log, "propagate", True)
+    monkeypatch.setattr(splits.log, "propagate", True)
     config = make_config("x")
     config.data.update(data_dir=digits_dir, train_split=train_split, eval_splits=(evaluated,))
     config.eval.select_split = select

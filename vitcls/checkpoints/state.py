@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from vitcls.checkpoints.manager import Checkpoints
+from vitcls.checkpoints.saved import Saved
 from vitcls.step import adapt, sharding
 from vitcls.step.train_step import TrainState, fold_lora
 
@@ -33,15 +34,14 @@ def restore_state(
             "batch_stats": variables.get("batch_stats", {}),
         }
 
-    meta = checkpoints.meta(step)
+    saved = Saved.from_json(checkpoints.meta(step))
     return TrainState(
         step=sharding.put(np.int32(step), shardings.step),
         frozen=adapt.subtree(items["params"]["params"], target.frozen),
         opt_state=items["opt_state"],
         ema=None if target.ema is None else trained(items["ema"]),
-        skips=sharding.put(jax.tree.map(np.int32, meta["skips"]), shardings.skips),
-        # Runs of earlier versions did not count them.
-        num_empty=sharding.put(np.int32(meta.get("num_empty", 0)), shardings.num_empty),
+        skips=sharding.put(jax.tree.map(np.int32, saved.skips), shardings.skips),
+        num_empty=sharding.put(np.int32(saved.num_empty), shardings.num_empty),
         **trained(items["params"]),
     )
 

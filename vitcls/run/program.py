@@ -242,25 +242,7 @@ def _make_program(
 
     train_step = steps.make_train_step(
         prepare,
-        steps.make_loss_fn(
-            adapt.with_lora(model.apply) if config.adapt.lora_rank else model.apply,
-            losses.make_loss(
-                config.loss.name,
-                gamma=config.loss.gamma,
-                logit_adjustment=config.loss.logit_adjustment,
-                class_counts=class_counts,
-            ),
-            losses.class_weights(
-                config.loss.class_weights, class_names, class_counts, beta=config.loss.beta
-            ),
-            teacher
-            and steps.make_distil(
-                teacher.logits,
-                weight=config.loss.teacher_weight,
-                temperature=config.loss.temperature,
-            ),
-            may_skip=config.data.on_error == "skip",
-        ),
+        _make_loss_fn(config, model.apply, teacher, class_names, class_counts),
         tx,
         key=step_key,
         schedule=schedule,
@@ -300,6 +282,33 @@ def _make_program(
         init=init,
         init_state=init_state,
         teacher=teacher and teacher.variables,
+    )
+
+
+def _make_loss_fn(
+    config: ConfigDict,
+    apply: Callable[..., Any],
+    teacher: Teacher | None,
+    class_names: tuple[str, ...],
+    class_counts: np.ndarray,
+) -> Callable[..., Any]:
+    """Returns the loss of a pass, of the network's function and, if there is one, the teacher."""
+    fields, distil = config.loss, None
+    if teacher is not None:
+        distil = steps.make_distil(
+            teacher.logits, weight=fields.teacher_weight, temperature=fields.temperature
+        )
+    return steps.make_loss_fn(
+        adapt.with_lora(apply) if config.adapt.lora_rank else apply,
+        losses.make_loss(
+            fields.name,
+            gamma=fields.gamma,
+            logit_adjustment=fields.logit_adjustment,
+            class_counts=class_counts,
+        ),
+        losses.class_weights(fields.class_weights, class_names, class_counts, beta=fields.beta),
+        distil,
+        may_skip=config.data.on_error == "skip",
     )
 
 

@@ -13,7 +13,6 @@ from vitcls.errors import UserError
 # Below so many training images BiT-HyperRule trains for 500 steps.
 _SMALL_DATA = 20_000
 
-
 # Between evaluations where eval.every_steps leaves it open.
 _MIN_EVERY_STEPS = 50
 

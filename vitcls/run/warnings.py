@@ -16,7 +16,6 @@ from vitcls.run.program import learning_rate, with_fields
 # more, a higher rate.
 _FEW_IMAGES, _SMALL_WIDTH, _MOST_LR = 100, 192, 3e-4
 
-
 # Of a run that should be saved before its end.
 _MANY_STEPS = 1000
 
