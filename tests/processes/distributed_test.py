@@ -24,7 +24,9 @@ from vitcls.step import sharding
 PROGRAM = """
 import pathlib, sys, time
 import jax
-from vitcls import cli, distributed, sharding
+from vitcls import cli
+from vitcls.processes import distributed
+from vitcls.step import sharding
 
 address, odd, folder, process = sys.argv[1:]
 process = int(process)
@@ -123,7 +125,7 @@ def test_flags_that_do_not_go_together_are_refused(flags, message):
 
 def test_a_taken_port_has_a_message_and_is_tried_again():
     program = (
-        "import sys; from vitcls import cli, distributed\n"
+        "import sys; from vitcls import cli; from vitcls.processes import distributed\n"
         "address, sys.argv = sys.argv[1], sys.argv[:1]\n"
         "cli.run(lambda: distributed.initialize(address, 2, 0))\n"
     )

@@ -19,7 +19,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 def run_program(body: str) -> subprocess.CompletedProcess:
     """A process of its own, as what is tested may end it."""
-    head = "import hashlib, os, signal, sys, time\nfrom vitcls import signals\n"
+    head = "import hashlib, os, signal, sys, time\nfrom vitcls.processes import signals\n"
     head += "def kill(name): os.kill(os.getpid(), signal.Signals[name])\n"
     return subprocess.run(
         [sys.executable, "-c", head + body], capture_output=True, text=True, timeout=60, check=False
@@ -110,7 +110,7 @@ def test_a_closed_terminal_lets_a_run_save_and_end(tmp_path):
     """Its output is that terminal; closing tells it twice, by the system and by the shell."""
     program = (
         "import os, pathlib, signal, sys, time\n"
-        "from vitcls import signals\n"
+        "from vitcls.processes import signals\n"
         "from vitcls.cli import run\n"
         "from vitcls.errors import Interrupted\n"
         "def main():\n"
