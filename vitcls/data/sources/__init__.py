@@ -2,11 +2,14 @@
 
 import importlib
 
+# Names of the package that `open` has; all others are modules, which must not wait for it.
+_NAMES = (
+    "Split", "Subset", "hold_out", "home", "open_split", "split_names", "take_fold",
+    "take_long_tail", "take_per_class",
+)  # fmt: skip
+
 
 def __getattr__(name: str):
-    # A name of the package is one of `open`, which imports what the sources need.
-    if not name.startswith("_"):
-        module = importlib.import_module("vitcls.data.sources.open")
-        if name in module.__all__:
-            return getattr(module, name)
+    if name in _NAMES:
+        return getattr(importlib.import_module("vitcls.data.sources.open"), name)
     raise AttributeError(f"module 'vitcls.data.sources' has no attribute {name!r}")
