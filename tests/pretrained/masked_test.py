@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pretrained_families_test import NATIVE, WITH_MLP, write_processor
-from pretrained_names_test import by_hand
 from safetensors.torch import load_file, save_file
 
+from tests.pretrained.families_test import NATIVE, WITH_MLP, write_processor
+from tests.pretrained.names_test import by_hand
 from tests.torch_reference import apply, random_images, randomized, to_torch
 from vitcls import pretrained
 from vitcls.errors import UserError

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pretrained_families_test import (
+from safetensors.torch import load_file, save_file
+
+from tests.pretrained.families_test import (
     CASES,
     HEAD,
     NATIVE,
@@ -14,8 +16,6 @@ from pretrained_families_test import (
     with_config,
     write_processor,
 )  # fmt: skip
-from safetensors.torch import load_file, save_file
-
 from tests.torch_reference import apply, random_images, randomized, to_torch
 from vitcls import pretrained
 from vitcls.errors import UserError

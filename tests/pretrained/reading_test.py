@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pretrained_values_test import in_a_pickle, in_msgpack, in_one_file
 from safetensors.numpy import load_file
 
+from tests.pretrained.values_test import in_a_pickle, in_msgpack, in_one_file
 from vitcls import pretrained
 from vitcls.errors import UserError
 from vitcls.models.resnet import resnet_config

@@ -329,7 +329,7 @@ def test_evaluate_writes_what_was_trained_on(finished, tmp_path, split, trained_
     data, run = finished
     command = [sys.executable, "-m", "vitcls.evaluate", f"--checkpoint={run}", f"--split={split}"]
     command += [f"--data=folder:{data}", f"--output={tmp_path}/out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert (results["trained_on"], results["num_examples"]) == (trained_on, total)

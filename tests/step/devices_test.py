@@ -131,9 +131,13 @@ def fields(digits_dir: str) -> list[str]:
 @pytest.mark.parametrize(
     ("command", "platforms"),
     [
-        *((name, "nonexistent") for name in COMMANDS[:8]),
-        *(("analysis.explain", "nonexistent"), ("analysis.select", "nonexistent")),
-        ("main", "cuda"),
+        ("main", "nonexistent"),
+        ("evaluate", "nonexistent"),
+        *(
+            pytest.param(name, "nonexistent", marks=pytest.mark.slow)
+            for name in [*COMMANDS[2:8], "analysis.explain", "analysis.select"]
+        ),
+        pytest.param("main", "cuda", marks=pytest.mark.slow),
     ],
 )
 def test_every_command_says_that_devices_do_not_start(

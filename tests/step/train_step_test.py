@@ -446,7 +446,9 @@ def test_a_class_of_weight_0_is_in_the_batch_statistics_all_the_same():
 
 
 @pytest.mark.parametrize("network", ["vit", "resnet"])
-@pytest.mark.parametrize(("data", "num_passes"), [(1, 1), (8, 1), (1, 4)])
+@pytest.mark.parametrize(
+    ("data", "num_passes"), [(1, 1), pytest.param(8, 1, marks=pytest.mark.slow), (1, 4)]
+)
 def test_a_batch_of_skipped_images_changes_nothing(network, data, num_passes):
     """No weight, no moment, no average, no statistic, and no count but its own."""
     model = resnet.ResNet(RESNET) if network == "resnet" else None
