@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import make_peers
 from benchmarks.figures import positive, summary
-from vitcls import ownership
 from vitcls.errors import UserError
 from vitcls.files import expand
+from vitcls.folders import ownership
 
 Row = tuple[str, ...]  # the columns below
 COLUMNS = ("what", "ours", "peer", "ours / peer", "limit", "share of the limit")

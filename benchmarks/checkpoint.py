@@ -2,11 +2,11 @@
 
     python -m benchmarks.checkpoint --model=vit_b16 --directory=/path/on/the/disk/of/your/runs
 
-Saving: a state with AdamW's moments is saved several times, as training does it. What the loop
-waits for is the call's time; the limit beside it is copying as many bytes in memory, for the loop
-goes on to change them. Then the time until the files are written, sealed and have their name,
-beside writing as many bytes to one file and waiting for the disk. On a machine with other work,
-look at this process' own time on the processors meanwhile: alone, a save takes no longer.
+Saving: a state with AdamW's moments is saved several times, as training does it. The loop
+waits for the time of the call. The limit for it is copying as many bytes in memory, because the
+loop continues to change them. Then follows the time until the files are written, sealed and named;
+its limit is writing as many bytes to one file and waiting for the disk. On a machine with other
+work, look at this process' own CPU time meanwhile: alone, a save takes no longer.
 
 Resuming: `python -m vitcls.main` continues a run by one step after step 10, and a copy of the run
 whose checkpoint says step 1 000 000; both take turns. Needs the digits data set (--data_dir).
@@ -32,10 +32,11 @@ import optax
 
 from benchmarks.figures import host, positive, run_command
 from benchmarks.models import NAMES, arch_config, make_model
-from vitcls import checkpoint, seal, step_folders
-from vitcls import train_step as steps
+from vitcls.checkpoints import folders, manager, seal
+from vitcls.checkpoints.state import state_items
 from vitcls.errors import UserError
 from vitcls.files import expand
+from vitcls.step import train_step as steps
 
 EARLY, LATE = 10, 1_000_000
 
@@ -66,9 +67,9 @@ def measure_saving(model_name: str, directory: Path, num_turns: int) -> dict[str
             file.flush()
             os.fsync(file.fileno())
 
-    with checkpoint.Checkpoints(directory / "checkpoints") as checkpoints:
+    with manager.Checkpoints(directory / "checkpoints") as checkpoints:
         for step in range(1, num_turns + 1):
-            items = checkpoint.state_items(state)
+            items = state_items(state)
             timed("save", checkpoints.save, step, items, meta={}, score=None)
             timed("behind", checkpoints.wait)
             timed("copy", np.copyto, copy, host)
@@ -106,7 +107,7 @@ def _train(workdir: Path, data_dir: str, total_steps: int) -> tuple[float, float
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
     after, secs = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - begin
-    assert step_folders.has_steps(workdir / "checkpoints")
+    assert folders.has_steps(workdir / "checkpoints")
     return secs, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
@@ -143,7 +144,7 @@ def report(result: dict[str, Any]) -> str:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them."""
     if args.directory and not args.directory.is_dir():
-        raise UserError(f"--directory={args.directory} is no folder.")
+        raise UserError(f"--directory={args.directory} is not a folder.")
     result = host() | {"model": args.model, "saving": None}
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         if args.model != "none":

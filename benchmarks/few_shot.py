@@ -1,4 +1,4 @@
-r"""Draws what pretraining gives against the number of training images, from a finished sweep.
+r"""Plots the gain of pretraining against the number of training images, from a finished sweep.
 
     python -m launch.sweep --config=configs/quickstart.py --sweep=configs/sweeps/few_shot.py \
       --workdir=runs/few_shot --config.eval.select_split= --config.train.total_epochs=0 \

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vitcls import ownership
 from vitcls.errors import UserError
 from vitcls.files import expand
+from vitcls.folders import ownership
 
 
 def host() -> dict[str, Any]:

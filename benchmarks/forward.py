@@ -1,4 +1,4 @@
-"""How fast evaluation is, beside the same network of transformers in PyTorch and the limit.
+"""How fast evaluation is, compared with transformers' network in PyTorch and the limit.
 
     python -m benchmarks.forward --model=vit_b16 --batch_size=32
 
@@ -24,8 +24,8 @@ from benchmarks.train_step import (
     relative_tolerance,
     run_step_command,
 )
-from vitcls import augment
-from vitcls import train_step as steps
+from vitcls.augment import prepare
+from vitcls.step import eval_step
 
 
 def make_ours(
@@ -40,11 +40,13 @@ def make_ours(
     batch = random_batch(config, batch_size)
     batch = jax.device_put(batch | {"index": jnp.arange(batch_size)})
     normalise = functools.partial(
-        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+        prepare.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
 
     def make(dtype: str, **kwargs):
-        return jax.jit(steps.make_eval_step(normalise, make_model(config, dtype, **kwargs).apply))
+        return jax.jit(
+            eval_step.make_eval_step(normalise, make_model(config, dtype, **kwargs).apply)
+        )
 
     with jax.default_matmul_precision("highest"):
         expected = make("float32")(variables, batch)[1]["logits"]
@@ -69,7 +71,7 @@ def check_logits(found: jax.Array, expected: jax.Array, dtype: str) -> dict[str,
     norm = float(jnp.linalg.norm(expected))
     difference = float(jnp.linalg.norm(found - expected)) / norm
     tolerance = relative_tolerance(dtype)
-    if not difference <= tolerance:  # a NaN too
+    if not difference <= tolerance:  # also for a NaN
         raise ArithmeticError(
             f"The logits in {dtype} are {difference:.1e} away from those in float32 at the highest "
             f"precision, relatively, more than the {tolerance:.1e} that rounding explains."

@@ -1,4 +1,4 @@
-"""How fast the loader gives training images, beside tf.data, torch's DataLoader and the limits.
+"""How fast the loader gives training images, compared with tf.data, torch's DataLoader and limits.
 
     python -m benchmarks.input_pipeline --resample=bilinear
 
@@ -30,8 +30,7 @@ from benchmarks import jpegs
 from benchmarks.figures import host, line, num_cpus, positive, run_command, summary
 from benchmarks.input_peer import pull
 from benchmarks.peer_process import start_process
-from vitcls import images
-from vitcls.data import cache, loader, sources
+from vitcls.data import cache, images, loader, sources
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 BATCH_SIZE = 32
@@ -180,7 +179,7 @@ def main() -> None:
     add("--threads", type=positive(int), default=8, help="data.num_threads (default: 8, as there)")
     add(
         "--peers", nargs="*", choices=list(PEERS), default=list(PEERS),
-        help=f"whom to measure beside (default: {' '.join(PEERS)})",
+        help=f"libraries to compare with (default: {' '.join(PEERS)})",
     )  # fmt: skip
     add("--windows", type=positive(int), default=5, help="turns of each (default: 5)")
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")

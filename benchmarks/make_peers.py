@@ -1,4 +1,4 @@
-"""Makes the environment of those peers that do not fit beside us: .venv-peers, 1 GB, minutes.
+"""Makes the environment of those peers that conflict with ours: .venv-peers, 1 GB, minutes.
 
     python -m benchmarks.make_peers
 

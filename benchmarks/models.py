@@ -11,25 +11,25 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError, unknown
-from vitcls.models import resnet, vit
+from vitcls.models import resnet, vit, vit_config
 
 NUM_CLASSES = 1000
-NAMES = [*vit.EXAMPLES, *resnet.SIZES]  # of architectures; a ViT may have any patch
+NAMES = [*vit_config.EXAMPLES, *resnet.SIZES]  # of architectures; a ViT may have any patch
 
-Config = vit.ViTConfig | resnet.ResNetConfig
+Config = vit_config.ViTConfig | resnet.ResNetConfig
 
 
 def arch_config(name: str, image_size: int) -> Config:
     """Returns the config of a network by its name, for square images.
 
     Raises:
-      UserError: there is no such network, or its patch does not divide the image.
+      UserError: the name is unknown, or its patch does not divide the image.
     """
     sizes = dict(num_classes=NUM_CLASSES, image_size=(image_size, image_size))
     if name in resnet.SIZES:
         return resnet.resnet_config(name, **sizes)
-    if vit.NAME.fullmatch(name):
-        return vit.vit_config(name, **sizes)
+    if vit_config.NAME.fullmatch(name):
+        return vit_config.vit_config(name, **sizes)
     raise unknown("architecture --model", name, NAMES)
 
 
@@ -86,7 +86,7 @@ def _macs(jaxpr: Any) -> int:
         else:
             # The bodies of `jit` and its like. A loop's would have to count once per round.
             assert eqn.primitive.name not in ("scan", "while")
-            # Of what depends on the platform the last one: the default.
+            # Where branches depend on the platform, the last one is the default.
             params = [*eqn.params.values(), *eqn.params.get("branches", ())[-1:]]
             bodies = (getattr(param, "jaxpr", param) for param in params)
             total += sum(_macs(body) for body in bodies if hasattr(body, "eqns"))

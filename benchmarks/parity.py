@@ -35,7 +35,8 @@ import transformers
 from vitcls import pretrained
 from vitcls.errors import UserError
 from vitcls.files import expand
-from vitcls.pretrained import formats, keys
+from vitcls.pretrained import keys
+from vitcls.pretrained.files import formats
 from vitcls.pretrained.reading import FAMILIES
 
 TOLERANCE = 1e-4  # of logits, which are made to be about 1
@@ -59,9 +60,9 @@ class Case:
       fields: What its config changes from the defaults.
       native: Image size it is used at.
       other: Another one.
-      gradient: Whether the gradient is compared, too.
-      dtype: Of the gradient's comparison. Where a ReLU's input is near zero, torch in float32 is as
-        far from torch in float64 as we are.
+      gradient: Whether the gradient is also compared.
+      dtype: Dtype in which gradients are compared. Where a ReLU's input is near zero, torch in
+        float32 is as far from torch in float64 as we are.
     """
 
     name: str
@@ -79,7 +80,7 @@ def _vit(width: int, depth: int, heads: int, **fields: Any) -> dict[str, Any]:
     )
 
 
-# Sizes: the config.json of each checkpoint. Of the 40 layers of DINOv2's giant two stand for all.
+# Sizes: the config.json of each checkpoint. Two of the 40 layers of DINOv2's giant stand for all.
 _TI, _S, _B, _L = (192, 12, 3), (384, 12, 6), (768, 12, 12), (1024, 24, 16)
 _DINO = dict(mlp_ratio=4, image_size=518, patch_size=14)
 _TWO_HEADS, _DINOV2 = "DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"
@@ -229,7 +230,7 @@ def _digest(array: np.ndarray) -> bytes:
 
 
 def compare_timm(name: str, folder: Path) -> dict[str, Any]:
-    """The same for one of timm's networks, of which there is no gradient."""
+    """The same for one of timm's networks, without a gradient."""
     make = runpy.run_path(str(GOLDEN / "timm_weights.py"))
     golden = np.load(GOLDEN / "timm" / f"{name}.npz")
     shapes = json.loads(str(golden["tensors"]))

@@ -1,4 +1,4 @@
-"""What training only a part of a network gains, beside what it can gain at most.
+"""How much training only a part of a network gains, and how much it could gain at most.
 
     python -m benchmarks.partial_training --model=vit_s16 --image_size=224 --batch_size=8
 
@@ -7,7 +7,7 @@ Every way is the step that training runs (see `benchmarks.train_step`), compiled
   full           everything, the one that the others are compared with
   half           the upper half of the layers and the head; the rest is frozen
   head           the head alone
-  lora           LoRA of rank 8 beside the kernels of attention, and the head
+  lora           LoRA of rank 8 next to the kernels of attention, and the head
   patch_dropout  everything, on half of the patches
 
 The bound is the ratio of the multiply-adds of both steps, counted in what is differentiated: a step
@@ -33,9 +33,9 @@ from benchmarks.train_step import (
     random_batch,
     random_variables,
 )
-from vitcls import adapt
 from vitcls.errors import UserError
-from vitcls.models import vit
+from vitcls.models import vit_config
+from vitcls.step import adapt
 
 WAYS = ("full", "half", "head", "lora", "patch_dropout")
 LORA_RANK = 8
@@ -45,10 +45,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them.
 
     Raises:
-      UserError: there is no such network.
+      UserError: the name is unknown.
     """
     config = models.arch_config(args.model, args.image_size)
-    if not isinstance(config, vit.ViTConfig):
+    if not isinstance(config, vit_config.ViTConfig):
         raise UserError(f"--model={args.model}: LoRA and PatchDropout are of ViTs; name one.")
     load_before = os.getloadavg()[0]
     variables = random_variables(config)
@@ -97,7 +97,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _training(way: str, config: vit.ViTConfig, dtype: str, variables: Any) -> tuple[Any, Any]:
+def _training(
+    way: str, config: vit_config.ViTConfig, dtype: str, variables: Any
+) -> tuple[Any, Any]:
     """Returns the first state and the step of one way to train."""
     model, split = models.make_model(config, dtype), adapt.split
     if way == "half":
@@ -150,7 +152,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="vit_s16", help=f"{', '.join(vit.EXAMPLES)} (default: vit_s16)")
+    add("--model", default="vit_s16", help=f"{', '.join(vit_config.EXAMPLES)} (default: vit_s16)")
     add("--image_size", type=positive(int), default=224, help="height and width (default: 224)")
     add("--batch_size", type=positive(int), default=8, help="images in a step (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")

@@ -3,10 +3,10 @@
     python -m benchmarks.probe --examples=5000 --dim=384 --classes=10
     python -m benchmarks.probe --model=vit_s16 --image_size=224
 
-The sweep is `heads.fit_probes`: learning rates x weight decays x seeds on random features. Beside
-it are the same trials one by one, each a call of the same function compiled for one trial, and, for
-a person's idea of the size, one fit of scikit-learn's LogisticRegression. The limit is the time of
-the products of the trials at the rate of the fastest large product, or of reading and writing
+The sweep is `heads.fit_probes`: learning rates x weight decays x seeds on random features. It is
+compared with the same trials one by one, each a call of the same function compiled for one trial,
+and, as a familiar measure, with one fit of scikit-learn's LogisticRegression. The limit is the time
+of the products of the trials at the rate of the fastest large product, or of reading and writing
 heads and momenta in every step at the rate of a copy, whichever is longer. All take turns.
 Compilation is reported apart. Before the turns, every head of the sweep is compared with the one
 that was trained alone.
@@ -41,12 +41,14 @@ from benchmarks.train_step import (
     random_batch,
     random_variables,
 )
-from vitcls import adapt, augment, heads
+from vitcls.augment import prepare
+from vitcls.probe import heads
+from vitcls.step import adapt
 
 PAIRS = list(itertools.product(np.geomspace(1e-4, 1.0, 10), (0.0, 1e-4, 1e-3, 1e-2)))
 SEEDS = range(5)
 NUM_TRIALS = len(PAIRS) * len(SEEDS)
-# Of the difference between heads, to the largest entry; sums of other orders, over all steps.
+# Limit on the difference between heads, relative to the largest entry: sums differ in order.
 TOLERANCE = 1e-3
 GOAL = 90  # times that kept features save over 100 epochs
 
@@ -131,7 +133,7 @@ def check_heads(stacked: heads.Linear, alone: list[heads.Linear]) -> float:
     expected = np.stack([head.kernel for head in alone])
     found = np.asarray(stacked.kernel).reshape(expected.shape)
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
-    if not difference <= TOLERANCE:  # a NaN too
+    if not difference <= TOLERANCE:  # also for a NaN
         raise ArithmeticError(
             f"A head of the sweep is {difference:.1e} away from the one trained alone, more than "
             f"{TOLERANCE:.0e}."
@@ -166,7 +168,7 @@ def measure_cached(args: argparse.Namespace) -> dict[str, Any]:
     train_step = jax.jit(train_step, donate_argnums=0)
     batch = jax.device_put(random_batch(config, args.image_batch_size))
     normalise = functools.partial(
-        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+        prepare.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
     extract = jax.jit(
         lambda variables, images: bare.apply(variables, normalise(images), train=False)

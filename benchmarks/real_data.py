@@ -27,14 +27,17 @@ import jax
 from benchmarks import jpegs
 from benchmarks.figures import host, line, positive, run_command, summary
 from benchmarks.trace import gap_share
-from vitcls import sharding, train_setup
-from vitcls.config import check_config, default_config
+from vitcls.config.checks import check_config
+from vitcls.config.fields import default_config
 from vitcls.data import loader
-from vitcls.program import make_program
+from vitcls.run import resolve, splits
+from vitcls.run.network import open_model, train_transform
+from vitcls.run.program import make_program
+from vitcls.step import sharding
 
 NUM_IMAGES = 512
 SCALE = 0.15  # of the sides of ImageNet's images: 66 pixels on average
-MOST_TRACED = 40  # steps: a trace has a line for every operation
+MAX_TRACED = 40  # steps: a trace has a line for every operation
 PRIMED = 12  # steps before the first turn: compiles, and fills the cache
 
 
@@ -51,10 +54,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config.train.update(total_steps=10**6, global_batch_size=args.batch_size)
     config.eval.select_split = ""
     check_config(config)
-    split, _ = train_setup.open_splits(config)
-    _, network, processor = train_setup.open_model(config, split.class_names)
+    split, _ = splits.open_splits(config)
+    _, network, processor = open_model(config, split.class_names)
     mesh = sharding.make_mesh(-1, 1)
-    config = train_setup.resolve(
+    config = resolve.resolve(
         config, num_train=len(split), image_size=processor.size, num_devices=mesh.size
     )
     program = make_program(
@@ -64,7 +67,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = sharding.prefetch(
         loader.train_batches(
             split, global_batch_size=args.batch_size, start_step=0, total_steps=10**6, seed=0,
-            transform=train_setup.train_transform(config, processor), num_threads=args.threads,
+            transform=train_transform(config, processor), num_threads=args.threads,
         ),
         mesh,
     )  # fmt: skip
@@ -109,7 +112,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rates[name].append(num_steps * args.batch_size / secs)
         waiting.append(waited / secs)  # of the last, that with real images
     with jax.profiler.trace(folder / "trace"):
-        runs["loop, one batch"](min(num_steps, MOST_TRACED))
+        runs["loop, one batch"](min(num_steps, MAX_TRACED))
     alone, fixed, real = rates.values()
     packages = ("jax", "flax", "optax", "grain", "Pillow")
     return before | {

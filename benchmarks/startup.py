@@ -7,8 +7,8 @@ on random JPEG files. Its time is that of the line in metrics.jsonl that says th
 done, less one steady step: what is left are imports, the checkpoint, compilation and the first
 batch.
 Every turn runs it with an empty folder of compiled programs (cold), then again with what the first
-left there (warm). Files are in the system's cache, as after any download. Beside both: what
-importing all that it needs takes alone.
+left there (warm). Files are in the system's cache, as after any download. The time
+of importing all that it needs is given for comparison.
 """
 
 import argparse

@@ -24,7 +24,7 @@ def start(
     """Builds the step in every variant worth trying and keeps the fastest.
 
     Args:
-      library: Whose network: "transformers" or "timm".
+      library: Library of the network: "transformers" or "timm".
       config: The fields of our network's config.
       device: "cpu" or "cuda".
       dtype: "float32" or "bfloat16", the latter by autocast.

@@ -4,8 +4,8 @@
 
 Compiles the step of configs/vit_b16.py or configs/resnet50.py in bfloat16 for a slice that need not
 exist (Linux on x86-64, pip install 'jax[tpu]') and sums the bytes of every instruction, by what it
-computes; see vitcls/traffic.py. Fusions count for what they are named after, which is one of the
-things that they do. These are the compiler's decisions, no measurements. A compilation takes
+computes; see vitcls/costs/traffic.py. Fusions count for what they are named after, which is one of
+the things that they do. These are the compiler's decisions, not measurements. A compilation takes
 minutes.
 """
 
@@ -13,9 +13,9 @@ import argparse
 import re
 from importlib import import_module
 
-from vitcls import chips
+from vitcls.costs import chips
 
-# Of the instructions' names, the first that is found.
+# The first pattern that an instruction's name matches counts.
 KINDS = {
     "products q, k and v": r"/attention/qkv/",
     "product after attention": r"/attention/output/",
@@ -40,7 +40,7 @@ def kind_of(name: str, opcode: str) -> str:
 
 def report(text: str) -> str:
     """Returns the table of a compiled program."""
-    from vitcls.traffic import find_traffic
+    from vitcls.costs.traffic import find_traffic
 
     found = find_traffic(text)
     rows = {}
@@ -73,9 +73,9 @@ def main() -> None:
     add("--topology", default="v5e:1x1", help="slice of TPUs (default: v5e:1x1)")
     args = parser.parse_args()
     chips.prepare_environment()
-    from vitcls import planning
     from vitcls.errors import UserError
-    from vitcls.program import with_fields
+    from vitcls.plan import planning
+    from vitcls.run.program import with_fields
 
     recipe = "resnet50" if args.model.startswith("resnet") else "vit_b16"
     config = import_module(f"configs.{recipe}").get_config("data=tfds:imagenet2012")

@@ -12,7 +12,7 @@ def gap_share(folder: Path, module: str) -> float | None:
     None where the trace does not say which execution an operation belongs to.
 
     Args:
-      folder: Of one trace by `jax.profiler`, of one device.
+      folder: Folder of one trace by `jax.profiler`, of one device.
       module: Name of the compiled program whose executions are looked at: `jit_train_step`.
     """
     (path,) = folder.glob("**/*.xplane.pb")

@@ -1,4 +1,4 @@
-"""How fast a training step is, beside a peer doing the same work and the machine's limit.
+"""How fast a training step is, compared with a peer doing the same work and the machine's limit.
 
     python -m benchmarks.train_step --model=vit_b16 --image_size=224 --batch_size=8
 
@@ -35,10 +35,11 @@ from benchmarks import make_peers
 from benchmarks.figures import num_cpus, positive, processor_name, run_command, summary
 from benchmarks.models import NAMES, Config, arch_config, macs, make_model, published
 from benchmarks.peer_process import start_process
-from vitcls import adapt, augment, optim
-from vitcls import train_step as steps
+from vitcls.augment import prepare
 from vitcls.errors import UserError
 from vitcls.models.attention import KERNELS, check_cudnn
+from vitcls.step import adapt, optim
+from vitcls.step import train_step as steps
 
 # A rate at which random labels are not learnt while we measure: vanishing gradients would end as
 # denormal numbers, which some processors compute slowly.
@@ -57,7 +58,7 @@ def measure(
     """Returns all figures, as `--json` writes them.
 
     Args:
-      args: Of the command line.
+      args: Arguments of the command line.
       make_ours: See `make_ours`.
       is_training: Whether its step trains; otherwise peer and limit are of a forward pass.
 
@@ -207,11 +208,11 @@ def make_training(
         decay=".*/kernel", clip_norm=0.0, args={},
     )  # fmt: skip
     normalise = functools.partial(
-        augment.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+        prepare.normalise, rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
     )
     apply = adapt.with_lora(model.apply) if has_lora else model.apply
     train_step = steps.make_train_step(
-        augment.make_prepare(normalise, flip=True, label_smoothing=0.0),
+        prepare.make_prepare(normalise, flip=True, label_smoothing=0.0),
         steps.make_loss_fn(apply, may_skip=False),
         tx,
         key=jax.random.key(0),
@@ -249,7 +250,7 @@ def check_numerics(
             "value": value, "reference": reference, "difference": difference,
             "tolerance": tolerance,
         }  # fmt: skip
-        if not difference <= tolerance:  # a NaN too
+        if not difference <= tolerance:  # also for a NaN
             raise ArithmeticError(
                 f"The first step's {name} is {value} in {dtype}, but {reference} in float32 at the "
                 f"highest precision: a relative difference of {difference:.1e}, more than the "
@@ -292,7 +293,7 @@ def start_peer(peer: str, platform: str) -> tuple[Callable[..., Any] | None, str
     """Starts the process of a peer; returns what calls its functions, and whose network it has.
 
     Raises:
-      UserError: there is no environment for it, or not on this platform.
+      UserError: its environment does not exist, or not on this platform.
     """
     if peer == "auto":
         has_timm = platform == "gpu" and importlib.util.find_spec("timm")

@@ -4,7 +4,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from vitcls.config import check_config
+from vitcls.config.checks import check_config
 from vitcls.errors import UserError
 
 
@@ -24,7 +24,7 @@ def overrides() -> list[str]:
 def check(config: ConfigDict, *, here: bool) -> None:
     """Raises `UserError` for mistakes in the config of a run, `here` or on other machines."""
     check_config(config if here else _without_local_folders(config))
-    from vitcls import optim  # imports jax: only once the config is known to be right
+    from vitcls.step import optim  # imports jax: only once the config is known to be right
 
     optim.check_args(config.optim.name, dict(config.optim.args))
 

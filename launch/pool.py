@@ -14,7 +14,7 @@ from launch import local, watch
 from launch.stopping import StopRequest
 from launch.trials import Trial
 from vitcls.errors import Unavailable, UserError
-from vitcls.progress import duration
+from vitcls.logs.progress import duration
 
 _POLL_SECS = 0.5
 _MAX_STARTS = 4  # of a trial that finds no devices, on other GPUs where there are any

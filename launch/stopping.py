@@ -3,7 +3,7 @@
 import signal
 from types import FrameType
 
-from vitcls import signals
+from vitcls.processes import signals
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -13,8 +13,8 @@ class StopRequest:
 
     But SIGHUP, which comes twice when a terminal is closed: from the system and from the shell.
 
-    `vitcls.signals` is for a run: all its processes agree on a stop, which has to reach a process
-    that compiles. Here nothing is to be saved but what others save.
+    `vitcls.processes.signals` is for a run: all its processes agree on a stop, which has to reach a
+    process that compiles. Here nothing is to be saved but what others save.
     """
 
     def __init__(self):

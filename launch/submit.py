@@ -24,9 +24,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import commands, kubernetes, local, resources, slurm, tpu_vm
-from vitcls import cli, ownership
+from vitcls import cli
 from vitcls.files import expand, make_folder
-from vitcls.ownership import has_text
+from vitcls.folders import ownership
+from vitcls.folders.ownership import has_text
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",

@@ -29,9 +29,10 @@ from ml_collections import config_flags
 from launch import commands, resources, slurm
 from launch import trials as trials_lib
 from launch.stopping import StopRequest
-from vitcls import cli, ownership
+from vitcls import cli
 from vitcls.errors import Interrupted
 from vitcls.files import make_folder
+from vitcls.folders import ownership
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -99,7 +100,7 @@ def main() -> None:
 
 def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resources) -> None:
     from launch import array, pool, tables  # these import jax
-    from vitcls import lock
+    from vitcls.folders import lock
 
     def write() -> None:
         tables.write(workdir, trials, runner.states, _METRICS.value)

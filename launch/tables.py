@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.trials import SEED, Trial
-from vitcls.config import SELECT_METRICS
+from vitcls.config.fields import SELECT_METRICS
 from vitcls.errors import unknown
 from vitcls.files import write_json, written_aside
 

@@ -14,10 +14,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import commands
-from vitcls import cli, ownership
-from vitcls.config import check_same_run, drop_unused
+from vitcls import cli
+from vitcls.config.checks import drop_unused
+from vitcls.config.saved import check_same_run
 from vitcls.errors import UserError
 from vitcls.files import read_json, write_json
+from vitcls.folders import ownership
 
 _MAX_NAME = 120  # characters; file systems take 255 bytes, and paths go on behind it
 SEED = "train.seed"

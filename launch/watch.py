@@ -6,7 +6,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from launch.trials import Trial
-from vitcls.progress import on_terminal
+from vitcls.logs.progress import on_terminal
 
 log = logging.getLogger("vitcls")
 

@@ -8,7 +8,7 @@ import transformers
 from PIL import Image
 
 from vitcls import train
-from vitcls.config import default_config
+from vitcls.config.fields import default_config
 from vitcls.errors import UserError
 
 

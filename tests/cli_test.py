@@ -199,7 +199,8 @@ def test_double_precision_is_refused_before_anything_is_made(tmp_path, monkeypat
 def test_no_command_is_silent_for_long():
     program = """
 import time
-from vitcls import cli, progress
+from vitcls import cli
+from vitcls.logs import progress
 progress.LINE_SECS = 0.3
 cli.run(lambda: time.sleep(1))
 """

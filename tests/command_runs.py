@@ -161,7 +161,7 @@ def final_arrays(workdir: Path) -> dict[str, Any]:
     """All that the checkpoint of the last step holds."""
     import jax
 
-    from vitcls.checkpoint import Checkpoints
+    from vitcls.checkpoints.manager import Checkpoints
 
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     saved = checkpoints._manager.item_metadata(STEPS)
@@ -227,9 +227,12 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
     """Arranges that `action`, a signal or "hang" or "raise", happens once."""
     import jax
 
-    from vitcls import checkpoint, metrics, train, train_setup
+    from vitcls import train
+    from vitcls.checkpoints import manager
     from vitcls.data import cache
-    from vitcls.metric_writers import LateMetrics
+    from vitcls.logs.writers import LateMetrics
+    from vitcls.run import network
+    from vitcls.step import metrics
 
     is_done = False
 
@@ -260,7 +263,7 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
         setattr(owner, name, wrapped)
 
     if phase == "setup":
-        before(train_setup, "open_model")
+        before(network, "open_model")
     elif phase == "cache":
         before(cache.DiskCache, "_write_shard")
     elif phase == "compile":
@@ -283,13 +286,13 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
     elif phase == "eval":
         before(metrics, "add_sums", lambda total, _: total is not None)
     elif phase == "save":
-        save = checkpoint.Checkpoints.save
+        save = manager.Checkpoints.save
 
         def save_and_act(*args, **kwargs):
             save(*args, **kwargs)
             act()  # while the files are being written, behind
 
-        checkpoint.Checkpoints.save = save_and_act
+        manager.Checkpoints.save = save_and_act
     elif phase == "final":
         before(train, "evaluate", lambda *args, name, **kwargs: name == "test")
 

@@ -9,9 +9,13 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from vitcls import program, sharding, train_setup
-from vitcls.config import RUN_FIELDS, check_config, default_config, flatten
+from vitcls.config.checks import check_config
+from vitcls.config.fields import RUN_FIELDS, default_config
+from vitcls.config.parse import flatten
 from vitcls.errors import UserError
+from vitcls.run import program, resolve, splits
+from vitcls.run.network import open_model, train_transform
+from vitcls.step import sharding
 
 # Field -> a value other than the default, which must be refused or change what runs.
 CHANGES = {
@@ -117,11 +121,9 @@ def base_config(base: str, data_dir: str) -> ConfigDict:
 def what_runs(config: ConfigDict) -> list[str]:
     """Digests of all that a run does, but for what fields of `RUN_FIELDS` say."""
     check_config(config)
-    train, evaluated = train_setup.open_splits(config)
-    _, network, processor = train_setup.open_model(config, train.class_names)
-    config = train_setup.resolve(
-        config, num_train=len(train), image_size=processor.size, num_devices=1
-    )
+    train, evaluated = splits.open_splits(config)
+    _, network, processor = open_model(config, train.class_names)
+    config = resolve.resolve(config, num_train=len(train), image_size=processor.size, num_devices=1)
     made = program.make_program(
         config, network, processor, sharding.make_mesh(1, 1, devices=jax.devices()[:1]),
         class_names=train.class_names, class_counts=train.class_counts(),
@@ -129,7 +131,7 @@ def what_runs(config: ConfigDict) -> list[str]:
     used = [
         made.lower().as_text(),
         str(jax.make_jaxpr(made.init_state)(jax.eval_shape(made.init))),
-        str(train_setup.train_transform(config, processor)).replace(str(id(processor)), ""),
+        str(train_transform(config, processor)).replace(str(id(processor)), ""),
         str([train.id(index) for index in range(len(train))]),
         str((config.data.sampling, config.train.total_steps, config.train.seed)),
         *(str([split.id(i) for i in range(len(split))]) for split in evaluated.values()),
@@ -144,7 +146,7 @@ def what_runs(config: ConfigDict) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_each_field_changes_what_runs_or_is_refused(base, digits_dir, monkeypatch):
-    monkeypatch.setattr(train_setup.log, "disabled", True)
+    monkeypatch.setattr(splits.log, "disabled", True)
     before = what_runs(base_config(base, digits_dir))
     assert what_runs(base_config(base, digits_dir)) == before
     without_effect = []

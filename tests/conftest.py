@@ -54,7 +54,7 @@ def _user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tfds data folder in which `digits` is prepared, which takes a few seconds."""
-    from vitcls.data import prepare  # tfds costs half a second, which few tests need
+    from vitcls.data.sources import prepare  # tfds costs half a second, which few tests need
 
     data_dir = str(tmp_path_factory.mktemp("tfds"))
     prepare.prepare_once("digits", data_dir=data_dir)

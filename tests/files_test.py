@@ -82,7 +82,9 @@ def test_a_missing_file_has_a_message_too(tmp_path):
 
 
 def test_files_needs_no_jax():
-    program = "import sys; import vitcls.files, vitcls.ownership; print('jax' in sys.modules)"
+    program = (
+        "import sys; import vitcls.files, vitcls.folders.ownership; print('jax' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -58,6 +58,7 @@ def run(home: Path, module: str, *args: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_path_of_a_run_and_of_what_follows_it(home):
     recipe = ["--config=~/recipe.py:init=scratch", "--config.model.arch=vit_mu4", *FIELDS]
     run(home, "vitcls.main", *recipe, "--workdir=~/run")

@@ -9,27 +9,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From bottom to top; a module may import from its own level and from those below.
-LEVELS = [
+# Rooms, and files beside them, from bottom to top: a file may import from its own room and from
+# floors below.
+FLOORS = [
     {"errors"},
-    {"files", "ownership", "signals", "lock", "seal", "step_folders", "wandb_sender"}
-    | {"user_folders", "image_metadata", "progress"},
-    {"augment", "pixels", "policies", "mixing", "losses", "metrics", "sharding", "devices"},
-    {"train_step", "models", "images", "adapt", "optim", "heads"},
-    {"data", "pretrained", "checkpoint", "metric_writers", "parameters"}
-    | {"distributed", "watchdog", "contact_sheet", "chips", "hlo", "collectives"}
-    | {"traffic", "footprint"},
-    {"inference", "evaluation", "prediction", "config", "recipes", "records", "soups", "features"},
-    {"teacher", "program", "train_setup", "seen", "train"},
-    {"model_card", "exporting", "data_checks", "ingredients", "souping", "probing", "choices"}
-    | {"planning", "plan_table"},
-    {"cli", "main", "evaluate", "predict", "export", "soup", "check_data", "probe", "plan"}
-    | {"analysis"},
+    {"augment", "files"},
+    {"config", "models"},
+    {"step"},
+    {"processes", "recipes"},
+    {"logs"},
+    {"folders"},
+    {"cli", "checkpoints", "costs", "data"},
+    {"pretrained"},
+    {"inference"},
+    {"run"},
+    {"evaluate", "export", "predict"},
+    {"check_data", "plan", "probe", "soup", "train"},
+    {"analysis", "main"},
 ]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Modules of vitcls/analysis that are commands.
 ANALYSES = {"report", "compare", "explain", "select", "reproduce", "results"}
 # What a machine without the data stack can import.
-LIGHT = {"train_step", "models", "optim", "adapt", "heads"} | LEVELS[2]
+LIGHT = {"augment", "models", "step"}
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names
 HEAVY = {
     "tensorflow", "torch", "transformers", "sklearn", "scipy.stats", "tensorboard", "clu",
@@ -37,8 +39,13 @@ HEAVY = {
 }  # fmt: skip
 
 
-def module_of(path: Path) -> str:
+def room_of(path: Path) -> str:
     return path.relative_to(ROOT / "vitcls").with_suffix("").parts[0]
+
+
+def is_command(path: Path) -> bool:
+    is_analysis = path.parent.name == "analysis" and path.stem in ANALYSES
+    return path.stem == "__main__" or is_analysis or room_of(path) == "main"
 
 
 def imports(path: Path) -> set[str]:
@@ -56,26 +63,36 @@ def imports(path: Path) -> set[str]:
 SOURCES = sorted((ROOT / "vitcls").rglob("*.py"))
 
 
-def test_every_module_has_a_level():
-    assert {module_of(path) for path in SOURCES} - {"__init__"} == set().union(*LEVELS)
+def test_every_room_has_a_floor():
+    assert {room_of(path) for path in SOURCES} - {"__init__"} == FLOOR_OF.keys()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down_only(path):
-    level_of = {name: level for level, names in enumerate(LEVELS) for name in names}
-    own = module_of(path)
+    own = room_of(path)
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] == "vitcls" and parts[1] in level_of and own != "__init__":
-            assert level_of[parts[1]] <= level_of[own], f"{own} imports {name}"
+        if parts[0] == "vitcls" and parts[1] in FLOOR_OF and own not in ("__init__", parts[1]):
+            assert FLOOR_OF[parts[1]] < FLOOR_OF[own], f"{own} imports {name}"
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+    known = {}
+    for name, path in names.items():
+        found = imports(path) | {one.rpartition(".")[0] for one in imports(path)}
+        known[name] = found & names.keys() - {name}
+    while leaves := {name for name, needed in known.items() if not needed & known.keys()}:
+        known = {name: needed for name, needed in known.items() if name not in leaves}
+    assert not known
 
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in SOURCES if module_of(path) in LIGHT],
+    [path for path in SOURCES if room_of(path) in LIGHT],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
-def test_the_core_needs_jax_flax_optax_numpy_only(path):
+def test_the_light_rooms_need_jax_flax_optax_numpy_only(path):
     assert {name.split(".")[0] for name in imports(path)} <= LIGHT_PACKAGES
 
 
@@ -88,25 +105,18 @@ def test_launch_is_above_all_and_needs_little():
 
 def test_only_commands_touch_flags():
     with_flags = {
-        path.stem if path.parent.name == "analysis" else module_of(path)
+        path
         for path in SOURCES
         if any(name.startswith("absl.flags") or name == "absl.flags" for name in imports(path))
-    } - ANALYSES
+        and not is_command(path)
+    }
     # Grain's worker processes inherit parsed flags: the loader marks them parsed as a library.
-    assert with_flags <= LEVELS[-1] | {"data"}
+    assert {room_of(path) for path in with_flags} <= {"cli", "data"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_commands_know_of_commands(path):
-    commands = LEVELS[-1] - {"analysis"} | {f"analysis.{name}" for name in ANALYSES}
-    is_command = module_of(path) in LEVELS[-1] - {"analysis"} or path.stem in ANALYSES
-    known = {
-        command
-        for name in imports(path)
-        for command in commands
-        if (name + ".").startswith(f"vitcls.{command}.")
-    }
-    assert is_command or not known
+def test_nothing_imports_a_command(path):
+    assert not [name for name in imports(path) if ".__main__" in name or name == "vitcls.main"]
 
 
 def test_training_on_prepared_data_imports_nothing_heavy(digits_dir, tmp_path):

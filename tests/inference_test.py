@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcls import footprint, inference, sharding
+from vitcls import inference
+from vitcls.costs import footprint
 from vitcls.errors import NonFiniteLoss, NotFinite
-from vitcls.train_step import probabilities
+from vitcls.step import sharding
+from vitcls.step.eval_step import probabilities
 
 ROW = {"image": jax.ShapeDtypeStruct((16,), np.float32)}
 VARIABLES = np.ones((16, 1000), np.float32)

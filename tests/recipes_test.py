@@ -11,10 +11,12 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from vitcls import cli, program, recipes, train_setup
-from vitcls.config import check_config
+from vitcls import cli, recipes
+from vitcls.config.checks import check_config
 from vitcls.errors import UserError
-from vitcls.optim import check_args
+from vitcls.run import program
+from vitcls.run.resolve import resolve
+from vitcls.step.optim import check_args
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["resnet50", "vit_b16", "vit_b32", "vit_l16", "vit_s16"]
@@ -56,21 +58,21 @@ def test_warm_up_and_evaluations_follow_the_steps(
 ):
     config = get_config(name, f"data={source}")
     config.train.total_steps = total_steps
-    resolve = functools.partial(
-        train_setup.resolve, num_train=num_train, image_size=(384, 384), num_devices=1
+    resolved_of = functools.partial(
+        resolve, num_train=num_train, image_size=(384, 384), num_devices=1
     )
     check_config(config)
-    resolved = resolve(config)
+    resolved = resolved_of(config)
     assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (warmup, every)
     rate = program.learning_rate(resolved)
     assert float(rate(warmup)) == pytest.approx(config.optim.lr)
     assert float(rate(total_steps)) == pytest.approx(0, abs=1e-6)
     config.train.update(total_steps=0, total_epochs=total_steps * 512 / num_train)
     check_config(config)
-    assert resolve(config).to_dict() == resolved.to_dict()
+    assert resolved_of(config).to_dict() == resolved.to_dict()
     config.optim.warmup_steps = 1
     config.eval.every_steps = 7
-    resolved = resolve(config)
+    resolved = resolved_of(config)
     assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (1, 7)
 
 

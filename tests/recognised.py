@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from vitcls import images
-from vitcls.data import csv_split, image_files, split_names
+from vitcls.data import images
+from vitcls.data.sources import csv_file, image_files, split_roles
 
 PAGE = Path(__file__).parent.parent / "docs/data.md"
 _START, _END = "<!-- made by `python -m tests.recognised` -->\n", "<!-- end -->\n"
@@ -19,14 +19,14 @@ def table() -> str:
 
     rows = [
         (f"folders, splits and values for {role}", code(spellings))
-        for role, spellings in split_names.SPELLINGS.items()
+        for role, spellings in split_roles.SPELLINGS.items()
     ]
     rows += [
         ("the same with other words", "in any case, with numbers, and with "
-         + code(sorted(split_names.FILLERS))),
-        ("columns of splits", code(split_names.COLUMNS)
+         + code(sorted(split_roles.FILLERS))),
+        ("columns of splits", code(split_roles.COLUMNS)
          + ", of any name if every value is a split's; yes and no in `is_valid`, `is_test`, ..."),
-        *((f"columns of the {role}", code(names)) for role, names in csv_split.COLUMNS.items()),
+        *((f"columns of the {role}", code(names)) for role, names in csv_file.COLUMNS.items()),
         ("suffixes of images", code(sorted(set(image_files.suffixes()) - _HEIF))),
         ("with " + images.HEIF_ADVICE, code(sorted(image_files.HEIF_SUFFIXES))),
         ("other or no suffix",

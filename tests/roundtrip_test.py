@@ -4,8 +4,9 @@ from pathlib import Path
 
 import transformers
 
-from vitcls import exporting, prediction
 from vitcls.data import sources
+from vitcls.export import formats
+from vitcls.predict import rows as prediction
 
 ASSET = Path(__file__).parent.parent / "assets" / "vit-nano-glyphs"
 
@@ -15,7 +16,7 @@ def test_pipeline_and_predict_agree_on_every_test_digit(digits_dir, tmp_path):
     paths = [tmp_path / f"{index:03}.png" for index in range(len(split))]
     for index, path in enumerate(paths):
         path.write_bytes(split.read(index)[0])
-    exporting.export(ASSET, format="huggingface", output=tmp_path / "exported")
+    formats.export(ASSET, format="huggingface", output=tmp_path / "exported")
     classify = transformers.pipeline(
         "image-classification", model=str(tmp_path / "exported"), top_k=1, batch_size=60
     )

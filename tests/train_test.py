@@ -15,12 +15,18 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vitcls import footprint, images, metrics, pretrained, train, train_setup
-from vitcls.checkpoint import Checkpoints
-from vitcls.config import default_config, flatten
+from vitcls import pretrained, train
+from vitcls.checkpoints.manager import Checkpoints
+from vitcls.config.fields import default_config
+from vitcls.config.parse import flatten
+from vitcls.costs import footprint
+from vitcls.data import images
 from vitcls.errors import Interrupted, NonFiniteLoss, UserError
-from vitcls.evaluation import evaluate_checkpoint
-from vitcls.metric_writers import LateMetrics
+from vitcls.evaluate import run_evaluator
+from vitcls.evaluate.exact import evaluate_checkpoint
+from vitcls.logs.writers import LateMetrics
+from vitcls.run import continuing, splits
+from vitcls.step import metrics
 
 NUM_TEST = 360
 
@@ -172,7 +178,7 @@ def test_lora_after_a_probe_continues_bit_for_bit_and_is_a_checkpoint(
     )
     pretrained.save(tmp_path / "model", model, variables, processor)
     # What was evaluated in the run is what anybody else gets of it.
-    split = train_setup.open_splits(config)[1]["test"]
+    split = splits.open_splits(config)[1]["test"]
     summary, predictions = evaluate_checkpoint(tmp_path / "whole", split)
     kept = np.load(tmp_path / "whole/predictions/test.npz")
     np.testing.assert_allclose(predictions["logits"], kept["logits"], atol=1e-5)
@@ -331,7 +337,7 @@ def test_a_refused_continuation_leaves_the_workdir_as_it_was(config, tmp_path, m
     before = (tmp_path / "config.json").read_text()
     config.train.micro_batch = 1
     with monkeypatch.context() as patch:
-        patch.setattr(train_setup, "check_same_passes", refuse)
+        patch.setattr(continuing, "check_same_passes", refuse)
         with pytest.raises(UserError, match="another number of passes"):
             train.train_and_evaluate(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
@@ -407,13 +413,13 @@ def test_profile_leaves_a_trace(config, tmp_path, num_steps):
 def test_selection_never_looks_at_the_test_split(config, tmp_path, monkeypatch):
     """Until the last step only the hold-out is read."""
     names = []
-    evaluate = train.evaluate
+    evaluate = run_evaluator.evaluate
 
     def recorded(*args, name, **kwargs):
         names.append(name)
         return evaluate(*args, name=name, **kwargs)
 
-    monkeypatch.setattr(train, "evaluate", recorded)
+    monkeypatch.setattr(run_evaluator, "evaluate", recorded)
     train.train_and_evaluate(config, tmp_path)
     assert names == ["holdout", "holdout", "test", "holdout"]
 

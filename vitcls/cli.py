@@ -16,10 +16,11 @@ from typing import Any
 
 from absl import flags
 
-from vitcls import signals, user_folders
-from vitcls.config import drop_unused
+from vitcls.config.checks import drop_unused
 from vitcls.errors import STORAGE_ERRNOS, UserError
 from vitcls.files import expand
+from vitcls.folders import user_folders
+from vitcls.processes import signals
 
 FLAGS = flags.FLAGS
 
@@ -44,9 +45,9 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     `arguments` says what that is, such as "DIR"; otherwise nothing, and there may be nothing.
 
     0 finished or `--help`; 2 the user's mistake, one message without a traceback; 69 a device is
-    not available; 74 storage; 75 stopped by a signal after saving; 86 stuck (`vitcls.watchdog`);
-    87 non-finite loss; 1 anything else. Of several processes the first that ends with an error
-    ends all, with its code.
+    not available; 74 storage; 75 stopped by a signal after saving; 86 stuck
+    (`vitcls.processes.watchdog`); 87 non-finite loss; 1 anything else. If one of several processes
+    ends with an error, all end with its code.
     """
     main_module = sys.modules["__main__"]
     # Names of classes and files may hold what the terminal's encoding lacks.
@@ -61,7 +62,7 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     # Ends as errors do, so that half-written files are removed; training's loop has its own way.
     for number in signals.heeded((signal.SIGTERM, signal.SIGHUP)):
         signal.signal(number, _exit)
-    from vitcls import progress  # not at the top: `--help` should not wait for it
+    from vitcls.logs import progress  # not at the top: `--help` should not wait for it
 
     try:
         rest = _parse_flags(sys.argv, arguments)
@@ -82,7 +83,7 @@ def run(main: Callable[..., None], *, arguments: str = "") -> None:
     except Exception as error:
         code, message = _report(error), str(error) or type(error).__name__
     # It imports jax, which a command that ended early has not needed.
-    if distributed := sys.modules.get("vitcls.distributed"):
+    if distributed := sys.modules.get("vitcls.processes.distributed"):
         distributed.leave(code, message)
     sys.exit(code)
 
@@ -114,7 +115,7 @@ def prepare_jax() -> None:
     """
     import jax  # not at the top: `--help` should not wait for it
 
-    from vitcls import devices
+    from vitcls.step import devices
 
     devices.check_settings()
     cache = user_folders.cache()

@@ -16,8 +16,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vitcls import footprint, parameters, pretrained, progress, sharding
+from vitcls import pretrained
+from vitcls.costs import footprint
 from vitcls.errors import NotFinite, UserError
+from vitcls.logs import parameters, progress
+from vitcls.step import sharding
 
 PyTree = Any
 log = logging.getLogger("vitcls")

@@ -11,7 +11,7 @@ and config files take arguments after a colon, for example
 
   --config=configs/quickstart.py:init=scratch
 
-All fields, with their meaning, are listed in vitcls/config.py.
+`python -m vitcls.config` prints all fields with their defaults, allowed values and meaning.
 
 On several machines start the same command in every process: SLURM, TPU VMs, Kubernetes and MPI are
 recognised, elsewhere --coordinator_address, --num_processes and --process_id say who is who. The
@@ -21,8 +21,9 @@ workdir must be on a file system that all see.
 from absl import flags
 from ml_collections import config_flags
 
-from vitcls import cli, signals
-from vitcls.config import check_config
+from vitcls import cli
+from vitcls.config.checks import check_config
+from vitcls.processes import signals
 
 # Unknown fields are accepted here and refused by `check_config`, which knows the nearest name;
 # this is also what lets `--config.optim.args.NAME=` through.
@@ -60,7 +61,8 @@ def main() -> None:
     workdir = cli.required(_WORKDIR)
     signals.exit_on_signal()  # until training's loop, which saves first
     # These import jax: only once the flags are known to be right.
-    from vitcls import START_TIME, distributed, train
+    from vitcls import START_TIME, train
+    from vitcls.processes import distributed
 
     cli.prepare_jax()
     distributed.initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

@@ -8,7 +8,8 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vitcls.config import default_config, parse_arg
+from vitcls.config.fields import default_config
+from vitcls.config.parse import parse_arg
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 
+from tests.faults import runs
 from vitcls.data import sources
 
 

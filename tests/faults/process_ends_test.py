@@ -1,7 +1,8 @@
 """What befalls one of two processes ends both, with a message and a code; nothing is lost."""
 
 import pytest
-from command_runs import FAULT_STEP, Run, assert_same_run, finished
+
+from tests.command_runs import FAULT_STEP, Run, assert_same_run, finished
 
 # Fault -> the exit code of the process that it strikes, those that the other may have, and what
 # one of the two says. Code -6: aborted by jax, once process 0 has not been heard of for 30 s.

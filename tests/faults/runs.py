@@ -19,7 +19,7 @@ import numpy as np
 
 import vitcls
 from vitcls import cli, main
-from vitcls.checkpoint import Checkpoints
+from vitcls.checkpoints.manager import Checkpoints
 
 TOTAL_STEPS = 60  # of tiny.py
 _CONTEXT = multiprocessing.get_context("forkserver")

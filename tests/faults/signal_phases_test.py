@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from command_runs import Run, assert_same_run, finished
+
+from tests.command_runs import Run, assert_same_run, finished
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 # What clusters give by default is 30 s and more.

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from vitcls.config import default_config
+from vitcls.config.fields import default_config
 
 
 def get_config() -> ConfigDict:

@@ -131,7 +131,7 @@ def test_a_job_stopped_in_the_middle_ends_as_an_undisturbed_run(stop, flags, und
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("vitcls.distributed") is None, reason="one process only"
+    importlib.util.find_spec("vitcls.processes.distributed") is None, reason="one process only"
 )
 def test_a_job_of_two_nodes_is_one_run_also_when_it_is_put_back(flags, undisturbed, tmp_path):
     workdirs = [tmp_path / "two", tmp_path / "two-again"]

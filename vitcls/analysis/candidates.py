@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcls import features as features_lib
-from vitcls import probing, sharding
-from vitcls.features import Backbone, Features
+from vitcls.probe import features as features_lib
+from vitcls.probe import fitting
+from vitcls.probe.features import Backbone, Features
+from vitcls.step import sharding
 
 _WINDOWS = 5  # the fastest is the speed: other work can only slow them down
 _WINDOW_SECS = 0.2
@@ -73,9 +74,9 @@ def fit(
       num_classes: Of the data.
       num_epochs: Of the linear probe.
     """
-    knn = probing.neighbours(parts, num_classes=num_classes)
-    _, scaled = probing.standardise(parts)
-    probe = probing.linear_probe(scaled, num_classes=num_classes, num_epochs=num_epochs)
+    knn = fitting.neighbours(parts, num_classes=num_classes)
+    _, scaled = fitting.standardise(parts)
+    probe = fitting.linear_probe(scaled, num_classes=num_classes, num_epochs=num_epochs)
     return Candidate(
         name,
         probe=probe.test_hits.sum(axis=0),

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli, ownership
+from vitcls import cli
 from vitcls.errors import UserError
 from vitcls.files import make_folder, written_aside
-from vitcls.ownership import has_text
+from vitcls.folders import ownership
+from vitcls.folders.ownership import has_text
 
 _SPLIT = flags.DEFINE_string("split", "test", "Split whose images are compared.")
 _METRIC = flags.DEFINE_enum(

@@ -73,7 +73,8 @@ def main() -> None:
         raise UserError(
             f"Pictures need {error.name}: pip install -r requirements-analysis.txt"
         ) from error
-    from vitcls import prediction, seen
+    from vitcls.predict import rows
+    from vitcls.run import seen
 
     if _DATA.value:
         split, _ = seen.open_split(
@@ -81,7 +82,7 @@ def main() -> None:
         )
         found = explaining.split_sources(split, num=_NUM_IMAGES.value)
     else:
-        found = explaining.file_sources(prediction.find_images(_IMAGES.value))
+        found = explaining.file_sources(rows.find_images(_IMAGES.value))
     cli.prepare_jax()
     explainer = explaining.load(
         checkpoint, num_images=len(found), method=_METHOD.value, batch_size=_BATCH_SIZE.value

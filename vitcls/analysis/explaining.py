@@ -17,14 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from vitcls import images as pixels_of
-from vitcls import inference, progress, sharding
+from vitcls import inference
 from vitcls.analysis import gallery, overlay, saliency
-from vitcls.data.split import Split
+from vitcls.data import images as pixels_of
+from vitcls.data.sources.split import Split
 from vitcls.errors import UserError, unknown
 from vitcls.files import folder_aside
+from vitcls.logs import progress
 from vitcls.pretrained import Processor
-from vitcls.train_step import probabilities
+from vitcls.step import sharding
+from vitcls.step.eval_step import probabilities
 
 log = logging.getLogger("vitcls")
 

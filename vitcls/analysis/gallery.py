@@ -107,13 +107,13 @@ def open_images(
 
     Whatever the data source raises, the numbers are worth a page: it is only said.
     """
-    from vitcls import train_setup  # imports jax, the data libraries: only where images are shown
+    from vitcls.run import splits  # imports jax, the data libraries: only where images are shown
 
     nothing = [None] * len(ids)
     if not run.config:
         return nothing, "The images cannot be shown: config.json, which names them, is missing."
     try:
-        _, evaluated = train_setup.open_splits(restored_config(run.config), begun=True)
+        _, evaluated = splits.open_splits(restored_config(run.config), begun=True)
         if split_name not in evaluated:
             return nothing, "The images cannot be shown: config.json does not evaluate this split."
         split = evaluated[split_name]
@@ -129,7 +129,7 @@ def open_images(
 
 
 def _read(split, index: int | None) -> Image.Image | None:
-    from vitcls.images import ImageError
+    from vitcls.data.images import ImageError
 
     try:
         return None if index is None else split.image(index)[0]
@@ -139,7 +139,7 @@ def _read(split, index: int | None) -> Image.Image | None:
 
 def augmented(run: Run) -> tuple[list[Tile], str]:
     """The first training images as the network saw them, and why there are none, or ""."""
-    from vitcls import data_checks
+    from vitcls.check_data import checks
 
     if not run.config:
         return [], "Training images cannot be shown: config.json, which names them, is missing."
@@ -148,7 +148,7 @@ def augmented(run: Run) -> tuple[list[Tile], str]:
         # The first rows of a batch are the same whatever its size: the rest need not be made.
         config.train.global_batch_size = min(config.train.global_batch_size, 2 * NUM_SHOWN)
         begun = run.workdir if (run.workdir / "model" / "config.json").is_file() else None
-        shown = data_checks.training_images(config, num=NUM_SHOWN, begun=begun)
+        shown = checks.training_images(config, num=NUM_SHOWN, begun=begun)
     except Exception as error:
         log.warning("Training images cannot be shown: %s", error)
         return [], f"Training images cannot be shown: {_said(error)}"

@@ -9,7 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls.analysis.run import Run
-from vitcls.config import RUN_FIELDS, default_config, flatten
+from vitcls.config.fields import RUN_FIELDS, default_config
+from vitcls.config.parse import flatten
 from vitcls.errors import UserError
 
 _SEED = "train.seed"

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli, ownership
+from vitcls import cli
 from vitcls.errors import UserError
 from vitcls.files import written_aside
+from vitcls.folders import ownership
 
 _OUTPUT = flags.DEFINE(
     cli.PATH, "output", "", "The page, of one DIR; empty: report.html in every DIR."

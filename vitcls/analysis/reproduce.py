@@ -27,9 +27,11 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli, ownership, signals
+from vitcls import cli
 from vitcls.errors import UserError
 from vitcls.files import write_json
+from vitcls.folders import ownership
+from vitcls.processes import signals
 
 _WORKDIR = flags.DEFINE(
     cli.PATH,

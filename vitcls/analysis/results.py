@@ -12,9 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from vitcls import cli, ownership
+from vitcls import cli
 from vitcls.errors import UserError
 from vitcls.files import expand, make_folder, write_json, written_aside
+from vitcls.folders import ownership
 
 _ADD = flags.DEFINE_list(
     "add", [], "Folders to keep the results of: workdirs, or folders of them such as launch.sweep "

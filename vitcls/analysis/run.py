@@ -8,7 +8,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls.analysis import predictions
-from vitcls.config import default_config, flatten, restore_config
+from vitcls.config.fields import default_config
+from vitcls.config.parse import flatten
+from vitcls.config.saved import restore_config
 from vitcls.errors import UserError
 
 _FILES = ("config.json", "manifest.json", "metrics.jsonl", "results.json", "predictions")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcls.errors import UserError
-from vitcls.models import resnet, vit
+from vitcls.models import resnet, vit, vit_config
 
 PyTree = Any
 
@@ -183,7 +183,7 @@ def _probabilities(layer: dict[str, jax.Array]) -> jax.Array:
     return jax.nn.softmax(scores, axis=-1)
 
 
-def _roll(attended: Sequence[jax.Array], config: vit.ViTConfig) -> jax.Array:
+def _roll(attended: Sequence[jax.Array], config: vit_config.ViTConfig) -> jax.Array:
     """How much the pooled tokens have of each patch, (B, h, w), when layers do x + attended x.
 
     The product of the matrices is taken from the left, a row at a time: what is pooled is one row.
@@ -199,10 +199,10 @@ def _roll(attended: Sequence[jax.Array], config: vit.ViTConfig) -> jax.Array:
     return row[:, config.num_prefix :].reshape(-1, *config.grid)
 
 
-def _pooled_shares(config: vit.ViTConfig, num_tokens: int) -> np.ndarray:
+def _pooled_shares(config: vit_config.ViTConfig, num_tokens: int) -> np.ndarray:
     """The share of each token in what the head reads, float32 (1, N)."""
     shares = np.zeros((1, num_tokens), np.float32)
-    if num_pooled := vit.POOLS[config.pool]:
+    if num_pooled := vit_config.POOLS[config.pool]:
         shares[:, :num_pooled] = 1 / num_pooled
         return shares
     shares[:, config.num_prefix :] = 1 / (num_tokens - config.num_prefix)
@@ -212,13 +212,13 @@ def _pooled_shares(config: vit.ViTConfig, num_tokens: int) -> np.ndarray:
     return shares
 
 
-def _enlarge(found: jax.Array, config: vit.ViTConfig | resnet.ResNetConfig) -> jax.Array:
+def _enlarge(found: jax.Array, config: vit_config.ViTConfig | resnet.ResNetConfig) -> jax.Array:
     """(B, h, w) -> (B, H, W), linear between the pixels at which the values of the grid lie.
 
     Those are the middles of patches, of which a last part of a patch is none, and is left out. The
     convolutions of a ResNet are padded by as much on every side: the first lie at pixel 0.
     """
-    if isinstance(config, vit.ViTConfig):
+    if isinstance(config, vit_config.ViTConfig):
         places = [
             (np.arange(num * step) + 0.5) / step - 0.5
             for num, step in zip(config.grid, config.patch_size, strict=True)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from vitcls import features as features_lib
-from vitcls import seen
 from vitcls.analysis import candidates as candidates_lib
 from vitcls.analysis import classification, paired
 from vitcls.analysis.candidates import Candidate
 from vitcls.analysis.classification import Estimate
 from vitcls.data import sources
-from vitcls.data.split import Split
+from vitcls.data.sources.split import Split
 from vitcls.errors import NotFinite, StorageError, UserError
+from vitcls.probe import features as features_lib
+from vitcls.run import seen
 
 log = logging.getLogger("vitcls")
 

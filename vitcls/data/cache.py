@@ -1,9 +1,9 @@
 """Decoded images, kept in memory or on disk: `data.cache`.
 
 Only whole images of 8 bits per channel are kept, so that crops and batches stay what they are
-without a cache. An image that cannot be decoded is not: whoever draws it gets the same error.
+without a cache. An image that cannot be decoded is not kept: its readers get the same error.
 
-On disk, a split is a folder of at most `_MOST_SHARDS` files. Each has the pixels of consecutive
+On disk, a split is a folder of at most `_MAX_SHARDS` files. Each has the pixels of consecutive
 images one after the other, then one row (offset, width, height, label) per image, int64. Files
 appear complete, under their names, or not at all; processes map them and so share the system's one
 copy in memory. Their sizes are checked, their pixels are not.
@@ -26,22 +26,23 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from vitcls import images, lock
-from vitcls.data.memory import available_memory
-from vitcls.data.split import Split
+from vitcls.data import images
+from vitcls.data.sources.split import Split
 from vitcls.errors import StorageError, UserError
-from vitcls.progress import track
+from vitcls.folders import lock
+from vitcls.logs.progress import track
+from vitcls.processes.memory import available_memory
 
 log = logging.getLogger("vitcls")
 
 _VERSION = 2  # of the files, and of what `images.decode` makes of an image
 # A map needs an open file, of which a process may have 1024 for all its splits and all else.
-_MOST_SHARDS = 64
-_FEWEST_IMAGES = 16  # of a shard
+_MAX_SHARDS = 64
+_MIN_IMAGES = 16  # of a shard
 _ROW_BYTES = 4 * 8
 _NUM_SAMPLED = 32
 _SPARE_MEMORY = 2**30  # bytes, for everything else that the run will need
-_MEMORY_LOCK = threading.Lock()  # of all splits: one of its own would keep a split from pickling
+_MEMORY_LOCK = threading.Lock()  # shared: a split with its own lock could not be pickled
 
 
 def cached(split: Split, where: str) -> Split:
@@ -92,7 +93,7 @@ class _Cached(Split):
 
 
 class RamCache(_Cached):
-    """Keeps every image from its first use on, as long as all that are left would fit too."""
+    """Keeps every image from its first use on, as long as all remaining ones would also fit."""
 
     def __init__(self, split: Split):
         super().__init__(split)
@@ -137,7 +138,7 @@ class DiskCache(_Cached):
         super().__init__(split)
         key, self._mean_bytes = sample(split)
         self._folder = folder / "vitcls-cache" / key
-        self._images_per_shard = max(_FEWEST_IMAGES, math.ceil(len(split) / _MOST_SHARDS))
+        self._images_per_shard = max(_MIN_IMAGES, math.ceil(len(split) / _MAX_SHARDS))
         self._shards: dict[int, tuple[memoryview, np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class DiskCache(_Cached):
             ) from error
         offset, width, height, label = rows[row].tolist()
         if not width:
-            return self._split.image(index)  # the error, unless somebody mended the image
+            return self._split.image(index)  # the error, unless the image was fixed since
         return _to_image((width, height), pixels[offset : offset + 3 * width * height]), label
 
     def fill_cache(self, *, num_threads: int) -> None:
@@ -185,8 +186,8 @@ class DiskCache(_Cached):
             raise
         except OSError as error:
             raise StorageError(
-                f"data.cache: cannot write {self._folder}: {error.strerror}. Make room or mend it "
-                "and run again, which goes on from here, or set data.cache to another folder or "
+                f"data.cache: cannot write {self._folder}: {error.strerror}. Make room or fix it "
+                "and run again, which continues from here, or set data.cache to another folder or "
                 "to ''."
             ) from error
 
@@ -286,14 +287,14 @@ def _to_image(size: tuple[int, int], pixels: bytes | memoryview) -> Image.Image:
 def sample(split: Split) -> tuple[str, float]:
     """A hash that stands for the split's images, and their mean number of bytes when decoded.
 
-    Both come from a few images. The fingerprint alone would not do: of folders it covers names and
-    sizes of files, and uncompressed images of one size all have the same.
+    Both come from a few images. The fingerprint alone is not enough: for folders it covers names
+    and sizes of files, and uncompressed images of one size are all equally long.
     """
     digest = hashlib.sha256(f"{_VERSION} {PIL.__version__} {split.fingerprint}".encode())
     sizes = []
     indices = np.linspace(0, len(split) - 1, min(len(split), _NUM_SAMPLED), dtype=np.int64)
     for index in indices.tolist():
-        with contextlib.suppress(UserError):  # said when it is drawn
+        with contextlib.suppress(UserError):  # raised when it is used
             data, _ = split.read(index)
             digest.update(hashlib.sha256(data).digest())
             sizes.append(_decoded_bytes(data))

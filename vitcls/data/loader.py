@@ -28,18 +28,17 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from vitcls import images
-from vitcls.data import order
+from vitcls.data import images, order
 from vitcls.data.skipped import BadImage, Skipped
-from vitcls.data.split import Split
+from vitcls.data.sources.split import Split
 from vitcls.errors import UserError
-from vitcls.signals import STOPS
+from vitcls.processes.signals import STOPS
 
 Batch = dict[str, np.ndarray]
 
 # More only wait for Python's lock: on two processors 8 threads are a fifth slower than 4.
 _PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-_MOST_THREADS = 2 * len(_PROCESSORS)
+_MAX_THREADS = 2 * len(_PROCESSORS)
 
 
 def train_batches(
@@ -59,19 +58,19 @@ def train_batches(
 ) -> Iterator[Batch]:
     """This process' rows of the batches of steps [start_step, total_steps).
 
-    Every epoch shows every example once, in an order of its own; batches go on across its end.
-    With another `sampling`, examples are drawn by their class instead, with replacement. Starting
-    at a later step costs nothing and gives the same batches from there on.
+    Every epoch shows every example once, in an order of its own. Batches continue across its end.
+    With another `sampling`, examples are sampled by class instead, with replacement. Starting at
+    a later step costs nothing and gives the same batches from there on.
 
     Args:
       split: The examples.
       global_batch_size: B, over all processes.
       start_step: Number of steps already taken.
       total_steps: Step at which the run ends.
-      seed: Of order and transforms.
+      seed: Decides the order and the transforms.
       transform: Image (RGB) and the sample's generator to uint8 (H, W, 3); picklable.
-      num_threads: Batches made at a time, in each worker where there are workers, but at most two
-        for each processor; 0: none ahead.
+      num_threads: Batches prepared concurrently, per worker if there are workers; capped at two per
+        CPU. 0: no prefetching.
       num_workers: Worker processes; 0: threads of this process only.
       process_index: Which of the processes this one is.
       process_count: Processes that share the global batch, evenly.
@@ -105,7 +104,7 @@ def train_ids(
     source = _TrainSource(
         split,
         layout=_Layout(global_batch_size, 0, 1),
-        transform=np.asarray,  # which nobody calls
+        transform=np.asarray,  # not called for ids
         start_step=step - 1,
         num_batches=1,
         seed=seed,
@@ -238,7 +237,7 @@ def _make_batch(
 ) -> Batch:
     """Reads, decodes and transforms the examples at `indices` (b,); -1 leaves a row black.
 
-    An image that cannot be used leaves its row black, too, with mask 0, and is named: Grain does
+    An image that cannot be used also leaves its row black, with mask 0, and is named. Grain does
     not survive exceptions in its workers well, and only the consumer can decide what to do.
 
     Args:
@@ -293,7 +292,7 @@ def _iterate(
     source: _Source, skipped: Skipped | None, *, num_threads: int, num_workers: int
 ) -> Iterator[Batch]:
     """Batches in order, made ahead of time. Closing the iterator ends the workers."""
-    num_threads = min(num_threads, _MOST_THREADS)
+    num_threads = min(num_threads, _MAX_THREADS)
     # Two more than are in the making, so that one slow batch does not stop the threads.
     buffer_size = num_threads + 2 if num_threads else 0
     dataset = grain.MapDataset.source(source).to_iter_dataset(
@@ -306,7 +305,8 @@ def _iterate(
             grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_end_with_parent
         )
     iterator = iter(dataset)
-    if num_workers:  # also where nobody closes it, such as after an error in a notebook
+    if num_workers:
+        # After an error in a notebook, for example, the iterator is never closed otherwise.
         atexit.register(iterator.close)
     try:
         with _holding_back_signals() if num_workers else contextlib.nullcontext():

@@ -20,7 +20,7 @@ SHUFFLE, AUGMENT, HOLD_OUT, TAKE, DRAW = range(5)
 
 def bit_generator(seed: int, number: int, *, stream: int) -> np.random.Philox:
     """Random bits that are independent of every other (seed, number, stream)."""
-    # The counter's low words count the draws; its high word is never reached by counting.
+    # The counter's low words count the numbers; its high word is never reached by counting.
     counter = np.array([0, 0, 0, stream], np.uint64)
     return np.random.Philox(counter=counter, key=np.array([seed, number], np.uint64))
 
@@ -84,8 +84,8 @@ def cumulative_weights(labels: np.ndarray, *, sampling: str) -> np.ndarray:
 
     Args:
       labels: Integers (N,).
-      sampling: "balanced" draws every class equally often, "sqrt" in proportion to the square root
-        of its number of examples. Within a class all examples are equal.
+      sampling: "balanced" samples every class equally often, "sqrt" in proportion to the square
+        root of its number of examples. Within a class all examples are equal.
     """
     counts = np.maximum(np.bincount(labels), 1)
     weights = {"balanced": 1 / counts, "sqrt": 1 / np.sqrt(counts)}[sampling]
@@ -93,12 +93,12 @@ def cumulative_weights(labels: np.ndarray, *, sampling: str) -> np.ndarray:
 
 
 def drawn_indices(numbers: np.ndarray, *, cumulative_weights: np.ndarray, seed: int) -> np.ndarray:
-    """The example that each sample shows, drawn with replacement, int64 like `numbers`.
+    """The example that each sample shows, chosen with replacement, int64 like `numbers`.
 
     Args:
-      numbers: Of the samples, int64 (b,).
+      numbers: Numbers of the samples, int64 (b,).
       cumulative_weights: As the function of this name returns them.
-      seed: Which examples.
+      seed: Decides which examples.
     """
     bits = [bit_generator(seed, int(number), stream=DRAW).random_raw() for number in numbers]
     uniform = (np.array(bits, np.uint64) >> np.uint64(11)) * 2.0**-53  # in [0, 1)

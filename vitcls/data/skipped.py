@@ -1,4 +1,4 @@
-"""The images that a run goes on without, and when there are too many of them."""
+"""The list of images that a run skips, and the limit on their number."""
 
 import contextlib
 import json
@@ -6,9 +6,9 @@ import logging
 import os
 from pathlib import Path
 
-from vitcls import lock
-from vitcls.data.split import Split, check_no_class_is_empty
+from vitcls.data.sources.split import Split, check_no_class_is_empty
 from vitcls.errors import UserError
+from vitcls.folders import lock
 
 log = logging.getLogger("vitcls")
 
@@ -22,8 +22,8 @@ BadImage = tuple[str, str]  # the example's id, and why it cannot be used
 class Skipped:
     """The list in a file, one line of JSON per image: `split`, `id` and `reason`.
 
-    Every image is there once, however often and by how many threads and processes it is met, and
-    whether the run was continued or not. Locked while it is read and added to.
+    Every image is listed once, even if several threads, processes or continued runs meet it. The
+    file is locked while it is read and added to.
     """
 
     def __init__(self, path: Path):
@@ -39,13 +39,13 @@ class Skipped:
         return len(self._known.get(split, ()))
 
     def check_classes(self, split: Split) -> None:
-        """Raises `UserError` when all images of a class are in the list, whoever added them."""
+        """Raises `UserError` if all images of a class are in the list, also by other processes."""
         self._add_lines("", [])
         if self.count(split.name):
             check_no_class_is_empty(split, without=self._known[split.name])
 
     def log_counts(self, splits: list[Split]) -> None:
-        """Says of every split how many of its images are in the list, whoever added them."""
+        """Logs how many images of each split are in the list, also by other processes."""
         self._add_lines("", [])
         for split in splits:
             log.info(
@@ -60,7 +60,7 @@ class Skipped:
         Args:
           split: Where the images come from.
           bad: What was found.
-          num_drawn: Size of the random sample in which it was found; 0: no random sample.
+          num_drawn: Size of the random sample that contained `bad`; 0: not a random sample.
 
         Raises:
           UserError: More than half of the split, or of a large sample of it, cannot be used.
@@ -91,7 +91,7 @@ class Skipped:
             )
 
     def _add_lines(self, split: str, new: list[BadImage]) -> None:
-        """Reads what other processes added, then adds what is new beside that."""
+        """Reads what other processes added, then adds what is still missing."""
         with self._path.open("a+b") as file:
             lock.wait_for(file)  # until it is closed
             file.seek(self._end)

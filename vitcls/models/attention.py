@@ -2,7 +2,7 @@
 
 TPUs compute both another way, with the same result; docs/performance.md says why.
 
-Shape letters: B batch, N tokens, Q of them that ask, D width, A heads, d width of one head.
+Shape letters: B batch, N tokens, Q queries, D width, A heads, d width of one head.
 """
 
 import flax.linen as nn
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from vitcls.errors import UserError
 from vitcls.models.dense import Dense, affine
 
-KERNELS = ("xla", "cudnn")  # who computes attention
+KERNELS = ("xla", "cudnn")  # implementations of attention
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: str = "xla") -> jax.Array:
     """Scaled dot-product attention, its softmax in float32; the one place to swap the kernel.
 
     Args:
-      kernel: "xla", or "cudnn" for flash attention on NVIDIA's GPUs, which keeps no scores; of
-        bfloat16 arrays, and used only where all tokens ask.
+      kernel: "xla", or "cudnn" for flash attention on NVIDIA's GPUs, which keeps no scores. It
+        needs bfloat16 arrays, and is used only where all tokens are queries.
       q: (B, Q, A, d) queries.
       k: (B, N, A, d) keys.
       v: (B, N, A, d) values.
@@ -32,7 +32,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: str = "xla") 
         return _attend_padded(q, k, v, implementation="cudnn")
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first: a seventh off a CPU step
     q = q * q.shape[-1] ** -0.5
-    if q.shape[2] == 1:  # of one query the scores are few
+    if q.shape[2] == 1:  # the scores of one query are few
         out = _attend(q, k, v)
     else:
         out = jax.lax.platform_dependent(q, k, v, tpu=_attend_head_by_head, default=_attend)
@@ -44,7 +44,7 @@ def check_cudnn(device: jax.Device, dtype: str) -> None:
 
     `jax.nn.dot_product_attention` takes 16-bit floats, and compute capability 8.0 or more.
     """
-    capability = getattr(device, "compute_capability", "0")  # of NVIDIA's GPUs, such as "9.0"
+    capability = getattr(device, "compute_capability", "0")  # NVIDIA's GPUs have "9.0", for example
     if device.platform != "gpu" or not capability[:1].isdigit() or float(capability) < 8:
         raise UserError(
             "cudnn (model.attention) needs an NVIDIA GPU of compute capability 8.0 or more, and "

@@ -1,4 +1,4 @@
-"""Convolution and pooling whose gradients are also fast where XLA's own are slow: on CPU.
+"""Convolution and pooling with gradients that are also fast on CPU, where XLA's own are slow.
 
 Measured in docs/performance.md. Other platforms keep XLA's gradients.
 
@@ -13,10 +13,10 @@ from vitcls.models.dense import affine
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides, *args, **kwargs) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, of which a kernel of one pixel is a product of matrices.
+    """`jax.lax.conv_general_dilated`; a kernel of one pixel becomes a product of matrices.
 
-    As a convolution XLA on CPU computes the gradient of such a kernel at a seventh of the speed of
-    a product, after copying both operands into another order.
+    As a convolution, XLA on CPU computes the gradient of such a kernel at a seventh of the speed
+    of a product, after copying both operands into another order.
     """
     if kernel.shape[:2] != (1, 1):
         return jax.lax.conv_general_dilated(x, kernel, strides, *args, **kwargs)
@@ -72,7 +72,7 @@ def _rows_product(a: jax.Array, b: jax.Array) -> jax.Array:
 def max_pool(x: jax.Array) -> jax.Array:
     """The largest of 3 x 3 pixels around every second one: (B, h, w, C) -> (B, h', w', C).
 
-    Of equal ones the first gets the gradient, as in torch.
+    The first of equal ones gets the gradient, as in torch.
     """
     return _max_pool(x)
 
@@ -100,9 +100,9 @@ max_pool.defvjp(_max_pool_forwards, _max_pool_backwards)
 def _unpool(x: jax.Array, pooled: jax.Array, gradient: jax.Array) -> jax.Array:
     """Gives every window's gradient to the first of its pixels that is the largest.
 
-    Without XLA's scatter: of the rows of the padded image those of even number are the first row
-    of one window and the last one of another, those of odd number are in one window; so are its
-    columns. Each of the four kinds of pixels is a feature map on which all of it is elementwise.
+    This avoids XLA's scatter. An even row of the padded image is the first row of one window and
+    the last row of another; an odd row is in one window. The same holds for columns. Each of the
+    four kinds of pixels is a feature map of its own, where all operations are elementwise.
     """
     h, w = pooled.shape[1:3]
     after = (2 * h + 1 - x.shape[1], 2 * w + 1 - x.shape[2])

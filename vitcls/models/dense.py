@@ -1,8 +1,8 @@
-"""The dense layer, of which bfloat16 is also fast on CPU.
+"""The dense layer, in bfloat16 also fast on CPU.
 
 Processors that multiply bfloat16 numbers add the products up in float32. XLA on CPU has them do so
 only where float32 is asked for; otherwise it converts both operands to float32 first, at half the
-speed, and sums of bfloat16 numbers are slow, too (docs/performance.md). Other platforms keep XLA's
+speed. Sums of bfloat16 numbers are also slow (docs/performance.md). Other platforms keep XLA's
 own products and gradients.
 
 Shape letters: D features in, E features out.

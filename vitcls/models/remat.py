@@ -15,7 +15,7 @@ def _is_product(primitive: Any, *args: Any, **params: Any) -> bool:
     return is_dot or primitive is jax.lax.conv_general_dilated_p
 
 
-# What each policy keeps beside a layer's input.
+# What each policy keeps besides a layer's input.
 POLICIES = {"dots": _is_product, "full": jax.checkpoint_policies.nothing_saveable}
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from vitcls.errors import UserError, unknown
 from vitcls.models.convolution import convolve, max_pool
 from vitcls.models.remat import call_layer
-from vitcls.models.vit import ACTIVATIONS, check_image_size
+from vitcls.models.vit import check_image_size
+from vitcls.models.vit_config import ACTIVATIONS, HEADS
 
 # Layer type, layers per stage, channels per stage. He et al. 2016, table 1; mu is for tests.
 SIZES = {
@@ -47,7 +48,7 @@ class ResNetConfig:
     layer_type: str  # basic: two 3 x 3 convolutions | bottleneck: 1 x 1, 3 x 3, 1 x 1
     num_classes: int  # 0: no head, the network returns its pooled features
     activation: str = "relu"  # a name of ACTIVATIONS: after the first convolution and every layer
-    downsample_in_first_stage: bool = False  # its first layer then has stride 2 too
+    downsample_in_first_stage: bool = False  # its first layer then also has stride 2
     downsample_in_bottleneck: bool = False  # True: the stride is in the first 1 x 1, as in v1
 
     def __post_init__(self):
@@ -81,7 +82,7 @@ def resnet_config(name: str, *, num_classes: int, image_size: tuple[int, int]) -
       image_size: (height, width) in pixels.
 
     Raises:
-      UserError: there is no such network.
+      UserError: the name is unknown.
     """
     if name not in SIZES:
         raise unknown("architecture", name, SIZES)
@@ -125,8 +126,8 @@ class ConvLayer(nn.Module):
             conv_general_dilated=convolve,
             name="convolution",
         )(x)
-        # Statistics and normalisation in float32 whatever `dtype`. Under jit they are those of the
-        # global batch, without the images that `mask` (B,) leaves out. The variance is
+        # Statistics and normalisation are float32 for every `dtype`. Under jit they are those
+        # of the global batch, without the images that `mask` (B,) leaves out. The variance is
         # E[x^2] - E[x]^2: one pass, and one all-reduce.
         x = nn.BatchNorm(
             use_running_average=not use_batch_statistics,
@@ -165,7 +166,7 @@ class Layer(nn.Module):
     def _branch(self) -> list[tuple[int, int, int, str | None]]:
         """Features, kernel size, stride and activation of each convolution of the branch.
 
-        Inside a branch the activation is ReLU whatever the config's: so it is in Hugging Face's.
+        Inside a branch the activation is always ReLU, as in Hugging Face's code.
         """
         features, stride = self.features, self.stride
         if self.config.layer_type == "basic":
@@ -180,7 +181,7 @@ class Layer(nn.Module):
 
 
 class Stage(nn.Module):
-    """Layers of the same width, of which the first may halve the feature map."""
+    """Layers of the same width; the first may halve the feature map."""
 
     config: ResNetConfig
     dtype: jnp.dtype
@@ -224,7 +225,7 @@ class Encoder(nn.Module):
 class ResNet(nn.Module):
     """Images -> logits. Parameters are float32; `dtype` is that of convolutions and feature maps.
 
-    BatchNorm's statistics, pooled features and logits are float32 whatever `dtype`. The running
+    BatchNorm's statistics, pooled features and logits are float32 for every `dtype`. The running
     statistics are the collection `batch_stats`, float32.
     """
 
@@ -273,4 +274,4 @@ class ResNet(nn.Module):
         if config.num_classes == 0:
             return x
         # A zero kernel: the first loss is ln K, and the first gradient leaves the backbone alone.
-        return nn.Dense(config.num_classes, kernel_init=nn.initializers.zeros, name="classifier")(x)
+        return nn.Dense(config.num_classes, kernel_init=nn.initializers.zeros, name=HEADS[0])(x)

@@ -5,12 +5,12 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vitcls import user_folders
 from vitcls.errors import STORAGE_ERRNOS, UserError
-from vitcls.pretrained import formats, torch_file
-from vitcls.pretrained.json_fields import JsonFields
-from vitcls.pretrained.timm import is_timm
-from vitcls.progress import doing
+from vitcls.folders import user_folders
+from vitcls.logs.progress import doing
+from vitcls.pretrained.families.timm import is_timm
+from vitcls.pretrained.files import formats, torch_file
+from vitcls.pretrained.files.json_fields import JsonFields
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -94,7 +94,7 @@ def _patterns(
     names = set(names)
     if CONFIG not in names:
         raise _Incomplete(
-            f"{source!r} has no {CONFIG}, so it is no checkpoint in Hugging Face format."
+            f"{source!r} has no {CONFIG}, so it is not a checkpoint in Hugging Face format."
         )
     if names.isdisjoint((PREPROCESSOR, PROCESSOR)) and not is_timm(JsonFields.read(config())):
         raise _Incomplete(
@@ -201,11 +201,11 @@ def _from_cache(
     try:
         directory = snapshot_download(repo_id, revision=revision or None, local_files_only=True)
     except errors.IncompleteSnapshotError as error:
-        # Most of a repository is nothing that we download: what we need is looked for below.
+        # We download only a part of a repository; the check below looks for that part.
         directory = error.snapshot_path
     except errors.LocalEntryNotFoundError:
         raise UserError(
-            f"{source!r} is no folder, {_cached_revisions(repo_id, revision)}, and {advice}"
+            f"{source!r} is not a folder, {_cached_revisions(repo_id, revision)}, and {advice}"
         ) from cause
     commit = Path(directory).name  # of snapshots/COMMIT
     files = Files(Path(directory), source, commit, allow_pickle)

@@ -14,13 +14,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vitcls.errors import UserError
-from vitcls.models.vit import ViTConfig
+from vitcls.models.vit_config import ViTConfig
 from vitcls.pretrained import values
-from vitcls.pretrained.flax_file import FlaxWeights
-from vitcls.pretrained.formats import Weights
-from vitcls.pretrained.torch_file import TorchWeights
+from vitcls.pretrained.files.flax_file import FlaxWeights
+from vitcls.pretrained.files.formats import Weights
+from vitcls.pretrained.files.torch_file import TorchWeights
 
-_MOST_LISTED = 8
+_MAX_LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +162,8 @@ def load(
 
 def _check(source: str, *, missing: list[str], unused: list[str], misshaped: list[str]) -> None:
     problems = [
-        f"  {len(items)} {what}: {', '.join(items[:_MOST_LISTED])}"
-        + (", ..." if len(items) > _MOST_LISTED else "")
+        f"  {len(items)} {what}: {', '.join(items[:_MAX_LISTED])}"
+        + (", ..." if len(items) > _MAX_LISTED else "")
         for what, items in (
             ("missing", missing),
             ("not known to this network", unused),

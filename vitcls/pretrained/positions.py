@@ -23,8 +23,8 @@ def resize_positions(
       positions: float32 (1, T + h w, D): T prefix tokens, then the grid in row-major order.
       old: The grid (h, w) they are for.
       new: The grid they are wanted for.
-      antialias: Whether to widen the filter where the grid becomes smaller; torch's filter then
-        differs where it becomes larger, too.
+      antialias: Whether to widen the filter where the grid becomes smaller. torch's filter then
+        also differs where the grid becomes larger.
 
     Returns:
       float32 (1, T + new h * new w, D).

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vitcls import augment
-from vitcls import images as pixels_of
+from vitcls.augment import prepare
+from vitcls.data import images as pixels_of
 from vitcls.errors import UserError, unknown
-from vitcls.pretrained.json_fields import JsonFields
+from vitcls.pretrained.files.json_fields import JsonFields
 
-_MOST_PIXELS = 8192  # longest side that a checkpoint can ask for
+_MAX_PIXELS = 8192  # longest side that a checkpoint can ask for
 _RESAMPLE = {int(filter_): name for name, filter_ in pixels_of.RESAMPLING.items()}
 _RESAMPLE_CODE = {name: code for code, name in _RESAMPLE.items()}
 
@@ -47,7 +47,7 @@ _KINDS: Mapping[str, _Kind] = {
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Pixels as a network wants them; its fields are plain values, for use on the device too."""
+    """Pixels as a network wants them; its fields are plain values, also for use on the device."""
 
     size: tuple[int, int]  # (height, width) that the network sees
     # None: squash to `size`. Else first the shorter side, or (height, width), then a central crop.
@@ -89,7 +89,7 @@ class Processor:
 
     def normalise(self, pixels: jax.Array) -> jax.Array:
         """The device's part: uint8 (B, height, width, 3) -> float32, normalised."""
-        return augment.normalise(pixels, rescale=self.rescale, mean=self.mean, std=self.std)
+        return prepare.normalise(pixels, rescale=self.rescale, mean=self.mean, std=self.std)
 
     def resized(self, size: tuple[int, int]) -> "Processor":
         """The same for another (height, width); what is cropped away keeps its proportion."""
@@ -180,7 +180,7 @@ def _sizes(fields: JsonFields, kind: _Kind) -> tuple[tuple[int, int], int | tupl
 
 
 def _convnext_sizes(fields: JsonFields, kind: _Kind) -> tuple[tuple[int, int], int | None]:
-    """`size` and `resize` of a ConvNextImageProcessor, which ResNet checkpoints have too.
+    """`size` and `resize` of a ConvNextImageProcessor, which ResNet checkpoints also have.
 
     Its size is the side of a square. From 384 up images are squashed; below, the shorter side
     becomes size / crop_pct, cut to an integer, and the square is cropped from it.
@@ -190,13 +190,13 @@ def _convnext_sizes(fields: JsonFields, kind: _Kind) -> tuple[tuple[int, int], i
     side = fields.any("size", kind.size)
     if isinstance(side, dict) and list(side) == ["shortest_edge"]:
         side = side["shortest_edge"]
-    if type(side) is not int or not 1 <= side <= _MOST_PIXELS:
-        raise fields.error("size", f"an integer or shortest_edge, up to {_MOST_PIXELS}")
+    if type(side) is not int or not 1 <= side <= _MAX_PIXELS:
+        raise fields.error("size", f"an integer or shortest_edge, up to {_MAX_PIXELS}")
     if side >= 384:
         return (side, side), None
     crop_pct = fields.number("crop_pct", 224 / 256)
-    if not side / _MOST_PIXELS <= crop_pct <= 1:
-        raise fields.error("crop_pct", f"from {side / _MOST_PIXELS} to 1")
+    if not side / _MAX_PIXELS <= crop_pct <= 1:
+        raise fields.error("crop_pct", f"from {side / _MAX_PIXELS} to 1")
     return (side, side), int(side / crop_pct)
 
 
@@ -207,7 +207,7 @@ def _size(
 
     Args:
       fields: The file.
-      name: Of the field.
+      name: Name of the field.
       default: What an absent field means.
       is_square: What an integer means, as all files had before 2022: both sides, or the shorter.
     """
@@ -217,18 +217,18 @@ def _size(
     if not isinstance(value, dict):
         value = {"height": value, "width": value} if is_square else {"shortest_edge": value}
     sides = {key: side for key, side in value.items() if side is not None}
-    if all(type(side) is int and 1 <= side <= _MOST_PIXELS for side in sides.values()):
+    if all(type(side) is int and 1 <= side <= _MAX_PIXELS for side in sides.values()):
         if sides.keys() == {"height", "width"}:
             return sides["height"], sides["width"]
         if sides.keys() == {"shortest_edge"}:
             return sides["shortest_edge"]
-    raise fields.error(name, f"height and width, or shortest_edge, up to {_MOST_PIXELS}")
+    raise fields.error(name, f"height and width, or shortest_edge, up to {_MAX_PIXELS}")
 
 
 def to_json(processor: Processor) -> dict[str, Any]:
     """The content of a `preprocessor_config.json` from which `read` makes the same processor.
 
-    Its type is one that takes these steps in older releases of `transformers` too, where
+    Its type is one that takes these steps also in older releases of `transformers`, where
     ViTImageProcessor does not crop.
     """
     resize, (height, width) = processor.resize, processor.size

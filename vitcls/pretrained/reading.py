@@ -13,22 +13,24 @@ import numpy as np
 
 from vitcls.errors import UserError, unknown
 from vitcls.models.resnet import ResNet, ResNetConfig
-from vitcls.models.vit import ViT, ViTConfig
-from vitcls.pretrained import formats, keys, processor
-from vitcls.pretrained.clip import CLIP, SIGLIP
-from vitcls.pretrained.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
-from vitcls.pretrained.family import MOST_CLASSES, Config, Family, label_names
+from vitcls.models.vit import ViT
+from vitcls.models.vit_config import HEADS, ViTConfig
+from vitcls.pretrained import keys, processor
+from vitcls.pretrained.families.clip import CLIP, SIGLIP
+from vitcls.pretrained.families.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from vitcls.pretrained.families.family import MAX_CLASSES, Config, Family, label_names
+from vitcls.pretrained.families.resnet import RESNET
+from vitcls.pretrained.families.timm import TIMM, is_timm
+from vitcls.pretrained.families.vit import DEIT, VIT, VIT_MAE
+from vitcls.pretrained.files import formats
+from vitcls.pretrained.files.flax_file import FlaxWeights
+from vitcls.pretrained.files.formats import Weights
+from vitcls.pretrained.files.json_fields import JsonFields, is_number
+from vitcls.pretrained.files.torch_file import TorchWeights
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR, PROCESSOR, Files, find
-from vitcls.pretrained.flax_file import FlaxWeights
-from vitcls.pretrained.formats import Weights
-from vitcls.pretrained.json_fields import JsonFields, is_number
 from vitcls.pretrained.positions import resize_positions
 from vitcls.pretrained.processor import Processor
-from vitcls.pretrained.resnet import RESNET
-from vitcls.pretrained.timm import TIMM, is_timm
-from vitcls.pretrained.torch_file import TorchWeights
-from vitcls.pretrained.vit import DEIT, VIT, VIT_MAE
-from vitcls.pretrained.workdir import find_run
+from vitcls.pretrained.run import find_run
 
 log = logging.getLogger("vitcls")
 
@@ -78,11 +80,11 @@ def _open_weights(files: Files, *, new_head: bool) -> Weights | FlaxWeights | To
     stored = _read_stored(files.directory, tensors=None, new_head=new_head)
     config = stored.config
     if new_head:  # the file may have a head of any width
-        config = dataclasses.replace(config, num_classes=MOST_CLASSES)
+        config = dataclasses.replace(config, num_classes=MAX_CLASSES)
     fields = JsonFields.read(files.directory / CONFIG)
     if fields.number("layerscale_value", 1) != 1:
         # DINOv2's Flax class multiplies LayerScale by it, twice, and torch's does not.
-        raise fields.error("layerscale_value", f"1 beside a {formats.FLAX}")
+        raise fields.error("layerscale_value", f"1 next to a {formats.FLAX}")
     num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)))
     # float32; twice, as a bare network has a pooler.
     most = 2 * 4 * num_values + stored.family.spare_bytes
@@ -171,8 +173,8 @@ def _class_names(fields: JsonFields) -> dict[int, str]:
         )  # fmt: skip
     named = fields.any("id2label")
     if named is None:
-        return label_names(fields.integer("num_labels", 2, most=MOST_CLASSES))
-    if not isinstance(named, dict) or not 1 <= len(named) <= MOST_CLASSES:
+        return label_names(fields.integer("num_labels", 2, most=MAX_CLASSES))
+    if not isinstance(named, dict) or not 1 <= len(named) <= MAX_CLASSES:
         raise fields.error("id2label", "an object of class names")
     first = 0 if "0" in named else 1
     names = [named.get(str(key)) for key in range(first, first + len(named))]
@@ -302,7 +304,7 @@ def fit_variables(
         )
     wanted = variable_shapes(config)
     if new_head or stored.num_classes != config.num_classes:
-        for head in ("classifier", "distillation_classifier"):
+        for head in HEADS:
             params.pop(head, None)
             if head in wanted["params"]:
                 log.info("New, zero: the %s of %d classes.", head, config.num_classes)
@@ -322,7 +324,7 @@ def variable_shapes(config: Config) -> Mapping[str, Any]:
 
 
 def _has_head_of(files: Files, num_classes: int) -> bool:
-    """Whether the checkpoint's head has so many classes, whatever its config says of them."""
+    """Whether the checkpoint's head has this many classes; its config may say otherwise."""
     weights = _open_weights(files, new_head=True)
     family = _family(JsonFields.read(files.directory / CONFIG))
     heads = weights.names().intersection(family.heads)

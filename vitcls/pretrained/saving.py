@@ -11,9 +11,10 @@ import numpy as np
 
 from vitcls.errors import UserError
 from vitcls.files import folder_aside, write_json
-from vitcls.pretrained import formats, keys
+from vitcls.pretrained import keys
+from vitcls.pretrained.files import formats
+from vitcls.pretrained.files.json_fields import JsonFields
 from vitcls.pretrained.find import CONFIG, PREPROCESSOR
-from vitcls.pretrained.json_fields import JsonFields
 from vitcls.pretrained.processor import Processor, to_json
 from vitcls.pretrained.reading import FAMILIES, Config
 

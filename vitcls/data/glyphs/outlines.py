@@ -44,7 +44,7 @@ def read_glyph(font: pathlib.Path, character: str) -> Glyph | None:
     """
     face = ImageFont.truetype(str(font), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
     image = _draw(face, character[0])
-    # U+FFFF is no character: a font draws its "missing" box for it.
+    # U+FFFF is not a character: a font draws its "missing" box for it.
     if not image.any() or np.array_equal(image, _draw(face, "\uffff")):
         return None
     return make_glyph(_cross(image) if character == CROSSED_SEVEN else image)

@@ -1,0 +1,36 @@
+import pytest
+
+from vitcls.checkpoints.workdir import Workdir
+from vitcls.errors import UserError
+from vitcls.files import write_json
+
+
+def test_a_run_has_begun_once_a_step_is_saved(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    assert workdir.begun() is None
+    workdir.claim()
+    assert workdir.path.is_dir() and workdir.begun() is None
+    (workdir.checkpoints / "10").mkdir(parents=True)
+    assert workdir.begun() == tmp_path / "run"
+
+
+def test_a_run_is_finished_by_its_last_step(tmp_path):
+    workdir = Workdir(tmp_path)
+    assert workdir.finished_results(20) is None
+    workdir.finish({"step": 20})
+    assert workdir.finished_results(20) == {"step": 20}
+    # A longer run has more to do.
+    assert workdir.finished_results(30) is None
+
+
+def test_results_that_cannot_be_read_are_set_aside(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.results.write_text('{"step": 2')
+    assert workdir.finished_results(20) is None
+    assert (tmp_path / "results.json.unreadable").exists() and not workdir.results.exists()
+
+
+def test_folders_of_others_are_refused(tmp_path):
+    write_json(tmp_path / "config.json", {"theirs": 1})
+    with pytest.raises(UserError, match="config.json, which this command has not written"):
+        Workdir(tmp_path).check_own()

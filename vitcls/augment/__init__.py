@@ -1,0 +1,1 @@
+"""Pixels and targets of a batch on the device: normalising, augmenting, mixing."""

@@ -1,0 +1,97 @@
+"""Looks at every image of a data set, and says what would go wrong in training on it.
+
+  python -m vitcls.check_data --data=folder:PATH --output=checked
+
+Prints counts per class, sizes, unreadable, tiny and animated images, and duplicates within and
+across splits: those with the same pixels, and those that nearly look the same. With --output, the
+folder gets report.json, which has all of it, and contact_sheet.png; where there are duplicates
+duplicates.png, too.
+
+With --config, the data set is that of the config, and augmented.png shows the first images as the
+network will see them, cropped and augmented, with their labels:
+
+  python -m vitcls.check_data --config=configs/vit_b16.py:data=folder:PATH --output=checked
+
+Exits with 2 where training would fail.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from vitcls import cli
+from vitcls.config.checks import check_config
+from vitcls.errors import UserError
+from vitcls.files import make_folder, write_json
+from vitcls.folders import ownership
+
+_DATA = flags.DEFINE_string(
+    "data", "", "Data set, such as digits, tfds:NAME, folder:PATH, csv:PATH; empty: the config's."
+)
+_SPLITS = flags.DEFINE_list(
+    "splits", [], "Splits, the one to train on first; empty: the config's, else all."
+)
+_DATA_DIR = flags.DEFINE(
+    cli.PATH,
+    "data_dir",
+    "",
+    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
+)
+_OUTPUT = flags.DEFINE(
+    cli.PATH, "output", "", "Folder for report.json and pictures; empty: none is written."
+)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "File with the recipe whose batches are shown, as for vitcls.main.",
+    lock_config=False,
+    accept_new_attributes=True,
+)
+
+
+def main() -> None:
+    """Checks the flags, then the data."""
+    source, data_dir, names, options = _DATA.value, _DATA_DIR.value, _SPLITS.value, {}
+    config = None if _CONFIG.value is None else cli.config_value(_CONFIG)
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if config is None:
+        cli.required(_DATA)
+    else:
+        if output is None:
+            raise UserError("--config needs --output, the folder for augmented.png.")
+        data = config.data
+        data.source, data.data_dir = source or data.source, data_dir or data.data_dir
+        check_config(config)
+        source, data_dir = data.source, data.data_dir
+        options = {"division": data.division or "hash", "on_error": data.on_error}
+        used = [data.train_split, config.eval.select_split, *data.eval_splits]
+        names = names or [name for name in dict.fromkeys(used) if name not in ("", "holdout")]
+    # These import jax: only once the flags are known to be right.
+    from vitcls.check_data import checks
+
+    if output is not None:
+        ownership.check(
+            "--output", output,
+            ["report.json", "contact_sheet.png", "duplicates.png", "augmented.png"],
+            is_own=lambda: ownership.has_keys(output / "report.json", "data", "splits", "problems"),
+        )  # fmt: skip
+        make_folder(output, flag="--output")
+    splits, report = checks.check(source, names, data_dir=data_dir or None, **options)
+    print(checks.format_report(report))
+    if output is not None:
+        write_json(output / "report.json", report)
+        if splits:
+            checks.draw_examples(splits, report).save(output / "contact_sheet.png")
+        if report["duplicates"]:
+            checks.draw_duplicates(splits, report).save(output / "duplicates.png")
+    if report["problems"]:
+        raise UserError("Training would fail:\n  " + "\n  ".join(report["problems"]))
+    if config is not None:
+        checks.check_training(config, report)
+        checks.draw_training(config).save(output / "augmented.png")
+    print(f"{source}: nothing that would stop training" + (f" -> {output}" if output else ""))
+
+
+if __name__ == "__main__":
+    cli.run(main)

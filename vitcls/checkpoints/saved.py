@@ -1,0 +1,42 @@
+"""What a checkpoint says of its run, next to the arrays: the item `meta`."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """The progress of a run when a step was saved. The defaults are those of a new run.
+
+    Attributes:
+      lacks_score: Whether a signal ended the evaluation that this save was due for.
+      data: Fingerprint of the split that is trained on.
+      teacher: Hash of the teacher's weights; None: no distillation.
+      num_passes: Passes that a step divides its batch into.
+      seconds: Wall time of the run so far.
+      images_per_second: Training speed; None: not measured.
+      window: Metrics of the steps since the last line of metrics.
+      skips: Steps skipped for a loss that was not finite, `in_row` and `total`.
+      num_empty: Steps without an image that counts.
+    """
+
+    lacks_score: bool = False
+    data: str = ""
+    teacher: str | None = None
+    num_passes: int = 1
+    seconds: float = 0.0
+    images_per_second: float | None = None
+    window: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    skips: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_empty: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields by name, as JSON can hold them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Saved":
+        """Returns what `to_json` returned, also of a version with fewer or with more fields."""
+        # Checkpoints of earlier versions lack fields; those of later ones may have others.
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in names})

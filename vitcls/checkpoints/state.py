@@ -1,0 +1,56 @@
+"""The training state as what is saved and restored."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcls.checkpoints.manager import Checkpoints
+from vitcls.checkpoints.saved import Saved
+from vitcls.step import adapt, sharding
+from vitcls.step.train_step import TrainState, fold_lora
+
+
+def state_items(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint, whole networks to be read without this run; `meta` has counts."""
+    items = {"params": state.variables(), "opt_state": state.opt_state}
+    return items | ({} if state.ema is None else {"ema": state.averages()})
+
+
+def restore_state(
+    checkpoints: Checkpoints, step: int, shapes: TrainState, shardings: TrainState
+) -> TrainState:
+    """Returns the state after `step`, bit for bit as it was saved; it has no teacher."""
+    target = jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+    items = checkpoints.restore(step, state_items(target))
+
+    def trained(variables):  # the part of the network that `target` says is trained
+        return {
+            "params": adapt.subtree(variables["params"], target.params),
+            "batch_stats": variables.get("batch_stats", {}),
+        }
+
+    saved = Saved.from_json(checkpoints.meta(step))
+    return TrainState(
+        step=sharding.put(np.int32(step), shardings.step),
+        frozen=adapt.subtree(items["params"]["params"], target.frozen),
+        opt_state=items["opt_state"],
+        ema=None if target.ema is None else trained(items["ema"]),
+        skips=sharding.put(jax.tree.map(np.int32, saved.skips), shardings.skips),
+        num_empty=sharding.put(np.int32(saved.num_empty), shardings.num_empty),
+        **trained(items["params"]),
+    )
+
+
+def restore_eval_variables(checkpoints: Checkpoints, step: int, state: TrainState) -> Any:
+    """Returns the variables to evaluate as they were after `step`, placed like `state`'s."""
+    name = "params" if state.ema is None else "ema"
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        state.averages(),
+    )
+    return fold_lora(checkpoints.restore(step, {name: target})[name])

@@ -1,0 +1,91 @@
+"""Configs that runs have saved, and what a continued run must have in common with them."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vitcls.config.checks import unused_fields
+from vitcls.config.fields import FIELDS, RUN_FIELDS, default_config
+from vitcls.config.parse import flatten
+from vitcls.errors import UserError
+from vitcls.files import read_json
+
+
+def read_saved_config(path: Path) -> ConfigDict:
+    """Reads a run's `config.json`, in which fields that are newer than it have their defaults.
+
+    Raises:
+      UserError: it is missing, empty or cut, is not a config, or has fields that are gone.
+    """
+    remedy = "put it back, or use another --workdir"
+    what = "the config of a run that has checkpoints"
+    saved = read_json(path, what=what, remedy=remedy)
+    try:
+        gone = [name for name in flatten(ConfigDict(saved)) if not _is_known(name)]
+        config = restore_config(saved)
+    except (ValueError, AttributeError, TypeError) as error:  # JSON, but of another kind
+        raise UserError(f"{path}, {what}, cannot be read ({error}): {remedy}.") from error
+    if gone:
+        raise UserError(
+            f"{path} has fields that this version of vitcls does not have: {', '.join(gone)}. "
+            "Continue the run with the version that began it, or use another --workdir."
+        )
+    return config
+
+
+def _is_known(name: str) -> bool:
+    return name in FIELDS or name.startswith("optim.args.")
+
+
+def restore_config(saved: dict[str, Any]) -> ConfigDict:
+    """Returns the config of a run, of which `saved` is the content of its `config.json`."""
+    config = default_config()
+    with config.ignore_type():  # JSON has lists for tuples
+        config.update(saved)
+    if "division" not in saved.get("data", {}):
+        config.data.division = "position"  # what there was before the field
+    return config
+
+
+def check_same_run(config: ConfigDict, path: Path, *, moved: Collection[str] = ()) -> None:
+    """Raises `UserError` when the run saved at `path` was started with other identity fields.
+
+    Args:
+      config: What is asked for. An empty data.division asks for that of the run.
+      path: Of the saved config.
+      moved: Fields that may differ, since they name the same content in another place.
+    """
+    asked, saved = (
+        flatten(ConfigDict(json.loads(json.dumps(one.to_dict()))))
+        for one in (config, read_saved_config(path))
+    )
+    asked["data.division"] = asked["data.division"] or saved["data.division"]
+    unused = unused_fields(saved) | unused_fields(asked)
+    differences = [
+        f"  {field}: {saved.get(field)!r} there, {asked.get(field)!r} asked for"
+        for field in sorted(saved.keys() | asked.keys())
+        if field not in (*RUN_FIELDS, *moved, *unused) and saved.get(field) != asked.get(field)
+        and not _may_differ(field, saved, asked)
+    ]  # fmt: skip
+    if differences:
+        raise UserError(
+            f"{path.parent} holds a run of another config:\n"
+            + "\n".join(differences)
+            + "\nUse another --workdir, or the fields it was started with."
+        )
+
+
+def _may_differ(field: str, saved: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a field is left open, or differs only in what comes after the planned steps."""
+    before, after = saved.get(field), asked.get(field)
+    if field in ("optim.warmup_steps", "eval.every_steps"):
+        return after is None
+    if field in ("train.total_steps", "train.total_epochs"):
+        return 0 < before < after
+    if field == "optim.restarts":
+        kept, added = after[: len(before)], after[len(before) :]
+        return kept == before and all(step >= saved["train.total_steps"] for step in added)
+    return False

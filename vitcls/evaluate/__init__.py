@@ -1,0 +1,1 @@
+"""`python -m vitcls.evaluate`: exact metrics of any checkpoint on any split."""

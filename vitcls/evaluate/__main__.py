@@ -1,0 +1,114 @@
+"""Evaluates any checkpoint on any split of a data set, exactly.
+
+  python -m vitcls.evaluate --checkpoint=runs/quickstart --data=digits --split=test
+
+The checkpoint is the workdir of a run (DIR, DIR@best, DIR@last or DIR@STEP), a folder in Hugging
+Face format, or a hub id such as google/vit-base-patch16-224, optionally with @REVISION.
+
+Classes are matched by their names, in whichever order, and the checkpoint may have more than the
+data. Where names differ but classes and order are the same, as with ImageNet from tfds and from the
+hub, --labels=index matches them by position.
+
+Data without splits are divided as the checkpoint's run did it. Images that it was trained on are
+counted, as trained_on, and warned of.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError
+from vitcls.files import make_folder, write_json
+from vitcls.folders import ownership
+from vitcls.folders.ownership import has_keys
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
+_DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
+)
+_SPLIT = flags.DEFINE_string("split", "test", "Split of the data set; of tfds, also slices.")
+_DATA_DIR = flags.DEFINE(
+    cli.PATH,
+    "data_dir",
+    "",
+    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
+)
+_LABELS = flags.DEFINE_enum(
+    "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
+)
+_TTA = flags.DEFINE_enum(
+    "tta", "none", ["none", "flip"],
+    "Test-time augmentation: none|flip; flip averages the logits of image and mirror image.",
+)  # fmt: skip
+_ON_ERROR = flags.DEFINE_enum(
+    "on_error", "raise", ["raise", "skip"],
+    "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
+)  # fmt: skip
+_OUTPUT = flags.DEFINE(
+    cli.PATH,
+    "output",
+    "",
+    "Folder for results.json and predictions/SPLIT.npz; empty: none is written.",
+)
+
+
+def main() -> None:
+    """Checks the flags, then evaluates."""
+    checkpoint, data = cli.required(_CHECKPOINT), cli.required(_DATA)
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if _ON_ERROR.value == "skip" and output is None:
+        raise UserError("--on_error=skip needs --output, the folder for the list of what it skips.")
+    if output is not None and (output / "checkpoints").exists():
+        raise UserError(
+            f"--output={output} is the workdir of a run, whose results.json would be replaced; "
+            "name another folder."
+        )
+    if output is not None:
+        ownership.check(
+            "--output", output, ["results.json", "predictions", "skipped.jsonl"],
+            is_own=lambda: has_keys(output / "results.json", "checkpoint", "data", "split")
+            or has_keys(output / "skipped.jsonl", "split", "id", "reason"),
+        )  # fmt: skip
+    # These import jax: only once the flags are known to be right.
+    from vitcls.data.skipped import Skipped
+    from vitcls.evaluate import exact
+    from vitcls.run import records, seen
+
+    cli.prepare_jax()
+    split, known = seen.open_split(checkpoint, data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
+    trained_on = seen.count_and_warn(known, split, data)
+    skipped = None
+    if output is not None:
+        make_folder(output, flag="--output")
+        (output / "skipped.jsonl").unlink(missing_ok=True)
+    if _ON_ERROR.value == "skip":
+        skipped = Skipped(output / "skipped.jsonl")
+    metrics, predictions = exact.evaluate_checkpoint(
+        checkpoint,
+        split,
+        labels=_LABELS.value,
+        batch_size=_BATCH_SIZE.value,
+        tta=_TTA.value,
+        skipped=skipped,
+    )
+    metrics["trained_on"] = trained_on
+    if output is not None:
+        # First what says whose folder this is.
+        origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
+        origin["fingerprint"] = split.fingerprint
+        write_json(output / "results.json", origin | metrics)
+        ids = [split.id(index) for index in predictions.pop("index").tolist()]
+        records.save_predictions(
+            output / "predictions" / f"{split.name}.npz", ids=ids, **predictions
+        )
+    for name, value in metrics.items():
+        print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""`python -m vitcls.export`: checkpoints for other programs."""

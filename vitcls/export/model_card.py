@@ -1,0 +1,248 @@
+"""The model card of exported weights: what a run left in its workdir, as a README.md.
+
+Names of classes, data and checkpoints come from strangers: none may break the YAML or a table, or
+be Markdown or HTML where the card is shown. Paths of this machine are cut to their last part.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vitcls import pretrained
+from vitcls.config.fields import RUN_FIELDS, default_config
+from vitcls.config.parse import flatten
+from vitcls.files import read_json
+from vitcls.run import records
+
+# Shown whatever their values; of the others those that differ from the defaults.
+_RECIPE = (
+    "optim.name", "optim.lr", "optim.schedule", "optim.warmup_steps", "optim.weight_decay",
+    "train.total_steps", "train.global_batch_size", "train.seed", "data.image_size", "data.crop",
+    "augment.flip", "model.dtype",
+)  # fmt: skip
+_SAID_ELSEWHERE = ("data.source", "model.pretrained", "train.total_epochs", *RUN_FIELDS)
+_MOST_CLASSES = 20  # that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where weights come from; what is not known is empty.
+
+    Attributes:
+      name: A checkpoint for `pretrained.load` that stays what it is.
+      step: The training step the weights are of.
+      manifest: What a run's `manifest.json` holds; of other checkpoints "pretrained" alone.
+      config: A run's config by field, `{"optim.lr": 0.001}`.
+      splits: Metrics of these very weights by split, as in a run's `results.json`.
+    """
+
+    name: str
+    step: int | None = None
+    manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    splits: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The hub's model that it began from, without a revision."""
+        started = self.manifest.get("pretrained") or {}
+        return started["source"].partition("@")[0] if started.get("revision") else None
+
+    @property
+    def select_split(self) -> str | None:
+        """The split that chose the step."""
+        return self.config.get("eval.select_split")
+
+
+def origin_of_run(workdir: Path, *, step: int) -> Origin:
+    """Reads what a run left; its results only if they are of the weights after `step`."""
+    results = _read_json(workdir / "results.json")
+    return Origin(
+        name=f"{workdir}@{step}",
+        step=step,
+        manifest=_read_json(workdir / "manifest.json"),
+        config=flatten(ConfigDict(_read_json(workdir / "config.json"))),
+        splits=results["splits"] if results.get("selected_step") == step else {},
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Of what was copied elsewhere, the files that only people read may be missing."""
+    if not path.exists():
+        return {}
+    return read_json(path, remedy="put a sound copy there, or remove it to do without")
+
+
+def origin_of_files(files: pretrained.Files) -> Origin:
+    """What is known of a folder or of a hub's model."""
+    name = files.source
+    if files.revision:
+        name = f"{name.partition('@')[0]}@{files.revision}"
+    return Origin(
+        name, manifest={"pretrained": {"source": files.source, "revision": files.revision}}
+    )
+
+
+def make_card(
+    name: str,
+    config: pretrained.Config,
+    id2label: Mapping[int, str],
+    *,
+    origin: Origin,
+    library: str,
+    usage: str,
+) -> str:
+    """Returns the card: YAML for the hub, then Markdown.
+
+    Args:
+      name: What to call the network.
+      config: The network's.
+      id2label: Its classes.
+      origin: Where it comes from.
+      library: The hub's name of what loads the files, such as "transformers".
+      usage: Markdown that says how to load them.
+    """
+    blocks = [
+        f"---\n{_metadata(name, config, origin, library=library)}\n---",
+        f"# {_text(name)}",
+        *_about(config, id2label, origin),
+        "## How to use it",
+        usage.strip(),
+        *_results(origin),
+        *_data(origin),
+        *_recipe(origin.config),
+        *_environment(origin.manifest),
+        "## Licence",
+        "None is claimed here: those of the pretrained weights and of the data apply.",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _metadata(name: str, config: pretrained.Config, origin: Origin, *, library: str) -> str:
+    # Imported here: half a second that whoever imports this module need not wait.
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = _line(_public_source(origin))
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split=_line(split),
+            metric_type=metric,
+            metric_value=value,
+        )
+        for split, summary in origin.splits.items()
+        if split != origin.select_split  # what chose the weights does not measure them
+        for metric, value in summary.items()
+        if _is_metric(metric)
+    ]
+    return ModelCardData(
+        model_name=_line(name),
+        library_name=library,
+        pipeline_tag="image-classification",
+        tags=["image-classification", config.family, "vitcls"],
+        base_model=origin.hub_id and _line(origin.hub_id),
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def _about(config: pretrained.Config, id2label: Mapping[int, str], origin: Origin) -> list[str]:
+    weights, started = "random weights", origin.manifest.get("pretrained")
+    if started:
+        weights = _text(origin.hub_id or Path(started["source"]).name)
+        weights += f" (commit {started['revision']})" if started["revision"] else ""
+    made = f"with the weights of {weights}, unchanged"
+    if origin.step is not None:
+        made = f"trained for {origin.step} steps on {_text(_public_source(origin))}, from {weights}"
+    height, width = config.image_size
+    names = [_text(id2label[index]) for index in sorted(id2label)[:_MOST_CLASSES]]
+    more = ", ...; config.json has all" if len(id2label) > len(names) else ""
+    return [
+        f"An image classifier ({config.family}, {height} x {width} pixels), {made}.",
+        f"{len(id2label)} classes: {', '.join(names)}{more}.",
+    ]
+
+
+def _results(origin: Origin) -> list[str]:
+    if origin.step is None:
+        return []
+    if not origin.splits:
+        none = f"The weights after step {origin.step} have no final evaluation."
+        return ["## Results", none]
+    metrics = [name for name in next(iter(origin.splits.values())) if _is_metric(name)]
+    rows = [
+        (
+            split + (", which chose the step" if split == origin.select_split else ""),
+            records.count_images(summary),
+            *(f"{summary[metric]:.4f}" for metric in metrics),
+        )
+        for split, summary in origin.splits.items()
+    ]
+    table = _table(("split", "measured on", *metrics), rows)
+    return ["## Results", f"Of the weights after step {origin.step}:", table]
+
+
+def _is_metric(name: str) -> bool:
+    return name != "fingerprint" and not name.startswith("num_")
+
+
+def _data(origin: Origin) -> list[str]:
+    splits = origin.manifest.get("data")
+    if not splits:
+        return []
+    rows = [(name, split["num_examples"], split["fingerprint"]) for name, split in splits.items()]
+    table = _table(("split", "images", "fingerprint"), rows)
+    return ["## Data", f"Source: {_text(_public_source(origin))}.", table]
+
+
+def _recipe(config: Mapping[str, Any]) -> list[str]:
+    if not config:
+        return []
+    defaults = json.loads(json.dumps(default_config().to_dict()))  # tuples become lists
+    defaults = flatten(ConfigDict(defaults))
+    others = [name for name in config if name not in (*_RECIPE, *_SAID_ELSEWHERE)]
+    shown = [*_RECIPE, *(name for name in others if config[name] != defaults.get(name))]
+    table = _table(("field", "value"), [(name, config.get(name)) for name in shown])
+    return ["## Recipe", "Fields of vitcls' config; those not shown have their defaults.", table]
+
+
+def _environment(manifest: Mapping[str, Any]) -> list[str]:
+    if "devices" not in manifest:
+        return []
+    lines = []
+    for part in ({"step": 0, **manifest}, *manifest["continued"]):
+        devices = part["devices"]
+        lines.append(
+            f"From step {part['step']}: {devices['count']} x {devices['kind']}, "
+            f"{devices['processes']} process(es); commit {part['git_commit'] or 'unknown'}; "
+            + ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+        )
+    return ["## Environment", *map(_text, lines)]
+
+
+def _public_source(origin: Origin) -> str:
+    """The data's source without the folders it lies in, which say much about a machine."""
+    kind, colon, path = str(origin.config.get("data.source", "")).partition(":")
+    return f"{kind}:{Path(path).name}" if kind == "folder" else f"{kind}{colon}{path}"
+
+
+def _table(names: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    header, *lines = (f"| {' | '.join(map(_text, row))} |" for row in (names, *rows))
+    return "\n".join([header, "|---" * len(names) + "|", *lines])
+
+
+def _text(value: Any) -> str:
+    """One line in which nothing is Markdown or HTML; underscores within words are neither."""
+    special = r"[\\`*\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(f"({special})", r"\\\1", _line(value))
+
+
+def _line(value: Any) -> str:
+    """One line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in str(value))

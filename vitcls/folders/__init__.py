@@ -1,0 +1,1 @@
+"""Which command owns the files of a folder, and locks between processes."""

@@ -1,0 +1,78 @@
+"""Checks that a command replaces only files that it has written itself.
+
+A command is recognised by the file that it writes first. So a killed one is also recognised.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vitcls.errors import UserError
+
+# What a run writes into its workdir, except files with a new name each time.
+_RUN = (
+    "manifest.json", "config.json", "model", "checkpoints", "metrics.jsonl", "skipped.jsonl",
+    "nonfinite.jsonl", "predictions", "results.json", "seen.npz",
+)  # fmt: skip
+
+
+def check_run(workdir: Path) -> None:
+    """Raises `UserError` where a run would write over something that is not a run's."""
+
+    def is_run() -> bool:
+        return (
+            (workdir / "checkpoints" / "lock").is_file()
+            or has_keys(workdir / "manifest.json", "command", "data", "versions")
+            or has_keys(workdir / "config.json", "data", "model", "optim", "train")
+        )
+
+    check("--workdir", workdir, _RUN, is_own=is_run)
+
+
+def check(
+    flag: str, folder: Path, names: Sequence[str], *, is_own: Callable[[], bool] = lambda: False
+) -> None:
+    """Raises `UserError` where a command would write over what it has not written.
+
+    Args:
+      flag: The flag that names the folder, or a file in it.
+      folder: Need not exist.
+      names: What the command writes there. Empty files and folders may be replaced.
+      is_own: Whether an earlier call of the command wrote them; asked only if one is there.
+    """
+    found = [name for name in names if _holds_something(folder / name)]
+    if found and not is_own():
+        raise UserError(
+            f"{flag}: {folder} holds {', '.join(found)}, which this command has not written and "
+            "would write over. Name another place, or move that away."
+        )
+
+
+def check_file(flag: str, path: Path, *, is_own: Callable[[], bool]) -> None:
+    """The same for a command that writes one file."""
+    check(flag, path.parent, [path.name], is_own=is_own)
+
+
+def has_keys(path: Path, *keys: str) -> bool:
+    """Whether a JSON file, or the first line of JSON lines, is an object with these keys."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = json.loads(file.readline() if path.suffix == ".jsonl" else file.read())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= set(keys)
+
+
+def has_text(path: Path, text: str, *, at_start: bool = False) -> bool:
+    """Whether a file holds, or begins with, this text."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return text in file.read(len(text) if at_start else -1)
+    except OSError:
+        return False
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.is_symlink() or (path.exists() and path.stat().st_size > 0)

@@ -1,0 +1,1 @@
+"""`python -m vitcls.plan`: a run, looked at before it is started."""

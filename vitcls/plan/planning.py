@@ -1,0 +1,413 @@
+"""What a run needs and how long it takes, from compiling its steps for devices that need not exist.
+
+K classes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vitcls import pretrained
+from vitcls.config.checks import check_config
+from vitcls.costs import chips, footprint
+from vitcls.costs.chips import Chip
+from vitcls.data.sources import builders
+from vitcls.errors import UserError
+from vitcls.files import read_or_set_aside, write_json
+from vitcls.plan.choices import Choice, first_fitting
+from vitcls.recipes import ARCHS
+from vitcls.run import resolve, splits
+from vitcls.run.network import open_model
+from vitcls.run.passes import pass_sizes
+from vitcls.run.program import (
+    Program,
+    check_passes_are_free,
+    make_program,
+    trains_statistics,
+    with_fields,
+)
+from vitcls.run.teacher import open_teacher
+from vitcls.step import sharding
+
+log = logging.getLogger("vitcls")
+
+# Of the memory that a TPU's compiler has: it places everything itself, and fragments are few.
+_TPU_SHARE = 0.95
+_COUNTING = 2  # to be raised when `footprint` counts otherwise: figures kept before are then left
+_MATMUL_SIZE, _COPY_SIZE = 2048, 2**26  # of what is measured on devices that no table knows
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Devices to plan for.
+
+    Attributes:
+      topology: As the flag names them.
+      devices: All of them, of all hosts.
+      chip: What each of them can do.
+      usable: Bytes of memory that a step may need on each.
+    """
+
+    topology: str
+    devices: list[jax.Device]
+    chip: Chip
+    usable: float
+
+    @property
+    def num_hosts(self) -> int:
+        """Number of machines, each of which loads its part of a batch."""
+        return len({device.process_index for device in self.devices})
+
+
+def open_slice(topology: str, *, dtype: str) -> Slice:
+    """Returns the devices that a topology such as "v5e:4x4", or "local", stands for.
+
+    Args:
+      topology: See `chips.open_topology`, for which the environment must be prepared.
+      dtype: Of the computation, for devices that have to be measured.
+    """
+    if topology == "local":
+        mesh = sharding.make_mesh(-1, 1)  # starts them
+        devices = mesh.devices.flatten().tolist()
+        chip = chips.find_chip(devices[0].device_kind) or measure_chip(devices, dtype=dtype)
+        usable = footprint.usable_bytes(mesh)
+        return Slice(topology, devices, chip, usable)
+    chip, _ = chips.parse_topology(topology)
+    return Slice(topology, chips.open_topology(topology), chip, _TPU_SHARE * chip.memory)
+
+
+def measure_chip(devices: list[jax.Device], *, dtype: str) -> Chip:
+    """Measures the rates of a device that no table knows, such as a processor.
+
+    Where several are simulated they share what the first one reaches alone.
+    """
+    x = jax.random.normal(jax.random.key(0), (_MATMUL_SIZE,) * 2).astype(dtype)
+    share = len(devices) if devices[0].platform == "cpu" else 1
+    flops = 2 * _MATMUL_SIZE**3 / _best_secs(jax.jit(jnp.matmul), x, x) / share
+    copied = jnp.ones(_COPY_SIZE, jnp.float32)
+    bandwidth = 2 * copied.nbytes / _best_secs(jax.jit(jnp.negative), copied) / share
+    return Chip(
+        name=devices[0].device_kind,
+        kind=devices[0].device_kind,
+        flops=flops,
+        float32_flops=flops,
+        memory=math.inf,
+        memory_bandwidth=bandwidth,
+        link_bandwidth=bandwidth,
+    )
+
+
+def _best_secs(function: Callable[..., jax.Array], *args: jax.Array) -> float:
+    jax.block_until_ready(function(*args))  # compiles
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+class Plans:
+    """Makes and compiles the programs of one config for one slice, each combination once."""
+
+    def __init__(
+        self, config: ConfigDict, where: Slice, *, arch: str, num_classes: int, num_images: int
+    ):
+        """Reads what data and checkpoint say, or takes the arguments' word for it.
+
+        Args:
+          config: The run's.
+          where: The devices.
+          arch: Network in place of what `model.pretrained` would tell, or "".
+          num_classes: Of data that are not here; 0: they are.
+          num_images: Images to train on, of data that are not here; 0: `train.total_steps` is set.
+
+        Raises:
+          UserError: neither the field nor the argument tells.
+        """
+        check_config(config)
+        self.where = where
+        sharding.make_mesh(
+            config.mesh.data, config.mesh.fsdp, devices=where.devices
+        )  # or complains
+        class_names, class_counts, num_train = _open_data(config, num_classes, num_images)
+        config, network, processor = _open_network(config, class_names, arch)
+        self.config = resolve.resolve(
+            config,
+            num_train=num_train,
+            image_size=processor.size,
+            num_devices=len(where.devices),
+        )
+        if config.loss.class_weights.startswith("{") and num_classes:
+            self.config.loss.class_weights = "balanced"  # as long; their names are not known
+        teacher = None
+        if config.loss.teacher:
+            teacher = open_teacher(config.loss.teacher, processor, dtype=config.model.dtype)
+        self._make = functools.partial(
+            make_program,
+            model_config=network,
+            processor=processor,
+            class_names=class_names,
+            class_counts=class_counts,
+            teacher=teacher,
+        )
+        self.program = functools.cache(self._program)
+        self.analysis = functools.cache(self._analysis)
+        whole = pass_sizes(self.config, len(where.devices))[0]
+        asked = Choice(self.config.mesh.fsdp, self.config.model.remat, whole)
+        if self.config.train.micro_batch == 0:
+            check_passes_are_free(self.config, self.program(asked))
+        size = self.config.train.micro_batch or whole
+        asked = dataclasses.replace(asked, pass_size=size)
+        self.asked = dataclasses.replace(asked, pass_size=self.program(asked).pass_size)
+
+    def _program(self, choice: Choice) -> Program:
+        mesh = sharding.make_mesh(-1, choice.fsdp, devices=self.where.devices)
+        return self._make(with_fields(self.config, choice.fields()), mesh=mesh)
+
+    def _analysis(self, choice: Choice) -> dict[str, Any]:
+        """See `footprint.analyse`, of the training step."""
+        log.info("Compiling the training step: %s.", choice.line())
+        program = self.program(choice)
+        return _analyse(program.lower(), program, self.where)
+
+    def eval_analysis(self, choice: Choice, batch_size: int) -> dict[str, Any]:
+        """See `footprint.analyse`, of the evaluation step."""
+        log.info("Compiling the evaluation step: batches of %d images.", batch_size)
+        program = self.program(choice)
+        return _analyse(program.lower_eval(batch_size), program, self.where, num_passes=1)
+
+    def needed(self, choice: Choice) -> float:
+        """Bytes that the training step needs on each device; infinite where nobody says."""
+        analysis = self.analysis(choice)
+        if "refused" in analysis:
+            return max(analysis["refused"] or math.inf, math.nextafter(self.where.usable, math.inf))
+        return sum(footprint.memory_by_kind(self.program(choice), analysis).values())
+
+    def state_fits(self, fsdp: int) -> bool:
+        """Whether there is room for the state alone; costs no compilation."""
+        choice = dataclasses.replace(self.asked, fsdp=fsdp)
+        return footprint.state_bytes(self.program(choice)) <= self.where.usable
+
+    def first_fitting(self) -> Choice | None:
+        """Returns the first combination that fits, see `choices`, or None."""
+        sizes = pass_sizes(self.config, len(self.where.devices))
+        if trains_statistics(self.config, self.program(self.asked)):
+            sizes = [self.asked.pass_size]  # others change the result
+        return first_fitting(
+            self.asked,
+            sizes=sizes,
+            fsdps=[
+                fsdp
+                for fsdp in range(self.asked.fsdp, len(self.where.devices) + 1)
+                if len(self.where.devices) % fsdp == 0 and self.state_fits(fsdp)
+            ],
+            needed=self.needed,
+            fixed=lambda choice: footprint.state_bytes(self.program(choice)),
+            available=self.where.usable,
+        )
+
+
+def _analyse(
+    lowered: jax.stages.Lowered, program: Program, where: Slice, *, num_passes: int | None = None
+) -> dict[str, Any]:
+    """`footprint.analyse`, kept on disk for TPU slices, for which jax's own cache does not work."""
+    passes = num_passes or program.num_passes
+    analyse = functools.partial(footprint.analyse, num_devices=program.mesh.size, num_passes=passes)
+    cache = jax.config.jax_compilation_cache_dir
+    if where.topology == "local" or cache is None:
+        return analyse(lowered)
+    compiler = where.devices[0].client.platform_version
+    key = f"{_COUNTING} {jax.__version__} {compiler} {where.topology} {passes}"
+    digest = hashlib.sha256(f"{key}\n{lowered.as_text()}".encode()).hexdigest()
+    path = Path(cache) / "plans" / f"{digest}.json"
+    if (kept := read_or_set_aside(path)) is not None:
+        return kept
+    analysis = analyse(lowered)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, analysis)
+    return analysis
+
+
+def _open_data(
+    config: ConfigDict, num_classes: int, num_images: int
+) -> tuple[tuple[str, ...], np.ndarray, int]:
+    """Class names, training images of each class, int (K,), and of all."""
+    if num_classes:
+        if config.train.total_epochs and not num_images:
+            raise UserError(
+                f"--num_images is missing: train.total_epochs={config.train.total_epochs} are as "
+                "many steps as the images to train on make. Or set train.total_steps, and "
+                "train.total_epochs=0."
+            )
+        counts = np.ones(num_classes, np.int64)  # which are constants of the loss at most
+        return tuple(map(str, range(num_classes))), counts, num_images
+    if not _is_here(config.data.source, config.data.data_dir or None):
+        raise UserError(
+            f"data.source={config.data.source!r} is not on this machine, and a plan fetches "
+            "nothing. Say what it would tell: --num_classes, and with train.total_epochs also "
+            "--num_images, the images to train on."
+        )
+    train, _ = splits.open_splits(config)
+    return train.class_names, train.class_counts(), len(train)
+
+
+def _is_here(source: str, data_dir: str | None) -> bool:
+    scheme, _, rest = source.partition(":")
+    if scheme in ("folder", "csv", "digits"):
+        return True
+    if scheme == "hf":
+        return Path(rest.partition("?")[0].partition(":")[0]).expanduser().exists()
+    return builders.is_prepared(builders.find_builder(source, data_dir=data_dir))
+
+
+def _open_network(
+    config: ConfigDict, class_names: tuple[str, ...], arch: str
+) -> tuple[ConfigDict, pretrained.Config, pretrained.Processor]:
+    """The network's config and processor, and the config with its name where one stands for it."""
+    source = config.model.pretrained
+    if source and not Path(source).expanduser().is_dir():
+        arch = arch or ARCHS.get(source, "")
+    if arch:
+        if config.data.image_size is None:
+            raise UserError("--arch needs data.image_size, which the checkpoint would tell.")
+        config = with_fields(
+            config, {"model.pretrained": "", "model.arch": arch, "model.head": "new"}
+        )
+    try:
+        _, network, processor = open_model(config, class_names)
+    except UserError as error:
+        if arch or not source:
+            raise
+        raise UserError(
+            f"{error} Or name its network, with --arch=vit_b16 or --arch=resnet50 for example."
+        ) from error
+    return config, network, processor
+
+
+def make_plan(plans: Plans) -> dict[str, Any]:
+    """Returns all figures of the config as asked for, or of the first combination that fits.
+
+    Raises:
+      UserError: nothing fits.
+    """
+    where, asked, config = plans.where, plans.asked, plans.config
+    needed = plans.needed(asked)
+    choice = asked if needed <= where.usable else plans.first_fitting()
+    if choice is None:
+        raise UserError(
+            f"Nothing fits into the {where.usable / 1e9:.2f} GB of each device of {where.topology} "
+            f"with train.global_batch_size={config.train.global_batch_size}: no pass, model.remat "
+            "or mesh.fsdp that keeps the result. Use more devices, a smaller batch or image"
+            + (
+                ", or model.batch_norm='frozen', with which passes can be smaller."
+                if trains_statistics(config, plans.program(asked))
+                else "."
+            )
+        )
+    program, analysis = plans.program(choice), plans.analysis(choice)
+    memory = footprint.memory_by_kind(program, analysis)
+    eval_batch_size, eval_memory = _fit_evaluation(plans, choice, memory)
+    before = asked.fields() | {
+        "mesh.data": config.mesh.data,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    after = choice.fields() | {"eval.batch_size": eval_batch_size}
+    if choice.fsdp == asked.fsdp:
+        after["mesh.data"] = config.mesh.data
+    proposal = {name: value for name, value in after.items() if value != before[name]}
+    step = chips.step_figures(
+        analysis, where.chip, chips.sides(where.devices), dtype=config.model.dtype
+    )
+    images_per_second = config.train.global_batch_size / step["at_best_secs"]
+    size = plans.program(choice).row["image"].shape
+    return {
+        "topology": where.topology,
+        "chip": where.chip.name,
+        "num_devices": len(where.devices),
+        "num_hosts": where.num_hosts,
+        "network": config.model.arch or config.model.pretrained,
+        "image_size": list(size[:2]),
+        "dtype": config.model.dtype,
+        "global_batch_size": config.train.global_batch_size,
+        "total_steps": config.train.total_steps,
+        "asked": dataclasses.asdict(asked),
+        "fits": not proposal,
+        "bytes_asked": None if math.isinf(needed) else needed,
+        "bytes_usable": where.usable,
+        "proposal": proposal,
+        "choice": dataclasses.asdict(choice),
+        "num_parameters": _count(program.state_shapes.params, program.state_shapes.frozen),
+        "num_trained": _count(program.state_shapes.params),
+        "memory": memory,
+        "eval_memory": eval_memory,
+        "collectives": analysis["collectives"],
+        "step": step,
+        # A processor's caches serve reads that the compiler counts: real steps can be faster.
+        "is_bound": where.devices[0].platform != "cpu",
+        "hours": config.train.total_steps * step["at_best_secs"] / 3600,
+        "images_per_second": images_per_second,
+        "images_per_second_and_host": images_per_second / where.num_hosts,
+        "pixels_per_second_and_host": images_per_second / where.num_hosts * math.prod(size),
+    }
+
+
+def _count(*trees: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(trees))
+
+
+def _fit_evaluation(
+    plans: Plans, choice: Choice, memory: dict[str, int]
+) -> tuple[int, dict[str, int]]:
+    """The largest evaluation batch of at most what is asked that fits, and bytes by kind.
+
+    Beside the state, and the selected weights, which are evaluated at the end.
+    """
+    program = plans.program(choice)
+    kept = {kind: memory[kind] for kind in ("parameters", "optimizer", "average", "teacher")}
+    num_devices, selects = len(plans.where.devices), bool(plans.config.eval.select_split)
+
+    @functools.cache
+    def by_kind(size: int) -> dict[str, int]:
+        analysis = plans.eval_analysis(choice, size * num_devices)
+        if "refused" in analysis:
+            return {"refused": math.inf}
+        batch = footprint.bytes_of(program.batch_shapes(size * num_devices))
+        return kept | {
+            "selected weights": analysis["arguments"] - batch if selects else 0,
+            "batch": batch,
+            "activations and temporaries": analysis["temporaries"] + analysis["results"],
+            "programs": memory["program"] + analysis["program"],
+        }
+
+    most = plans.config.eval.batch_size // num_devices
+    sizes = list(_halved(most))
+    size = footprint.largest_fitting(
+        sizes,
+        lambda size: sum(by_kind(size).values()),
+        fixed=sum(kept.values()),
+        available=plans.where.usable,
+    )
+    if size is None:
+        raise UserError(
+            f"Training fits into the {plans.where.usable / 1e9:.2f} GB of each device, evaluation "
+            f"beside its state does not, even one image at a time. Set mesh.fsdp."
+        )
+    return size * num_devices, by_kind(size)
+
+
+def _halved(size: int) -> Iterator[int]:
+    while size:
+        yield size
+        size //= 2

@@ -1,0 +1,1 @@
+"""`python -m vitcls.predict`: class names and probabilities of image files."""

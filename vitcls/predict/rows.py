@@ -1,0 +1,259 @@
+"""Class names and probabilities of image files: which files, what they show, and the rows written.
+
+H W pixels, K classes.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from vitcls import inference
+from vitcls.data import images
+from vitcls.data.sources import image_files
+from vitcls.errors import UserError
+from vitcls.files import written_aside
+from vitcls.folders import ownership
+from vitcls.logs import progress
+from vitcls.step import eval_step, sharding
+
+log = logging.getLogger("vitcls")
+
+# {"image": path, "predictions": [{"label": ..., "probability": ...}, ...]}, the likeliest first,
+# or {"image": path, "error": why it cannot be read}.
+Row = dict[str, Any]
+
+_NUM_LOGGED = 10  # unreadable images; the output has them all
+
+
+def find_images(source: str) -> list[str]:
+    """Returns the paths that `--images` names, sorted; those of a list in its order.
+
+    Args:
+      source: A file; a folder, of which all images are taken, also in the folders below; a glob,
+        in which ** stands for any folders; or `@FILE` with one path per line, relative to FILE's
+        folder. Hidden files are taken only where they are named.
+
+    Raises:
+      UserError: there is nothing, or a folder may not be listed.
+    """
+    source = os.path.expanduser(source)
+    if source.startswith("@"):
+        paths = _read_list(Path(source[1:]).expanduser())
+    elif os.path.isdir(source):
+        listing = image_files.list_images(source, is_strict=False)
+        paths = [os.path.join(source, path) for path, _ in listing.images]
+        if listing.unused:
+            log.warning(
+                "%s: %d images. Not used: %s.",
+                source, len(paths), image_files.describe_unused(listing.unused),
+            )  # fmt: skip
+    elif os.path.exists(source):  # also a file with the name of a pattern, such as "a[1].jpg"
+        paths = [source]
+    else:
+        paths = image_files.match_pattern(source)
+    if not paths:
+        raise UserError(
+            f"--images={source} names no images; give a file, a folder with images, a pattern in "
+            "quotes such as 'photos/**/*.jpg', or @list.txt with one path per line."
+        )
+    return paths
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows begins them with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--images=@{path} is no list that can be read ({error}); write one path per line."
+        ) from error
+    return [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
+
+
+def predict_files(
+    checkpoint: str | Path, paths: list[str], *, top_k: int = 1, batch_size: int = 0
+) -> Iterator[Row]:
+    """Loads a checkpoint and compiles at once, then yields one row per path, in their order.
+
+    Args:
+      checkpoint: As `pretrained.load` takes it.
+      paths: One image file or more. What cannot be read costs nothing but its own row.
+      top_k: Number of classes in a row.
+      batch_size: Images at a time over all devices; 0: chosen by their memory.
+
+    Raises:
+      UserError: no such checkpoint, one without classes, or fewer classes than `top_k`; or, from
+        the rows, answers that are not finite.
+    """
+    model, variables, processor, mesh = inference.load_classifier(checkpoint)
+    names = tuple(processor.id2label.values())
+    if not 1 <= top_k <= len(names):
+        raise UserError(
+            f"--top_k={top_k} is out of range: the checkpoint has {len(names)} classes, so it must "
+            f"be from 1 to {len(names)}."
+        )
+    step, batch_size = inference.compile_step(
+        jax.jit(
+            eval_step.make_predict_step(processor.normalise, model.apply),
+            out_shardings=sharding.batch_sharding(mesh),
+        ),
+        variables,
+        jax.ShapeDtypeStruct((*processor.size, 3), np.uint8),
+        mesh=mesh,
+        num_images=len(paths),
+        batch_size=batch_size,
+    )
+
+    def start(chunk: list[tuple[str, np.ndarray | str]]) -> tuple[list, jax.Array]:
+        batch = np.zeros((batch_size, *processor.size, 3), np.uint8)
+        for row, (_, pixels) in enumerate(chunk):
+            if not isinstance(pixels, str):
+                batch[row] = pixels
+        return chunk, step(variables, sharding.to_global({"image": batch}, mesh)["image"])
+
+    def rows() -> Iterator[Row]:
+        pixels = _decode_ahead(paths, processor.pixels, num_ahead=2 * batch_size)
+        chunks = iter(lambda: list(itertools.islice(pixels, batch_size)), [])
+        # In pairs: the next batch is on its way to the devices before we wait for this one.
+        for (chunk, result), _ in itertools.pairwise(itertools.chain(map(start, chunks), [None])):
+            answers = np.asarray(result)[: len(chunk)]
+            shown = [row for row, (_, found) in enumerate(chunk) if not isinstance(found, str)]
+            inference.check_answers(answers[shown], [chunk[row][0] for row in shown].__getitem__)
+            for (path, found), probabilities in zip(chunk, answers, strict=True):
+                if isinstance(found, str):
+                    yield {"image": path, "error": found}
+                else:
+                    yield {"image": path, "predictions": _top(probabilities, names, top_k)}
+
+    return rows()
+
+
+def _decode_ahead(
+    paths: Iterable[str], transform: Callable[..., np.ndarray], *, num_ahead: int
+) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Yields each path with its pixels, or with why there are none; decodes in threads."""
+
+    def decode(path: str) -> tuple[str, np.ndarray | str]:
+        try:
+            with open(path, "rb") as file:
+                return path, transform(images.decode(file.read()))
+        except images.ImageError as error:
+            return path, str(error)
+        except OSError as error:
+            return path, f"Cannot be read: {error.strerror}."
+
+    pool = concurrent.futures.ThreadPoolExecutor(inference.NUM_THREADS)
+    pending = collections.deque()
+    try:
+        for path in paths:
+            pending.append(pool.submit(decode, path))
+            if len(pending) > num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _top(probabilities: np.ndarray, names: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
+    """The likeliest classes, the first of equals first."""
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    # Through text: the shortest number that is this float32.
+    return [{"label": names[i], "probability": float(str(probabilities[i]))} for i in order]
+
+
+def check_output(output: str) -> None:
+    """Raises `UserError` when rows could not be written there."""
+    if output == "-":
+        return
+    path = Path(output)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--output={output} must end in .csv or .jsonl, or be - for CSV here.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--output={output} is a folder, or in none that exists; name a file.")
+    ownership.check_file(
+        "--output", path,
+        is_own=lambda: ownership.has_keys(path, "image")
+        if path.suffix == ".jsonl"
+        else ownership.has_text(path, "image,label", at_start=True),
+    )  # fmt: skip
+
+
+def write_rows(rows: Iterable[Row], output: str, *, top_k: int, num_rows: int) -> int:
+    """Writes CSV or JSON lines, chosen by the suffix, and reports images that cannot be read.
+
+    The file appears when it is complete.
+
+    Args:
+      rows: What `predict_files` yields.
+      output: A path, or "-" for CSV to standard output.
+      top_k: Number of classes in a row.
+      num_rows: How many there are.
+
+    Returns:
+      The number of images that cannot be read.
+
+    Raises:
+      UserError: none can be read.
+    """
+    if output != "-":  # a bar would be drawn into rows that go to the same terminal
+        rows = progress.track(rows, "predict", total=num_rows)
+    num_bad = 0
+    with _whole_file(output) as file:
+        write = _jsonl_writer(file) if output.endswith(".jsonl") else _csv_writer(file, top_k)
+        for row in rows:
+            write(row)
+            if "error" in row:
+                num_bad += 1
+                if num_bad <= _NUM_LOGGED:
+                    log.warning("%s: %s", row["image"], row["error"])
+        if num_bad == num_rows:
+            raise UserError(
+                f"None of the {num_rows} images can be read, such as {row['image']}: {row['error']}"
+            )
+    return num_bad
+
+
+@contextlib.contextmanager
+def _whole_file(output: str) -> Iterator[TextIO]:
+    """A file that is renamed to `output` at the end, and removed if something comes between."""
+    escape = "surrogateescape"  # names of files may be of any bytes: they are written as they are
+    if output == "-":
+        # The rows are the same bytes as in a file, whatever the terminal can show.
+        sys.stdout.reconfigure(encoding="utf-8", errors=escape)
+        yield sys.stdout
+        return
+    with (
+        written_aside(Path(output)) as aside,
+        aside.open("w", encoding="utf-8", errors=escape, newline="") as file,
+    ):
+        yield file
+
+
+def _jsonl_writer(file: TextIO) -> Callable[[Row], Any]:
+    return lambda row: file.write(json.dumps(row) + "\n")
+
+
+def _csv_writer(file: TextIO, top_k: int) -> Callable[[Row], Any]:
+    writer = csv.writer(file, lineterminator="\n")
+    ranks = [""] if top_k == 1 else [f"_{rank}" for rank in range(1, top_k + 1)]
+    columns = [name + rank for rank in ranks for name in ("label", "probability")]
+    writer.writerow(["image", *columns, "error"])
+
+    def write(row: Row) -> None:
+        found = row.get("predictions", [{}] * top_k)
+        cells = [cell for one in found for cell in (one.get("label"), one.get("probability"))]
+        writer.writerow([row["image"], *cells, row.get("error")])
+
+    return write

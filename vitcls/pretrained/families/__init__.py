@@ -1,0 +1,1 @@
+"""One file per family of networks: its config and its key table."""

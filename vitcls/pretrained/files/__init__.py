@@ -1,0 +1,1 @@
+"""Formats of files that weights and configs are stored in."""

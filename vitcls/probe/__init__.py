@@ -1,0 +1,1 @@
+"""`python -m vitcls.probe`: cheap heads on features that are computed once."""

@@ -1,0 +1,109 @@
+r"""Fits cheap heads on a checkpoint's features: how good are they for these data?
+
+  python -m vitcls.probe --checkpoint=google/vit-base-patch16-224-in21k --data=folder:PATH \
+      --output=probed
+
+The network sees every image once; its pooled features are kept in OUTPUT/features, and what is
+there is not computed again. On them are fitted
+
+  knn    nearest neighbours by cosine similarity, weighted; k is chosen
+  ridge  linear regression in closed form; the regulariser is chosen
+  probe  softmax regression; learning rate and weight decay are chosen, five seeds each
+
+A part of train is held out, stratified, and chooses; the test split is read once, with what was
+chosen. OUTPUT/results.json has all figures, OUTPUT/model the checkpoint with the better linear head
+in Hugging Face format, for vitcls.evaluate, vitcls.predict and vitcls.export.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.errors import UserError
+from vitcls.files import make_folder
+from vitcls.folders import ownership
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Workdir, Hugging Face folder or hub id; a head it may have is not used."
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
+)
+_TRAIN_SPLIT = flags.DEFINE_string("train_split", "train", "Split to fit on and to choose with.")
+_SPLIT = flags.DEFINE_string("split", "test", "Split to measure on; of tfds, also slices.")
+_DATA_DIR = flags.DEFINE(
+    cli.PATH,
+    "data_dir",
+    "",
+    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
+)
+_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder for features, results and the new model.")
+_HOLDOUT = flags.DEFINE_float("holdout", 0.1, "Share of train that chooses, between 0 and 1.")
+_PER_CLASS = flags.DEFINE_integer(
+    "per_class", 0, "Examples of every class to fit on, after the hold-out; 0: all.", lower_bound=0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Which examples are held out and taken.")
+_EPOCHS = flags.DEFINE_integer("epochs", 100, "Passes of the linear probe.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
+)
+
+
+def main() -> None:
+    """Checks the flags, then probes."""
+    checkpoint, data, output = map(cli.required, (_CHECKPOINT, _DATA, _OUTPUT))
+    output = Path(output)
+    if _TRAIN_SPLIT.value == _SPLIT.value:
+        raise UserError(
+            f"--split={_SPLIT.value} is what is fitted on: name another split, or --train_split."
+        )
+    if (output / "model").exists() and not (output / "features").exists():
+        raise UserError(
+            f"--output={output} has a model of something else, which would be replaced; name "
+            "another folder."
+        )
+    ownership.check(
+        "--output", output, ["results.json", "model"],
+        is_own=lambda: ownership.has_keys(output / "results.json", "checkpoint", "methods"),
+    )  # fmt: skip
+    # These import jax: only once the flags are known to be right.
+    from vitcls.data import sources
+    from vitcls.data.sources import classes
+    from vitcls.data.sources.split import num_shared
+    from vitcls.probe import fitting
+    from vitcls.run import seen
+
+    cli.prepare_jax()
+    (train, _), (test, known) = (
+        seen.open_split(checkpoint, data, name, data_dir=_DATA_DIR.value or None)
+        for name in (_TRAIN_SPLIT.value, _SPLIT.value)
+    )
+    test = classes.align(train, test)
+    if shared := num_shared(test, train):
+        raise UserError(
+            f"--split={_SPLIT.value} shares {shared} of its {len(test)} images with --train_split="
+            f"{_TRAIN_SPLIT.value}, which is fitted on: name splits of different images."
+        )
+    train, validation = sources.hold_out(train, _HOLDOUT.value, seed=_SEED.value)
+    if _PER_CLASS.value:
+        train = sources.take_per_class(train, _PER_CLASS.value, seed=_SEED.value)
+    make_folder(output, flag="--output")
+    content = fitting.probe(
+        checkpoint,
+        {"train": train, "validation": validation, "test": test},
+        output,
+        num_epochs=_EPOCHS.value,
+        batch_size=_BATCH_SIZE.value,
+        trained_on=seen.count_and_warn(known, test, data),
+    )
+    print(fitting.table(content))
+    model = content["model"]
+    print(
+        f"{test.name} accuracy {model['test_accuracy']:.4f} ({len(test)} images) with the head of "
+        f"{model['method']} -> {output / 'model'}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

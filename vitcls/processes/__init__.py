@@ -1,0 +1,1 @@
+"""Several processes, the signals and the watchdog that end them, and their memory."""

@@ -1,0 +1,77 @@
+"""Fields that follow from data, checkpoint and devices."""
+
+import math
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vitcls.config.checks import check_num_steps, cycle_lengths
+from vitcls.config.parse import read_class_weights
+from vitcls.config.saved import read_saved_config
+from vitcls.errors import UserError
+
+# Below so many training images BiT-HyperRule trains for 500 steps.
+_SMALL_DATA = 20_000
+
+# Between evaluations where eval.every_steps leaves it open.
+_MIN_EVERY_STEPS = 50
+
+
+def resolve(
+    config: ConfigDict,
+    *,
+    num_train: int,
+    image_size: tuple[int, int],
+    num_devices: int,
+    begun: Path | None = None,
+) -> ConfigDict:
+    """Returns a copy with what follows from data, checkpoint and devices filled in.
+
+    What the config leaves open was chosen when a run began: `begun`, the workdir of a run that is
+    continued, has it.
+    """
+    config = ConfigDict(config.to_dict())
+    saved = read_saved_config(begun / "config.json") if begun is not None else None
+    if saved is not None and config.train.micro_batch == 0:
+        config.train.micro_batch = saved.train.micro_batch or 0
+    batch_size = config.train.global_batch_size
+    if batch_size % num_devices:
+        below = batch_size // num_devices * num_devices
+        use = f"{below} or {below + num_devices}" if below else f"{num_devices}"
+        raise UserError(
+            f"train.global_batch_size={batch_size} is not divisible by {num_devices} devices; "
+            f"use {use}."
+        )
+    if config.train.total_epochs:
+        total_steps = math.ceil(config.train.total_epochs * num_train / batch_size)
+        config.train.update(total_steps=total_steps, total_epochs=0.0)
+    if config.optim.warmup_steps is None:
+        planned = planned_warmup(cycle_lengths(config)[0], num_train=num_train)
+        config.optim.warmup_steps = planned if saved is None else saved.optim.warmup_steps
+    if config.eval.every_steps is None:
+        planned = max(config.train.total_steps // 10, _MIN_EVERY_STEPS)
+        planned = planned if saved is None else saved.eval.every_steps
+        config.eval.every_steps = planned if config.eval.select_split else 0
+    check_num_steps(config)
+    if config.optim.lr_batch_size:
+        factor = batch_size / config.optim.lr_batch_size
+        config.optim.update(lr=config.optim.lr * factor, lr_batch_size=0)
+        if config.adapt.probe_lr is not None:
+            config.adapt.probe_lr *= factor
+    eval_batch_size = config.eval.batch_size or batch_size
+    config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
+    config.loss.class_weights = read_class_weights(config.loss.class_weights)
+    config.data.image_size = tuple(config.data.image_size or image_size)
+    return config
+
+
+def planned_warmup(num_steps: int, *, num_train: int) -> int:
+    """Returns the warm-up of so many steps where `optim.warmup_steps` leaves it open.
+
+    The numbers are those of BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3),
+    100 of 500 steps for small data and 500 of 10 000 or more for others, with the shares that
+    google-research/vision_transformer's README has for shorter training: 50 of 500, 100 of 1000.
+    """
+    if num_train < _SMALL_DATA:
+        return min(num_steps // 5, 100)
+    return min(num_steps // 10, 500)

@@ -1,0 +1,176 @@
+"""The images that a run has seen, kept in its workdir as hashes of their ids: `seen.npz`.
+
+They tell later, for any split of the same data, how many of its images were trained on: also when
+files have been added since, and where the data have been moved.
+
+N images.
+"""
+
+import dataclasses
+import logging
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from vitcls.config.saved import read_saved_config
+from vitcls.data import sources
+from vitcls.data.sources.split import Split, hash_ids
+from vitcls.errors import StorageError, UserError
+from vitcls.files import written_aside
+from vitcls.pretrained.run import find_run
+from vitcls.run import records, splits
+
+log = logging.getLogger("vitcls")
+
+_FILE = "seen.npz"
+_TRAIN = "train"  # in the file; what was evaluated is there as evaluated/NAME
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a run has seen.
+
+    Attributes:
+      home: What its ids are unique in, see `sources.home`.
+      train: `Split.hashes` of the images that were trained on.
+      evaluated: The same of each split that was evaluated.
+      division: By what the run's data are divided, see `vitcls.data.sources.division`.
+    """
+
+    home: str
+    train: np.ndarray
+    evaluated: dict[str, np.ndarray]
+    division: str = "hash"
+
+    def num_trained_on(self, split: Split, source: str) -> int:
+        """Returns how many images of a source's split were trained on."""
+        return int(np.isin(self._hashes(split, source), self.train).sum())
+
+    def num_evaluated(self, split: Split, source: str, name: str) -> int:
+        """Returns how many images of a source's split the run evaluated under this name."""
+        known = self.evaluated.get(name, np.zeros(0, np.uint64))
+        return int(np.isin(self._hashes(split, source), known).sum())
+
+    def num_new(self, split: Split, source: str) -> int:
+        """Returns how many images of a source's split the run has not seen at all."""
+        known = np.concatenate([self.train, *self.evaluated.values()])
+        return int((~np.isin(self._hashes(split, source), known)).sum())
+
+    def _hashes(self, split: Split, source: str) -> np.ndarray:
+        """The split's hashes, of ids as the run had them."""
+        home = sources.home(source)
+        if home == self.home:
+            return split.hashes()
+        # The same files, whose paths the source has relative to a folder above or below.
+        start = os.path.join(self.home, "")
+        paths = (os.path.normpath(os.path.join(home, split.id(i))) for i in range(len(split)))
+        return hash_ids(path.removeprefix(start) for path in paths)
+
+
+def write(
+    workdir: Path, source: str, train: Split, evaluated: dict[str, Split], *, division: str
+) -> None:
+    """Writes what a run sees of a source."""
+    arrays = {f"evaluated/{name}": split.hashes() for name, split in evaluated.items()}
+    arrays[_TRAIN] = train.hashes()
+    with written_aside(workdir / _FILE) as aside, aside.open("wb") as file:
+        np.savez(file, home=sources.home(source), division=division, **arrays)
+
+
+def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) -> Seen | None:
+    """Finds what the run of a checkpoint has seen of a source.
+
+    Of a run that has left no list, its data are opened again.
+
+    Args:
+      checkpoint: As `pretrained.load` takes it.
+      source: The data set whose images are to be looked for.
+      data_dir: Folder of all tfds data.
+
+    Returns:
+      None if it is not known: the checkpoint is not a run's, the source is another one than the
+      run's, or the run's data have changed and it left no list.
+    """
+    run = find_run(checkpoint)
+    if run is None:
+        return None
+    known = _read(run.directory / _FILE)
+    if known is not None and _is_within(known.home, sources.home(source)):
+        return known
+    try:
+        config = read_saved_config(run.directory / "config.json")
+    except UserError:  # weights are worth evaluating without it
+        return None
+    config.data.update(cache="", data_dir=data_dir or config.data.data_dir)
+    own = config.data.source
+    # The source may be the run's data in another place; ids are relative to it.
+    for place in dict.fromkeys([source, *([own] if known is None else [])]):
+        if place == own and not _is_within(sources.home(own), sources.home(source)):
+            continue
+        config.data.source = place
+        try:
+            train, evaluated = splits.open_splits(config, begun=True)
+        except (UserError, StorageError):
+            continue
+        if records.recorded_fingerprints(run.directory).get(train.name) == train.fingerprint:
+            evaluated = {name: split.hashes() for name, split in evaluated.items()}
+            return Seen(sources.home(place), train.hashes(), evaluated, config.data.division)
+    if _is_within(sources.home(own), sources.home(source)):
+        log.warning(
+            "%s has no %s, and its data are not what they were: which of these images it was "
+            "trained on is not known.", run.directory, _FILE,
+        )  # fmt: skip
+    return None
+
+
+def open_split(
+    checkpoint: str, source: str, name: str, *, data_dir: str | None = None
+) -> tuple[Split, Seen | None]:
+    """Opens a split divided as for the run of a checkpoint, and returns what that has seen."""
+    seen = find(checkpoint, source, data_dir=data_dir)
+    division = seen.division if seen is not None else "hash"
+    return sources.open_split(source, name, data_dir=data_dir, division=division), seen
+
+
+def count_and_warn(seen: Seen | None, split: Split, source: str) -> int | None:
+    """Returns how many images of a split a checkpoint was trained on; None: it is not known.
+
+    Warns of them, and of images that the data have got since.
+    """
+    if seen is None:
+        return None
+    if trained_on := seen.num_trained_on(split, source):
+        log.warning(
+            "%d of the %d images of %r are ones that the checkpoint was trained on: how good it is "
+            "with new images they do not say.", trained_on, len(split), split.name,
+        )  # fmt: skip
+    num_new = seen.num_new(split, source)
+    if split.name in seen.evaluated and 0 < num_new < len(split):
+        log.warning(
+            "%r has changed since the run of this checkpoint: %d of its %d images are new, and "
+            "were %d then.", split.name, num_new, len(split), len(seen.evaluated[split.name]),
+        )  # fmt: skip
+    return trained_on
+
+
+def _read(path: Path) -> Seen | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        home, division = str(arrays.pop("home")), str(arrays.pop("division"))
+        train = arrays.pop(_TRAIN)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or damaged
+        return None
+    evaluated = {name.removeprefix("evaluated/"): array for name, array in arrays.items()}
+    return Seen(home, train, evaluated, division)
+
+
+def _is_within(one: str, other: str) -> bool:
+    """Whether the homes are one, or one folder is in the other."""
+    return one == other or (
+        os.path.isabs(one)
+        and os.path.isabs(other)
+        and os.path.commonpath([one, other]) in (one, other)
+    )

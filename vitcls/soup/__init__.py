@@ -1,0 +1,1 @@
+"""`python -m vitcls.soup`: means of several checkpoints."""

@@ -1,0 +1,112 @@
+"""Averages weights of checkpoints: uniform soups, greedy soups and WiSE-FT.
+
+  python -m vitcls.soup --checkpoints='runs/seed-*' --how=uniform --output=soup
+  python -m vitcls.soup --checkpoints=runs/a,runs/b@best,runs/c@900 --how=greedy --output=soup
+  python -m vitcls.soup --checkpoints=runs/a --how=wise --output=soup
+
+--how=uniform: the mean of all weights.
+--how=greedy: from the best checkpoint to the worst, each stays if the mean with it is as good.
+--how=wise: WiSE-FT, the best of eleven points between the pretrained weights and those of one
+checkpoint; with --alpha that point, and nothing is evaluated.
+
+Checkpoints are workdirs (DIR, DIR@best, DIR@last, DIR@STEP, or DIR@all for all that a run keeps),
+folders in Hugging Face format, hub ids, or patterns of folders in quotes. They must be the same
+network with the same classes. Where a run averaged its weights (optim.ema_decay) these are taken.
+
+What chooses is the split that the runs chose their best checkpoints on. Images that a run was
+trained on are refused, and so are those of its data.eval_splits.
+
+--output is then a folder in Hugging Face format, which evaluate, predict, export and the next
+training take, with soup.json, the record of what was tried. docs/recipes.md says when to use which.
+"""
+
+from absl import flags
+
+from vitcls import cli
+from vitcls.config.fields import SELECT_METRICS
+from vitcls.errors import UserError
+
+_CHECKPOINTS = flags.DEFINE_string("checkpoints", None, "Checkpoints, separated by commas.")
+_HOW = flags.DEFINE_enum("how", None, ["uniform", "greedy", "wise"], "uniform|greedy|wise.")
+_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder to make; if it exists, it must be empty.")
+_DATA = flags.DEFINE_string(
+    "data", "", "Data set that chooses, such as digits or folder:PATH; empty: that of the runs."
+)
+_SPLIT = flags.DEFINE_string(
+    "split", "",
+    "Its split; empty: the one that the runs chose on, such as holdout, which is what a run held "
+    "out of its training images.",
+)  # fmt: skip
+_DATA_DIR = flags.DEFINE(
+    cli.PATH, "data_dir", "", "Where prepared data sets are kept; empty: where the runs had them."
+)
+_ALLOW_EVAL_SPLIT = flags.DEFINE_bool(
+    "allow_eval_split", False,
+    "Whether images of the runs' data.eval_splits may choose; they cannot measure what comes out.",
+)  # fmt: skip
+_METRIC = flags.DEFINE_enum("metric", "accuracy", SELECT_METRICS, "What chooses.")
+_LABELS = flags.DEFINE_enum(
+    "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
+)
+_ON_ERROR = flags.DEFINE_enum(
+    "on_error", "raise", ["raise", "skip"],
+    "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
+)  # fmt: skip
+_ALPHA = flags.DEFINE_float(
+    "alpha", None,
+    "Of wise: the point on the line, from 0, pretrained, to 1, fine-tuned; the paper recommends "
+    "0.5 where nothing can choose. Not set: the best of 0, 0.1, ... 1.",
+    lower_bound=0, upper_bound=1,
+)  # fmt: skip
+_PRETRAINED = flags.DEFINE_string(
+    "pretrained", "", "Of wise: the pretrained checkpoint; empty: the one that the run names."
+)
+
+_SELECTION = (
+    _DATA, _SPLIT, _DATA_DIR, _ALLOW_EVAL_SPLIT, _METRIC, _LABELS, _BATCH_SIZE, _ON_ERROR,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Checks the flags, then makes the soup."""
+    checkpoints, how, output = map(cli.required, (_CHECKPOINTS, _HOW, _OUTPUT))
+    if how != "wise":
+        _refuse((_ALPHA, _PRETRAINED), f"is of --how=wise only, and --how={how}")
+    if how == "uniform" or _ALPHA.value is not None:
+        _refuse(
+            _SELECTION,
+            "chooses nothing here: uniform soups, and WiSE-FT with --alpha, evaluate nothing "
+            f"(python -m vitcls.evaluate --checkpoint={output} does)",
+        )
+    from vitcls.soup import mixing  # imports jax: only once the flags are known to be right
+
+    cli.prepare_jax()
+    record = mixing.make(
+        checkpoints,
+        how=how,
+        output=output,
+        start=_PRETRAINED.value,
+        alpha=_ALPHA.value,
+        metric=_METRIC.value,
+        on_error=_ON_ERROR.value,
+        labels=_LABELS.value,
+        batch_size=_BATCH_SIZE.value,
+        source=_DATA.value,
+        split=_SPLIT.value,
+        data_dir=_DATA_DIR.value,
+        allow_eval_split=_ALLOW_EVAL_SPLIT.value,
+    )
+    print(f"{mixing.describe(record)} -> {output}")
+
+
+def _refuse(unused: tuple[flags.FlagHolder, ...], why: str) -> None:
+    for flag in unused:
+        if flag.present:
+            raise UserError(f"--{flag.name}={flag.value} {why}; leave it out.")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""The training and evaluation step: state, losses, metrics, optimizer, sharding."""
