@@ -369,9 +369,9 @@ def skip(batch, *rows):
     [
         (1, 1, {}),
         (8, 1, {}),
-        (2, 4, {}),
-        (1, 1, {"remat": "full"}),
-        (8, 1, {"dtype": jnp.bfloat16}),
+        pytest.param(2, 4, {}, marks=pytest.mark.slow),
+        pytest.param(1, 1, {"remat": "full"}, marks=pytest.mark.slow),
+        pytest.param(8, 1, {"dtype": jnp.bfloat16}, marks=pytest.mark.slow),
     ],
     ids=["1", "8", "2 x 4", "remat", "bfloat16"],
 )
@@ -385,7 +385,7 @@ def test_skipped_images_are_in_no_batch_statistics(data, fsdp, options, monkeypa
     assert_close(gradient_step(model, skipped, data=data, fsdp=fsdp), expected, atol=atol)
 
 
-@pytest.mark.parametrize("data", [1, 8])
+@pytest.mark.parametrize("data", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("rows", [(5,), (9, 25)], ids=["one image", "a whole pass"])
 def test_skipped_images_are_in_no_statistics_of_a_pass(data, rows):
     """Each pass is as if it had been made without them; one without images moves nothing."""
