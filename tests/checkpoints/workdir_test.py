@@ -19,15 +19,17 @@ def test_a_run_is_finished_by_its_last_step(tmp_path):
     assert workdir.finished_results(20) is None
     workdir.finish({"step": 20})
     assert workdir.finished_results(20) == {"step": 20}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     # A longer run has more to do.
     assert workdir.finished_results(30) is None
 
 
-def test_results_that_cannot_be_read_are_set_aside(tmp_path):
+@pytest.mark.parametrize("left", ["", '{"step": 2', "[]"])
+def test_results_that_are_cut_are_set_aside(left, tmp_path):
     workdir = Workdir(tmp_path)
-    workdir.results.write_text('{"step": 2')
+    workdir.results.write_text(left)
     assert workdir.finished_results(20) is None
-    assert (tmp_path / "results.json.unreadable").exists() and not workdir.results.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json.unreadable"]
 
 
 def test_folders_of_others_are_refused(tmp_path):

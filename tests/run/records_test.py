@@ -26,13 +26,6 @@ def test_last_line_names_the_evaluated_splits_only():
     assert line == "test accuracy 0.9806 (360 images) in 61 s -> runs/quickstart"
 
 
-def test_results_are_absent_until_written_and_come_back(tmp_path):
-    assert records.read_results(tmp_path) is None
-    write_json(tmp_path / "results.json", RESULTS)
-    assert records.read_results(tmp_path) == RESULTS
-    assert os.listdir(tmp_path) == ["results.json"]
-
-
 def test_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
@@ -81,13 +74,6 @@ def test_a_manifest_that_is_lost_or_cut_is_made_again(left, tmp_path):
     content = json.loads(path.read_text())
     assert content["rebuilt"] and content["pretrained"]["source"] == "google/vit"
     assert [entry["step"] for entry in content["continued"]] == [10]
-
-
-@pytest.mark.parametrize("left", ["", '{"step": 8', "[]"])
-def test_results_that_are_cut_count_as_none_and_are_kept(left, tmp_path):
-    (tmp_path / "results.json").write_text(left)
-    assert records.read_results(tmp_path) is None
-    assert os.listdir(tmp_path) == ["results.json.unreadable"]
 
 
 def test_a_continuation_with_other_settings_of_jax_says_so(tmp_path, monkeypatch, caplog):

@@ -344,9 +344,9 @@ def _take_note(
     elif bad:
         name, reason = bad[0]
         raise UserError(
-            f"Example {name} of split {source.split.name!r} cannot be used: {reason} Mend it or "
-            "take it out of the data set, or go on without it: data.on_error='skip' in training, "
-            "--on_error=skip in evaluation."
+            f"Example {name} of split {source.split.name!r} cannot be used: {reason} Fix it or "
+            "take it out of the data set. Training and vitcls.evaluate can continue without it: "
+            "data.on_error='skip' and --on_error=skip."
         )
 
 

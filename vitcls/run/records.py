@@ -157,11 +157,6 @@ def save_predictions(path: Path, *, labels: np.ndarray, logits: np.ndarray, ids:
         np.savez_compressed(file, labels=labels, logits=logits, ids=np.asarray(ids))
 
 
-def read_results(workdir: Path) -> dict[str, Any] | None:
-    """Returns `results.json`; None: the run has not ended, or has to evaluate again."""
-    return read_or_set_aside(workdir / "results.json")
-
-
 def count_images(summary: dict[str, Any]) -> str:
     """Returns `360 images`, or `359 images, 1 skipped`, of a split's metrics."""
     skipped = f", {summary['num_skipped']} skipped" if summary.get("num_skipped") else ""

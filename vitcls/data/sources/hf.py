@@ -244,8 +244,15 @@ def _few_values(table: Any, column: str) -> set[str]:
 def _column_splits(table: Any, column: str) -> tuple[list[str], str]:
     """The split of every row by a column, and a text that says which there are."""
     values = table.select_columns([column])[:][column]
+    for row, value in enumerate(values):
+        # Such a row would be in no split, and nothing would say so.
+        if value is None or value == "":
+            raise UserError(
+                f"Row {row} has nothing in column {column!r}, which tells the splits. Fill it, or "
+                "say ?split= to divide the rows anew."
+            )
     names = getattr(table.features[column], "names", None)
-    values = [str(names[value] if names and value is not None else value) for value in values]
+    values = [str(names[value] if names else value) for value in values]
     if role := split_roles.flag_role(column, set(values)):
         values = [split_roles.flag_split(role, value) for value in values]
     splits = split_roles.offered(dict.fromkeys(values))
