@@ -28,6 +28,7 @@ from vitcls import cli
 from vitcls.files import expand, make_folder
 from vitcls.folders import ownership
 from vitcls.folders.ownership import has_text
+from vitcls.folders.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -81,7 +82,7 @@ def main() -> None:
     asked = resources.from_flags()
     commands.check(config, here=place == "local")
     if is_here:
-        ownership.check_run(Path(workdir))
+        Workdir(workdir).check_own()
     python = sys.executable if is_here else "python"
     command = [
         *(python, "-m", "vitcls.main", f"--config={flags.FLAGS['config'].config_filename}"),

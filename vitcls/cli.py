@@ -115,7 +115,7 @@ def prepare_jax() -> None:
     """
     import jax  # not at the top: `--help` should not wait for it
 
-    from vitcls.step import devices
+    from vitcls.processes import devices
 
     devices.check_settings()
     cache = user_folders.cache()

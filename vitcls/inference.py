@@ -20,6 +20,7 @@ from vitcls import pretrained
 from vitcls.costs import footprint
 from vitcls.errors import NotFinite, UserError
 from vitcls.logs import parameters, progress
+from vitcls.processes.devices import start_devices
 from vitcls.step import sharding
 
 PyTree = Any
@@ -46,7 +47,7 @@ def load_classifier(
             f"--checkpoint={checkpoint} has no head, and so no classes; fine-tune it first: "
             f"python -m vitcls.main --config=... --config.model.pretrained={checkpoint}"
         )
-    mesh = sharding.make_mesh(-1, 1)
+    mesh = sharding.make_mesh(-1, 1, devices=start_devices())
     return model, jax.device_put(variables, sharding.replicated(mesh)), processor, mesh
 
 

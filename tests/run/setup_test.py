@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from vitcls import pretrained, train
 from vitcls.checkpoints.manager import Checkpoints
 from vitcls.config.fields import default_config
-from vitcls.config.saved import check_same_run
 from vitcls.errors import UserError
 from vitcls.models import vit_config
 from vitcls.pretrained.files import formats
-from vitcls.run import continuing, network, splits, warnings
+from vitcls.provenance import continuing
+from vitcls.provenance.saved_config import check_same_run, read_saved_config
+from vitcls.run import network, splits, warnings
 from vitcls.run.program import with_fields
 from vitcls.run.resolve import resolve
 
@@ -259,7 +260,7 @@ def test_images_that_are_trained_on_are_refused_elsewhere(
     config.eval.select_split = select
     with pytest.raises(UserError, match=re.escape(message)):
         splits.open_splits(config)
-    splits.open_splits(config, begun=True)
+    splits.open_splits(config, is_continued=True)
     assert message in caplog.text and "The run began so, and continues." in caplog.text
 
 
@@ -321,7 +322,7 @@ def test_what_was_left_open_is_kept_by_a_run_that_is_continued(tmp_path):
     del old.optim.restarts
     save_config(old, tmp_path)
     config.train.total_steps = 2000
-    resolved = resolved_of(config, begun=tmp_path)
+    resolved = resolved_of(config, saved=read_saved_config(tmp_path / "config.json"))
     assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (77, 33)
     check_same_run(resolved, tmp_path / "config.json")
     # As a sweep asks, which leaves them open.
@@ -353,7 +354,7 @@ def test_a_run_that_is_lengthened_says_what_its_rate_does(fields, message, tmp_p
     config.optim.update(lr=5e-4, warmup_steps=100)
     save_config(config, tmp_path)
     config = with_fields(config, fields)
-    found = warnings.rate_changes(config, tmp_path / "config.json", step=990)
+    found = continuing.rate_changes(config, tmp_path / "config.json", step=990)
     assert len(found) == (message is not None) and (message or "") in "".join(found)
 
 
@@ -362,11 +363,11 @@ def test_a_run_that_began_with_another_step_schedule_says_so(tmp_path):
     config.train.total_steps = 1000
     config.optim.update(schedule="step", warmup_steps=100)
     save_config(config, tmp_path)
-    assert not warnings.rate_changes(config, tmp_path / "config.json", step=320)
+    assert not continuing.rate_changes(config, tmp_path / "config.json", step=320)
     old = config.copy_and_resolve_references()
     del old.optim.restarts
     save_config(old, tmp_path)
-    (warning,) = warnings.rate_changes(config, tmp_path / "config.json", step=320)
+    (warning,) = continuing.rate_changes(config, tmp_path / "config.json", step=320)
     assert "this run began when it did so at those of what follows the warm-up" in warning
     assert warning.endswith("It continues with a learning rate of 1e-05.")
 
@@ -476,8 +477,9 @@ def test_l2_sp_keeps_the_weights_it_began_with(make_checkpoint, digits_dir, tmp_
 def test_a_trained_batch_norm_keeps_its_passes(batch_norm, batch_stats, is_refused):
     config = default_config()
     config.model.batch_norm = batch_norm
-    program = SimpleNamespace(num_passes=2, state_shapes=SimpleNamespace(batch_stats=batch_stats))
-    continuing.check_same_passes(2, program, config)
+    shapes = SimpleNamespace(batch_stats=batch_stats)
+    program = SimpleNamespace(num_passes=2, state_shapes=shapes, config=config)
+    continuing.check_same_passes(2, program)
     message = "began with 4 passes per step and would go on with 2"
     with pytest.raises(UserError, match=message) if is_refused else contextlib.nullcontext():
-        continuing.check_same_passes(4, program, config)
+        continuing.check_same_passes(4, program)

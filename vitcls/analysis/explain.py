@@ -74,7 +74,7 @@ def main() -> None:
             f"Pictures need {error.name}: pip install -r requirements-analysis.txt"
         ) from error
     from vitcls.predict import rows
-    from vitcls.run import seen
+    from vitcls.provenance import seen
 
     if _DATA.value:
         split, _ = seen.open_split(

@@ -10,6 +10,7 @@ from PIL import Image
 from vitcls.analysis import figures
 from vitcls.analysis.predictions import Predictions
 from vitcls.analysis.run import Run, restored_config
+from vitcls.folders.workdir import Workdir
 
 log = logging.getLogger("vitcls")
 
@@ -113,7 +114,7 @@ def open_images(
     if not run.config:
         return nothing, "The images cannot be shown: config.json, which names them, is missing."
     try:
-        _, evaluated = splits.open_splits(restored_config(run.config), begun=True)
+        _, evaluated = splits.open_splits(restored_config(run.config), is_continued=True)
         if split_name not in evaluated:
             return nothing, "The images cannot be shown: config.json does not evaluate this split."
         split = evaluated[split_name]
@@ -140,6 +141,7 @@ def _read(split, index: int | None) -> Image.Image | None:
 def augmented(run: Run) -> tuple[list[Tile], str]:
     """The first training images as the network saw them, and why there are none, or ""."""
     from vitcls.check_data import checks
+    from vitcls.run.opened import Begun
 
     if not run.config:
         return [], "Training images cannot be shown: config.json, which names them, is missing."
@@ -147,7 +149,8 @@ def augmented(run: Run) -> tuple[list[Tile], str]:
         config = restored_config(run.config)
         # The first rows of a batch are the same whatever its size: the rest need not be made.
         config.train.global_batch_size = min(config.train.global_batch_size, 2 * NUM_SHOWN)
-        begun = run.workdir if (run.workdir / "model" / "config.json").is_file() else None
+        model = Workdir(run.workdir).model
+        begun = Begun(config, model) if (model / "config.json").is_file() else None
         shown = checks.training_images(config, num=NUM_SHOWN, begun=begun)
     except Exception as error:
         log.warning("Training images cannot be shown: %s", error)

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from vitcls.analysis import predictions
 from vitcls.config.fields import default_config
 from vitcls.config.parse import flatten
-from vitcls.config.saved import restore_config
 from vitcls.errors import UserError
+from vitcls.provenance.saved_config import restore_config
 
 _FILES = ("config.json", "manifest.json", "metrics.jsonl", "results.json", "predictions")
 

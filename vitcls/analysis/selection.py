@@ -19,7 +19,7 @@ from vitcls.data import sources
 from vitcls.data.sources.split import Split
 from vitcls.errors import NotFinite, StorageError, UserError
 from vitcls.probe import features as features_lib
-from vitcls.run import seen
+from vitcls.provenance import seen
 
 log = logging.getLogger("vitcls")
 

@@ -17,17 +17,16 @@ from PIL import Image
 
 from vitcls.check_data.contact_sheet import contact_sheet
 from vitcls.check_data.survey import Facts, find_duplicates, survey
-from vitcls.data import loader, sources
+from vitcls.data import sources
 from vitcls.data.skipped import Skipped
 from vitcls.data.sources import classes
 from vitcls.data.sources.files import show
 from vitcls.data.sources.split import check_no_class_is_empty, num_shared
 from vitcls.errors import UserError
 from vitcls.logs.progress import doing
-from vitcls.run import network, resolve
-from vitcls.run.program import make_program
+from vitcls.run.opened import Begun, open_run
+from vitcls.run.program import with_fields
 from vitcls.run.splits import open_splits
-from vitcls.step import sharding
 
 Report = dict[str, Any]
 
@@ -326,51 +325,32 @@ def draw_training(config: ConfigDict) -> Image.Image:
 
 
 def training_images(
-    config: ConfigDict, *, num: int, begun: Path | None = None
+    config: ConfigDict, *, num: int, begun: Begun | None = None
 ) -> list[tuple[Image.Image, str]]:
     """The first images, at most `num`, as the network sees them, each with its target.
 
     Args:
       config: The run's.
       num: How many; whole batches are made for them.
-      begun: The workdir of a run with this config, whose network it is, if there is one.
+      begun: What the run chose when it began, if there is one with this config.
 
     Images that training would skip are left out.
 
     Raises:
       UserError: What training with this config would raise at its start.
     """
-    config = config.copy_and_resolve_references()
-    config.data.cache = ""  # which would have to be filled first
-    train, _ = open_splits(config, begun=begun is not None)
-    _, model_config, processor = network.open_model(config, train.class_names, begun=begun)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    config = resolve.resolve(
-        config, num_train=len(train), image_size=processor.size, num_devices=mesh.size
-    )
-    program = make_program(
-        config,
-        model_config,
-        processor,
-        mesh,
-        class_names=train.class_names,
-        class_counts=train.class_counts(),
-    )
+    # A cache would have to be filled first, and few images need no worker processes.
+    config = with_fields(config, {"data.cache": "", "data.num_workers": 0})
+    run = open_run(config, begun=begun)
+    config, processor, train = run.config, run.processor, run.train_split
+    program = run.make_program()
     num_steps = min(-(-num // config.train.global_batch_size), config.train.total_steps)
     floor = config.loss.label_smoothing / len(train.class_names)
     tiles = []
     with tempfile.TemporaryDirectory() as folder:
-        batches = loader.train_batches(
-            train,
-            global_batch_size=config.train.global_batch_size,
-            start_step=0,
-            total_steps=num_steps,
-            seed=config.train.seed,
-            sampling=config.data.sampling,
-            transform=network.train_transform(config, processor),
-            num_threads=config.data.num_threads,
-            skipped=Skipped(Path(folder, "skipped")) if config.data.on_error == "skip" else None,
-        )
+        is_skipping = config.data.on_error == "skip"
+        skipped = Skipped(Path(folder, "skipped")) if is_skipping else None
+        batches = run.train_batches(0, skipped=skipped, total_steps=num_steps)
         for step, batch in enumerate(batches):
             images, targets, weights = jax.device_get(program.prepare(step, batch))
             pixels = (images * processor.std + np.asarray(processor.mean)) / processor.rescale

@@ -3,6 +3,10 @@
 import dataclasses
 from typing import Any
 
+import jax
+
+from vitcls.step.train_step import TrainState
+
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
@@ -29,6 +33,26 @@ class Saved:
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
     skips: dict[str, int] = dataclasses.field(default_factory=dict)
     num_empty: int = 0
+
+    def after(
+        self,
+        state: TrainState,
+        window: list[dict[str, float]],
+        *,
+        seconds: float,
+        speed: float | None,
+        lacks_score: bool,
+    ) -> "Saved":
+        """Returns the progress that `state` is at, so many seconds after this one."""
+        return dataclasses.replace(
+            self,
+            lacks_score=lacks_score,
+            seconds=self.seconds + seconds,
+            images_per_second=speed,
+            window=window,
+            skips=jax.tree.map(int, state.skips),
+            num_empty=int(state.num_empty),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields by name, as JSON can hold them."""

@@ -76,7 +76,8 @@ def main() -> None:
     # These import jax: only once the flags are known to be right.
     from vitcls.data.skipped import Skipped
     from vitcls.evaluate import exact
-    from vitcls.run import records, seen
+    from vitcls.provenance import records, seen
+    from vitcls.provenance.results import count_images
 
     cli.prepare_jax()
     split, known = seen.open_split(checkpoint, data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
@@ -107,7 +108,7 @@ def main() -> None:
         )
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
-    print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})")
+    print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({count_images(metrics)})")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from vitcls.export import model_card
 from vitcls.files import folder_aside, write_json
 from vitcls.pretrained.files import formats
 from vitcls.pretrained.run import find_run
-from vitcls.step.devices import start_devices
+from vitcls.processes.devices import start_devices
 from vitcls.step.eval_step import make_predict_step
 
 log = logging.getLogger("vitcls")

@@ -17,7 +17,7 @@ from vitcls import pretrained
 from vitcls.config.fields import RUN_FIELDS, default_config
 from vitcls.config.parse import flatten
 from vitcls.files import read_json
-from vitcls.run import records
+from vitcls.provenance.results import count_images
 
 # Shown whatever their values; of the others those that differ from the defaults.
 _RECIPE = (
@@ -179,7 +179,7 @@ def _results(origin: Origin) -> list[str]:
     rows = [
         (
             split + (", which chose the step" if split == origin.select_split else ""),
-            records.count_images(summary),
+            count_images(summary),
             *(f"{summary[metric]:.4f}" for metric in metrics),
         )
         for split, summary in origin.splits.items()

@@ -74,7 +74,7 @@ def main() -> None:
 
     import jax  # with the environment prepared, and only once the flags are known to be right
 
-    from vitcls.plan import planning
+    from vitcls.plan import planning, slices
     from vitcls.plan.table import format_plan
 
     cli.prepare_jax()
@@ -84,7 +84,7 @@ def main() -> None:
         make_folder(Path(_OUTPUT.value).parent, flag="--output")
     plans = planning.Plans(
         config,
-        planning.open_slice(topology, dtype=config.model.dtype),
+        slices.open_slice(topology, dtype=config.model.dtype),
         arch=_ARCH.value,
         num_classes=_NUM_CLASSES.value,
         num_images=_NUM_IMAGES.value,

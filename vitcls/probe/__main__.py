@@ -72,7 +72,7 @@ def main() -> None:
     from vitcls.data.sources import classes
     from vitcls.data.sources.split import num_shared
     from vitcls.probe import fitting
-    from vitcls.run import seen
+    from vitcls.provenance import seen
 
     cli.prepare_jax()
     (train, _), (test, known) = (

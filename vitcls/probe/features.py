@@ -24,6 +24,7 @@ from vitcls.data import cache, loader
 from vitcls.data.sources.split import Split
 from vitcls.files import written_aside
 from vitcls.logs import progress
+from vitcls.processes.devices import start_devices
 from vitcls.step import sharding
 
 log = logging.getLogger("vitcls")
@@ -77,7 +78,7 @@ def load_backbone(checkpoint: str | Path) -> Backbone:
       UserError: nothing there that can be read.
     """
     model, variables, processor = pretrained.load(checkpoint, num_classes=0)
-    mesh = sharding.make_mesh(-1, 1)
+    mesh = sharding.make_mesh(-1, 1, devices=start_devices())
     return Backbone(model, jax.device_put(variables, sharding.replicated(mesh)), processor, mesh)
 
 

@@ -27,7 +27,7 @@ from vitcls.pretrained.saving import config_to_json
 from vitcls.probe import features as features_lib
 from vitcls.probe import heads
 from vitcls.probe.features import Backbone, Features
-from vitcls.run import records
+from vitcls.provenance import manifest
 from vitcls.step import sharding
 
 log = logging.getLogger("vitcls")
@@ -113,7 +113,7 @@ def probe(
     shutil.rmtree(output / "model", ignore_errors=True)  # of an earlier call
     content = {
         "checkpoint": checkpoint,
-        "splits": records.describe_splits(parts),
+        "splits": manifest.describe_splits(parts),
         "trained_on": trained_on,
         "feature_dim": found["train"].features.shape[1],
         "methods": {result.method: _summary(result) for result in results},

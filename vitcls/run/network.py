@@ -19,7 +19,7 @@ log = logging.getLogger("vitcls")
 
 
 def open_model(
-    config: ConfigDict, class_names: tuple[str, ...], *, begun: Path | None = None
+    config: ConfigDict, class_names: tuple[str, ...], *, own: Path | None = None
 ) -> tuple[pretrained.Files | None, pretrained.Config, pretrained.Processor]:
     """Returns the checkpoint's files (None without one), the network's config and the processor.
 
@@ -28,12 +28,12 @@ def open_model(
     Args:
       config: The run's.
       class_names: The data's.
-      begun: The workdir of a run that goes on, which has both already: the pretrained checkpoint
-        is not needed any more.
+      own: Folder of a run that is continued, which has config and processor. The pretrained
+        checkpoint is not read again.
     """
-    if begun is not None:
+    if own is not None:
         try:
-            return None, *pretrained.read_json(begun / "model", tensors=None)
+            return None, *pretrained.read_json(own, tensors=None)
         except UserError as error:
             raise UserError(
                 f"{error} It is of a run that has checkpoints: put it back, or use another "

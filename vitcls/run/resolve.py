@@ -1,13 +1,11 @@
 """Fields that follow from data, checkpoint and devices."""
 
 import math
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vitcls.config.checks import check_num_steps, cycle_lengths
 from vitcls.config.parse import read_class_weights
-from vitcls.config.saved import read_saved_config
 from vitcls.errors import UserError
 
 # Below so many training images BiT-HyperRule trains for 500 steps.
@@ -23,15 +21,14 @@ def resolve(
     num_train: int,
     image_size: tuple[int, int],
     num_devices: int,
-    begun: Path | None = None,
+    saved: ConfigDict | None = None,
 ) -> ConfigDict:
     """Returns a copy with what follows from data, checkpoint and devices filled in.
 
-    What the config leaves open was chosen when a run began: `begun`, the workdir of a run that is
-    continued, has it.
+    A run chooses when it begins what its config leaves open. `saved` is the config of a run that is
+    continued, which has these choices.
     """
     config = ConfigDict(config.to_dict())
-    saved = read_saved_config(begun / "config.json") if begun is not None else None
     if saved is not None and config.train.micro_batch == 0:
         config.train.micro_batch = saved.train.micro_batch or 0
     batch_size = config.train.global_batch_size

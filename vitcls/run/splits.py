@@ -2,12 +2,10 @@
 
 import functools
 import logging
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vitcls.config.parse import parse_fold
-from vitcls.config.saved import read_saved_config
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.data.sources import classes
@@ -18,29 +16,15 @@ from vitcls.errors import UserError
 log = logging.getLogger("vitcls")
 
 
-def keep_division(config: ConfigDict, begun: Path | None) -> ConfigDict:
-    """Returns a copy whose data.division is not empty: that of the run begun, if there is one."""
-    config = ConfigDict(config.to_dict())
-    if begun is not None and not config.data.division:
-        config.data.division = read_saved_config(begun / "config.json").data.division
-        if config.data.division == "position":
-            log.info(
-                "This run began before images were chosen by a hash of their ids, and keeps its "
-                "data.division='position': the same images are held out, sampled and tested on."
-            )
-    config.data.division = config.data.division or DIVISIONS[0]
-    return config
-
-
 def open_splits(
-    config: ConfigDict, *, begun: bool = False
+    config: ConfigDict, *, is_continued: bool = False
 ) -> tuple[sources.Split, dict[str, sources.Split]]:
     """Returns the split to train on, and by name those that are evaluated.
 
     Args:
       config: The run's.
-      begun: Whether it began already. Then it may have what is refused in a new one: classes
-        without training images, and images that are trained on and evaluated; this is warned of.
+      is_continued: Whether the run began already. A warning then replaces the error about classes
+        without training images, and about images that are both trained on and evaluated.
     """
     data = config.data
     chosen = dict(seed=config.train.seed, division=data.division or DIVISIONS[0])
@@ -75,7 +59,7 @@ def open_splits(
         check_no_class_is_empty(train)
         _check_apart(config, train, evaluated)
     except UserError as error:
-        if not begun:
+        if not is_continued:
             raise
         log.warning("%s (The run began so, and continues.)", error)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
@@ -108,32 +92,3 @@ def _check_apart(
                 f"eval.select_split={select!r} shares images with {name!r} of data.eval_splits: "
                 "images that choose the checkpoint cannot measure it. Select on 'holdout'."
             )
-
-
-def warn_of_changed_splits(
-    known: dict[str, str], splits: dict[str, sources.Split], *, select: str
-) -> None:
-    """Warns of every evaluated split that is not what it was.
-
-    Args:
-      known: The fingerprints of then by the splits' names.
-      splits: By name, what is evaluated now.
-      select: Name of the one that chooses the checkpoint.
-    """
-    for name, split in splits.items():
-        if known.get(name, split.fingerprint) != split.fingerprint:
-            log.warning(
-                "Split %r has changed since it was last evaluated or described here: files or "
-                "labels are not what they were, and it now has %d images. Earlier figures of it "
-                "are not comparable%s.", name, len(split),
-                ", and earlier checkpoints were scored on other images" if name == select else "",
-            )  # fmt: skip
-
-
-def check_same_data(fingerprint: str, split: sources.Split) -> None:
-    """Raises `UserError` when the split is not the one with this fingerprint."""
-    if fingerprint != split.fingerprint:
-        raise UserError(
-            f"The training data ({split.name}, {len(split)} images) is not what this run began "
-            "with: files or labels changed. Use another --workdir, or restore the data."
-        )

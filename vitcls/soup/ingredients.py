@@ -12,14 +12,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.saved import restore_config
 from vitcls.data import sources
 from vitcls.data.sources.division import DIVISIONS
 from vitcls.errors import UserError
 from vitcls.files import read_json
 from vitcls.models.vit_config import HEADS
 from vitcls.pretrained.run import find_run
-from vitcls.run import seen
+from vitcls.provenance import seen
+from vitcls.provenance.saved_config import restore_config
 from vitcls.run.splits import open_splits
 
 PyTree = Any
@@ -274,7 +274,9 @@ def open_selection(
     elsewhere = [pair for pair in runs.values() if pair[1].data.source != source]
     runs = [pair for pair in runs.values() if pair[1].data.source == source]
     split = split or _only("--split", {config.eval.select_split for _, config in runs})
-    opened = [(ingredient, config, *open_splits(config, begun=True)) for ingredient, config in runs]
+    opened = [
+        (ingredient, config, *open_splits(config, is_continued=True)) for ingredient, config in runs
+    ]
     selection = next((held[split] for *_, held in opened if split in held), None)
     if selection is None:
         data_dir = data_dir or next((config.data.data_dir for _, config in runs), "")

@@ -14,7 +14,9 @@ from vitcls.errors import NotFinite, UserError
 from vitcls.evaluate import exact
 from vitcls.files import folder_aside, write_json
 from vitcls.logs import parameters, progress
-from vitcls.run import records
+from vitcls.processes.devices import start_devices
+from vitcls.provenance import manifest
+from vitcls.provenance.results import count_images
 from vitcls.soup import ingredients, means
 from vitcls.step import sharding
 from vitcls.step.metrics import best_name, select_score
@@ -107,7 +109,7 @@ def make(
             "selection": chosen_on,
             **made,
             "sha256": parameters.sha256(weights),
-            "environment": records.environment(sharding.make_mesh(-1, 1)),
+            "environment": manifest.environment(sharding.make_mesh(-1, 1, devices=start_devices())),
         }
         if "batch_stats" in weights and record["sha256"] not in digests.values():
             log.warning(
@@ -133,7 +135,7 @@ def _make_evaluate(checkpoint: str | Path, split: Split, **options: Any) -> Eval
             raise NotFinite(f"{what}: {error}") from error
         log.info(
             "%s: %s accuracy %.4f, loss %.4f (%s)",
-            what, split.name, metrics["accuracy"], metrics["loss"], records.count_images(metrics),
+            what, split.name, metrics["accuracy"], metrics["loss"], count_images(metrics),
         )  # fmt: skip
         return metrics
 
@@ -180,4 +182,4 @@ def describe(record: dict[str, Any]) -> str:
     if record["metrics"] is None:
         return line
     split, metrics = record["selection"]["split"], record["metrics"]
-    return f"{line}, {split} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})"
+    return f"{line}, {split} accuracy {metrics['accuracy']:.4f} ({count_images(metrics)})"

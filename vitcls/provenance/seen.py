@@ -13,18 +13,20 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from vitcls.config.saved import read_saved_config
 from vitcls.data import sources
 from vitcls.data.sources.split import Split, hash_ids
 from vitcls.errors import StorageError, UserError
 from vitcls.files import written_aside
+from vitcls.folders.workdir import Workdir
 from vitcls.pretrained.run import find_run
-from vitcls.run import records, splits
+from vitcls.provenance import records
+from vitcls.provenance.saved_config import read_saved_config
+from vitcls.run.splits import open_splits
 
 log = logging.getLogger("vitcls")
 
-_FILE = "seen.npz"
 _TRAIN = "train"  # in the file; what was evaluated is there as evaluated/NAME
 
 
@@ -69,14 +71,13 @@ class Seen:
         return hash_ids(path.removeprefix(start) for path in paths)
 
 
-def write(
-    workdir: Path, source: str, train: Split, evaluated: dict[str, Split], *, division: str
-) -> None:
-    """Writes what a run sees of a source."""
+def write(workdir: Workdir, config: ConfigDict, train: Split, evaluated: dict[str, Split]) -> None:
+    """Writes what a run with this config sees."""
     arrays = {f"evaluated/{name}": split.hashes() for name, split in evaluated.items()}
     arrays[_TRAIN] = train.hashes()
-    with written_aside(workdir / _FILE) as aside, aside.open("wb") as file:
-        np.savez(file, home=sources.home(source), division=division, **arrays)
+    home, division = sources.home(config.data.source), config.data.division
+    with written_aside(workdir.seen) as aside, aside.open("wb") as file:
+        np.savez(file, home=home, division=division, **arrays)
 
 
 def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) -> Seen | None:
@@ -96,11 +97,12 @@ def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) ->
     run = find_run(checkpoint)
     if run is None:
         return None
-    known = _read(run.directory / _FILE)
+    workdir = Workdir(run.directory)
+    known = _read(workdir.seen)
     if known is not None and _is_within(known.home, sources.home(source)):
         return known
     try:
-        config = read_saved_config(run.directory / "config.json")
+        config = read_saved_config(workdir.config)
     except UserError:  # weights are worth evaluating without it
         return None
     config.data.update(cache="", data_dir=data_dir or config.data.data_dir)
@@ -111,16 +113,16 @@ def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) ->
             continue
         config.data.source = place
         try:
-            train, evaluated = splits.open_splits(config, begun=True)
+            train, evaluated = open_splits(config, is_continued=True)
         except (UserError, StorageError):
             continue
-        if records.recorded_fingerprints(run.directory).get(train.name) == train.fingerprint:
+        if records.recorded_fingerprints(workdir.path).get(train.name) == train.fingerprint:
             evaluated = {name: split.hashes() for name, split in evaluated.items()}
             return Seen(sources.home(place), train.hashes(), evaluated, config.data.division)
     if _is_within(sources.home(own), sources.home(source)):
         log.warning(
             "%s has no %s, and its data are not what they were: which of these images it was "
-            "trained on is not known.", run.directory, _FILE,
+            "trained on is not known.", run.directory, workdir.seen.name,
         )  # fmt: skip
     return None
 

@@ -18,8 +18,9 @@ from vitcls.config.fields import default_config
 from vitcls.data import sources
 from vitcls.errors import Interrupted, UserError
 from vitcls.logs import writers
-from vitcls.run import seen
-from vitcls.run.splits import open_splits, warn_of_changed_splits
+from vitcls.provenance import seen
+from vitcls.provenance.continuing import warn_of_changed_splits
+from vitcls.run.splits import open_splits
 from vitcls.soup import ingredients
 
 CLASSES = ("ant", "bee", "cat")

@@ -223,11 +223,12 @@ def test_settings_of_jax_that_change_the_computation_are_refused(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_library_call_refuses_them_too():
-    from vitcls.step import sharding
+def test_a_library_call_refuses_them_too(tmp_path):
+    from vitcls import train
+    from vitcls.config import default_config
 
     with jax.enable_x64(True), pytest.raises(UserError, match="JAX_ENABLE_X64=True computes in"):
-        sharding.make_mesh(-1, 1)
+        train.train_and_evaluate(default_config(), tmp_path)
 
 
 def test_devices_start_where_nothing_is_wrong():

@@ -17,7 +17,7 @@ from vitcls import pretrained, train
 from vitcls.config.fields import default_config
 from vitcls.errors import UserError
 from vitcls.models import vit_config
-from vitcls.run.teacher import open_teacher
+from vitcls.pretrained.teacher import open_teacher
 from vitcls.step import losses
 from vitcls.step import train_step as steps
 

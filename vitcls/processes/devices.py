@@ -36,8 +36,8 @@ def settings() -> dict[str, str]:
     return {name: str(getattr(jax.config, name)) for name in _RECORDED}
 
 
-def start_devices() -> None:
-    """Starts the devices, once, before they are used.
+def start_devices() -> list[jax.Device]:
+    """Starts the devices, once, before they are used, and returns those of all processes.
 
     Raises:
       UserError: see `check_settings`.
@@ -45,6 +45,7 @@ def start_devices() -> None:
     """
     check_settings()
     _start()
+    return jax.devices()
 
 
 @functools.cache
