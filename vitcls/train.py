@@ -1,7 +1,6 @@
 """Fine-tuning from start to end: set-up in order, then the loop, then the final evaluation."""
 
 import concurrent.futures
-import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -11,7 +10,6 @@ import jax
 from ml_collections import ConfigDict
 
 from vitcls.checkpoints import manager
-from vitcls.checkpoints.saved import Saved
 from vitcls.checkpoints.state import eval_variables_at, restore_state, state_items
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
@@ -20,15 +18,13 @@ from vitcls.folders.workdir import Workdir
 from vitcls.logs import wandb_sender
 from vitcls.logs.parameters import memory_line, parameter_table
 from vitcls.logs.profile import Profile
-from vitcls.logs.progress import Progress
-from vitcls.logs.writers import LateMetrics, MetricWriter
 from vitcls.processes import distributed
 from vitcls.processes.signals import StopRequest
 from vitcls.processes.watchdog import Watchdog
-from vitcls.provenance import continuing, manifest
+from vitcls.provenance import continuing, manifest, run_logs
 from vitcls.provenance.results import last_line, make_results
 from vitcls.run import warnings
-from vitcls.run.opened import Run, open_run
+from vitcls.run.opened import open_run
 from vitcls.run.program import Program
 from vitcls.step import sharding
 from vitcls.step.train_step import TrainState
@@ -81,7 +77,7 @@ def train_and_evaluate(
         if (results := workdir.finished_results(total_steps)) is not None:
             _say_finished(results, workdir, config)
             return results
-    checkpoints, start_step, saved = _claim(run, workdir, program)
+    checkpoints, start_step, saved = continuing.claim(run, workdir, program)
     manifest.write_start(workdir, run, program, is_new=begun is None)
 
     # The step is compiled in the thread, which ends then, while state and data get ready.
@@ -106,10 +102,10 @@ def train_and_evaluate(
         StopRequest(distributed.late_maximum(run.mesh), distributed.leave) as stop,
         Watchdog(**config.stall) as watchdog,
         checkpoints,
-        _metric_writer(workdir, config, saved, start_step) as writer,
-        _progress(config, start_step) as progress,
+        run_logs.open_writer(workdir, config, saved, start_step) as writer,
+        run_logs.open_progress(config, start_step) as progress,
     ):
-        metrics = _late_metrics(run, saved, writer, progress)
+        metrics = run_logs.late_metrics(run, saved, writer, progress)
         evaluator = RunEvaluator(run, program, skipped, stop, watchdog, writer)
         # A signal ended the evaluation that the last save was due for.
         if saved.lacks_score:
@@ -177,20 +173,6 @@ def _say_finished(results: dict[str, Any], workdir: Workdir, config: ConfigDict)
         print(last_line(results, workdir.path, splits=config.data.eval_splits))
 
 
-def _claim(run: Run, workdir: Workdir, program: Program) -> tuple[manager.Checkpoints, int, Saved]:
-    """Returns the checkpoints, the last saved step (0: none), and the progress of the run then."""
-    if jax.process_index() == 0:
-        workdir.make()
-    distributed.check_shared(workdir.path)
-    checkpoints = manager.Checkpoints(workdir.checkpoints, keep=run.config.checkpoint.keep)
-    step, saved = checkpoints.latest_step() or 0, Saved()
-    if step:
-        saved = Saved.from_json(checkpoints.meta(step))
-        continuing.check_step(saved, step, run, workdir, program)
-    now = dict(data=run.train_split.fingerprint, teacher=program.teacher_sha256)
-    return checkpoints, step, dataclasses.replace(saved, num_passes=program.num_passes, **now)
-
-
 def _first_state(
     program: Program, checkpoints: manager.Checkpoints, start_step: int, variables: Any
 ) -> TrainState:
@@ -209,41 +191,6 @@ def _first_state(
         log.info("%s", memory_line(state))
         log.info("%s", program.passes_line())
     return state
-
-
-def _late_metrics(run: Run, saved: Saved, writer: MetricWriter, progress: Progress) -> LateMetrics:
-    return LateMetrics(
-        writer,
-        progress,
-        every_steps=run.config.log.every_steps,
-        window=saved.window,
-        max_nonfinite=run.config.train.max_nonfinite,
-        ids=run.train_ids,
-    )
-
-
-def _progress(config: ConfigDict, start_step: int) -> Progress:
-    batch_size = config.train.global_batch_size
-    return Progress(start_step, config.train.total_steps, global_batch_size=batch_size)
-
-
-def _metric_writer(
-    workdir: Workdir, config: ConfigDict, saved: Saved, start_step: int
-) -> MetricWriter:
-    again = []
-    # The final evaluation, and one that a signal ended, are done again.
-    if start_step == config.train.total_steps:
-        again += config.data.eval_splits
-    if saved.lacks_score:
-        again += [config.eval.select_split]
-    return MetricWriter(
-        workdir.path,
-        start_step=start_step,
-        again=again,
-        is_main=jax.process_index() == 0,
-        wandb_project=config.log.wandb_project,
-        config=config.to_dict(),
-    )
 
 
 def _is_due(step: int, every_steps: int, total_steps: int) -> bool:

@@ -114,7 +114,7 @@ def test_classes_that_cannot_be_learned_are_problems(root):
     assert report["problems"] == [
         "train: 1 of 2 classes have no images to train on: bee. Add images of them to this split, "
         "or take the classes out of the data.",
-        "train: there must be images of two classes or more.",
+        "train: images of at least two classes are needed.",
     ]
     assert report["splits"]["train"]["imbalance"] is None
     assert "test: 1 classes without images: ant" in checks.format_report(report)

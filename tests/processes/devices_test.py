@@ -199,7 +199,7 @@ def test_a_device_whose_memory_is_taken_says_so(monkeypatch):
 
 def test_a_processor_does_not_stand_in_for_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(type(jax.config), "jax_platforms", "cuda,cpu")
-    with pytest.raises(Unavailable, match="no device of 'cuda' here, only a processor"):
+    with pytest.raises(Unavailable, match="no device of 'cuda' is here, only a processor"):
         devices.start_devices()
 
 

@@ -145,7 +145,7 @@ def test_moved_weights_continue_and_others_do_not(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="model.pretrained: '.*/weights1' there, '.*/weights2' ask"):
         train.train_and_evaluate(config, tmp_path / "run")
     config.model.pretrained = f"{tmp_path}/nowhere"
-    message = "nowhere' cannot be compared with what this run began .*Name '.*/weights1', as then"
+    message = "nowhere' cannot be compared with the weights .*Name '.*/weights1', as then"
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(config, tmp_path / "run")
     config.model.pretrained = f"{tmp_path}/moved"
@@ -224,7 +224,7 @@ def test_images_that_were_trained_on_are_counted(finished, tmp_path, monkeypatch
     data, run = finished
     source = f"folder:{data}"
     assert count(run, source, "train") == 48 - 12  # without the hold-out
-    assert "36 of the 48 images of 'train' are ones that the checkpoint was trained" in caplog.text
+    assert "trained on 36 of the 48 images of 'train'" in caplog.text
     caplog.clear()
     assert count(run, source, "test") == 0 and not caplog.records
     assert count(f"{run}@last", source, "train") == 36

@@ -123,7 +123,7 @@ def test_a_probe_has_its_own_rate_and_what_follows_the_whole_schedule():
 def test_a_probe_without_a_head_to_train_is_refused():
     config = probe_config()
     config.adapt.freeze = "classifier/.*"
-    message = "adapt.probe_steps=5 train the head alone, which adapt.freeze='classifier/"
+    message = "adapt.probe_steps=5 trains the head alone, which adapt.freeze='classifier/"
     with pytest.raises(UserError, match=message):
         program._make_optimizer(config, *adapt.split(PARAMS, "classifier/.*"))
 

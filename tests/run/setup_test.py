@@ -395,12 +395,12 @@ def test_rates_are_scaled_with_the_batch():
             "loss.class_weights and loss.logit_adjustment each correct for rare classes: together",
         ),
         ("data.sampling", "sqrt", 0, "loss.class_weights and data.sampling each correct for rare"),
-        ("optim.weight_decay", 0.1, 0, "draws the same weights to 0. Set optim.weight_decay=0."),
+        ("optim.weight_decay", 0.1, 0, "pulls the same weights to 0. Set optim.weight_decay=0."),
         (
             "train.total_steps",
             1000,
             0,
-            "Nothing of the 1000 steps is saved before the end, unless a",
+            "No checkpoint is saved before the end of the 1000 steps, unless a",
         ),
         (
             "optim.warmup_steps",
@@ -480,6 +480,6 @@ def test_a_trained_batch_norm_keeps_its_passes(batch_norm, batch_stats, is_refus
     shapes = SimpleNamespace(batch_stats=batch_stats)
     program = SimpleNamespace(num_passes=2, state_shapes=shapes, config=config)
     continuing.check_same_passes(2, program)
-    message = "began with 4 passes per step and would go on with 2"
+    message = "began with 4 passes per step and would continue with 2"
     with pytest.raises(UserError, match=message) if is_refused else contextlib.nullcontext():
         continuing.check_same_passes(4, program)

@@ -1,7 +1,4 @@
-"""The evaluations of a run: between two steps those that choose a checkpoint, and all at its end.
-
-K classes.
-"""
+"""The evaluations of a run: those that choose a checkpoint during training, and all at its end."""
 
 import logging
 from pathlib import Path
@@ -36,15 +33,15 @@ class RunEvaluator:
         watchdog: Watchdog,
         writer: MetricWriter,
     ):
-        """Takes what is in use already; nothing is read or computed yet.
+        """Keeps its arguments; nothing is read or computed yet.
 
         Args:
           run: Has the splits.
           program: Has the evaluation step, and the devices.
-          skipped: Takes note of images that cannot be decoded; None: such an image is an error.
-          stop: Asked after each batch, as an evaluation takes long.
+          skipped: List of images that cannot be decoded; None: such an image is an error.
+          stop: Asked after each batch, because an evaluation takes long.
           watchdog: Told of each batch.
-          writer: Takes the metrics.
+          writer: Writes the metrics.
         """
         self._run, self._program, self._skipped = run, program, skipped
         self._stop, self._watchdog, self._writer = stop, watchdog, writer

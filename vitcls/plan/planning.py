@@ -1,4 +1,4 @@
-"""What a run needs and how long it takes, from compiling its steps for devices that need not exist.
+"""Plans a run: compiles its steps for devices that need not exist, and counts memory and time.
 
 K classes.
 """
@@ -37,22 +37,22 @@ _COUNTING = 2
 
 
 class Plans:
-    """Makes and compiles the programs of one config for one slice, each combination once."""
+    """The programs of one config for one slice; each combination is compiled once."""
 
     def __init__(
         self, config: ConfigDict, where: Slice, *, arch: str, num_classes: int, num_images: int
     ):
-        """Reads what data and checkpoint say, or takes the arguments' word for it.
+        """Opens data and checkpoint, or uses the arguments in their place.
 
         Args:
           config: The run's.
           where: The devices.
-          arch: Network in place of what `model.pretrained` would tell, or "".
-          num_classes: Of data that are not here; 0: they are.
-          num_images: Images to train on, of data that are not here; 0: `train.total_steps` is set.
+          arch: Network to plan for in place of the checkpoint; "": `model.pretrained` is read.
+          num_classes: Number of classes of data that are not here; 0: the data are here.
+          num_images: Number of training images of such data; 0: `train.total_steps` is set.
 
         Raises:
-          UserError: neither the field nor the argument tells.
+          UserError: neither a field nor an argument tells what is needed.
         """
         self.where = where
         stand_in = _stand_in(config, num_classes, num_images)
@@ -79,26 +79,26 @@ class Plans:
         return dataclasses.replace(self._run, config=config, mesh=mesh).make_program(self._teacher)
 
     def _analysis(self, choice: Choice) -> dict[str, Any]:
-        """See `footprint.analyse`, of the training step."""
+        """Returns `footprint.analyse` of the training step."""
         log.info("Compiling the training step: %s.", choice.line())
         program = self.program(choice)
         return _analyse(program.lower(), program, self.where)
 
     def eval_analysis(self, choice: Choice, batch_size: int) -> dict[str, Any]:
-        """See `footprint.analyse`, of the evaluation step."""
+        """Returns `footprint.analyse` of the evaluation step."""
         log.info("Compiling the evaluation step: batches of %d images.", batch_size)
         program = self.program(choice)
         return _analyse(program.lower_eval(batch_size), program, self.where, num_passes=1)
 
     def needed(self, choice: Choice) -> float:
-        """Bytes that the training step needs on each device; infinite where nobody says."""
+        """Returns the bytes that the training step needs on each device; infinite if unknown."""
         analysis = self.analysis(choice)
         if "refused" in analysis:
             return max(analysis["refused"] or math.inf, math.nextafter(self.where.usable, math.inf))
         return sum(footprint.memory_by_kind(self.program(choice), analysis).values())
 
     def state_fits(self, fsdp: int) -> bool:
-        """Whether there is room for the state alone; costs no compilation."""
+        """Whether the state alone fits; this needs no compilation."""
         choice = dataclasses.replace(self.asked, fsdp=fsdp)
         return footprint.state_bytes(self.program(choice)) <= self.where.usable
 
@@ -106,7 +106,8 @@ class Plans:
         """Returns the first combination that fits, see `choices`, or None."""
         sizes = pass_sizes(self.config, len(self.where.devices))
         if trains_statistics(self.program(self.asked)):
-            sizes = [self.asked.pass_size]  # others change the result
+            # Passes of another size would change the result.
+            sizes = [self.asked.pass_size]
         return first_fitting(
             self.asked,
             sizes=sizes,
@@ -124,12 +125,13 @@ class Plans:
 def _analyse(
     lowered: jax.stages.Lowered, program: Program, where: Slice, *, num_passes: int | None = None
 ) -> dict[str, Any]:
-    """`footprint.analyse`, kept on disk for TPU slices, for which jax's own cache does not work."""
+    """Returns `footprint.analyse`; that of a TPU slice is kept on disk."""
     passes = num_passes or program.num_passes
     analyse = functools.partial(footprint.analyse, num_devices=program.mesh.size, num_passes=passes)
     cache = jax.config.jax_compilation_cache_dir
     if where.topology == "local" or cache is None:
         return analyse(lowered)
+    # jax's own cache does not work for devices that are not here.
     compiler = where.devices[0].client.platform_version
     key = f"{_COUNTING} {jax.__version__} {compiler} {where.topology} {passes}"
     digest = hashlib.sha256(f"{key}\n{lowered.as_text()}".encode()).hexdigest()
@@ -144,7 +146,7 @@ def _analyse(
 
 @dataclasses.dataclass(frozen=True)
 class _StandIn:
-    """What a plan must know of data that are not on this machine."""
+    """Stands in for data that are not on this machine."""
 
     class_names: tuple[str, ...]
     num_images: int
@@ -170,8 +172,8 @@ def _stand_in(config: ConfigDict, num_classes: int, num_images: int) -> _StandIn
     if not _is_here(config.data.source, config.data.data_dir or None):
         raise UserError(
             f"data.source={config.data.source!r} is not on this machine, and a plan fetches "
-            "nothing. Say what it would tell: --num_classes, and with train.total_epochs also "
-            "--num_images, the images to train on."
+            "nothing. Give its facts by flags: --num_classes, and with train.total_epochs also "
+            "--num_images, the number of training images."
         )
     return None
 
@@ -186,13 +188,13 @@ def _is_here(source: str, data_dir: str | None) -> bool:
 
 
 def _with_known_network(config: ConfigDict, arch: str) -> ConfigDict:
-    """Returns the config, with the network's name where that stands for the checkpoint."""
+    """Returns the config; if the checkpoint's network is known, it is named in its place."""
     source = config.model.pretrained
     if source and not Path(source).expanduser().is_dir():
         arch = arch or ARCHS.get(source, "")
     if arch:
         if config.data.image_size is None:
-            raise UserError("--arch needs data.image_size, which the checkpoint would tell.")
+            raise UserError("--arch needs data.image_size, which only the checkpoint has.")
         named = {"model.pretrained": "", "model.arch": arch, "model.head": "new"}
         return with_fields(config, named)
     if source:
@@ -207,7 +209,7 @@ def _with_known_network(config: ConfigDict, arch: str) -> ConfigDict:
 
 
 def make_plan(plans: Plans) -> dict[str, Any]:
-    """Returns all figures of the config as asked for, or of the first combination that fits.
+    """Returns all figures, of the config as asked for or of the first combination that fits.
 
     Raises:
       UserError: nothing fits.
@@ -280,9 +282,9 @@ def _count(*trees: Any) -> int:
 def _fit_evaluation(
     plans: Plans, choice: Choice, memory: dict[str, int]
 ) -> tuple[int, dict[str, int]]:
-    """The largest evaluation batch of at most what is asked that fits, and bytes by kind.
+    """Returns the largest evaluation batch that fits, at most the one asked for, and bytes by kind.
 
-    Beside the state, and the selected weights, which are evaluated at the end.
+    The state stays in memory, and so do the selected weights, which are evaluated at the end.
     """
     program = plans.program(choice)
     kept = {kind: memory[kind] for kind in ("parameters", "optimizer", "average", "teacher")}
@@ -301,8 +303,7 @@ def _fit_evaluation(
             "programs": memory["program"] + analysis["program"],
         }
 
-    most = plans.config.eval.batch_size // num_devices
-    sizes = list(_halved(most))
+    sizes = list(_halved(plans.config.eval.batch_size // num_devices))
     size = footprint.largest_fitting(
         sizes,
         lambda size: sum(by_kind(size).values()),
@@ -311,8 +312,8 @@ def _fit_evaluation(
     )
     if size is None:
         raise UserError(
-            f"Training fits into the {plans.where.usable / 1e9:.2f} GB of each device, evaluation "
-            f"beside its state does not, even one image at a time. Set mesh.fsdp."
+            f"Training fits into the {plans.where.usable / 1e9:.2f} GB of each device, but not its "
+            "state together with an evaluation, even of one image at a time. Set mesh.fsdp."
         )
     return size * num_devices, by_kind(size)
 

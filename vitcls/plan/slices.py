@@ -47,7 +47,7 @@ def open_slice(topology: str, *, dtype: str) -> Slice:
 
     Args:
       topology: See `chips.open_topology`, for which the environment must be prepared.
-      dtype: Of the computation, for devices that have to be measured.
+      dtype: Type of the computation, for devices that have to be measured.
     """
     if topology == "local":
         devices = start_devices()
@@ -62,7 +62,7 @@ def open_slice(topology: str, *, dtype: str) -> Slice:
 def measure_chip(devices: list[jax.Device], *, dtype: str) -> Chip:
     """Measures the rates of a device that no table knows, such as a processor.
 
-    Where several are simulated they share what the first one reaches alone.
+    Simulated devices of one processor share the rate that the first one reaches alone.
     """
     x = jax.random.normal(jax.random.key(0), (_MATMUL_SIZE,) * 2).astype(dtype)
     share = len(devices) if devices[0].platform == "cpu" else 1
@@ -81,7 +81,8 @@ def measure_chip(devices: list[jax.Device], *, dtype: str) -> Chip:
 
 
 def _best_secs(function: Callable[..., jax.Array], *args: jax.Array) -> float:
-    jax.block_until_ready(function(*args))  # compiles
+    # The first call compiles.
+    jax.block_until_ready(function(*args))
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()

@@ -62,7 +62,7 @@ def _start() -> None:
     # Without a driver, jax skips "cuda" and computes on the CPU. Training would take months.
     wanted = (platforms or "").partition(",")[0]
     if devices[0].platform == "cpu" and wanted not in ("", "cpu"):
-        raise _unavailable(f"there is no device of {wanted!r} here, only a processor", platforms)
+        raise _unavailable(f"no device of {wanted!r} is here, only a processor", platforms)
 
 
 def _unavailable(reason: str, platforms: str | None) -> Unavailable:

@@ -1,5 +1,6 @@
 """What a run that is continued must have in common with how it began."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -10,12 +11,14 @@ from ml_collections import ConfigDict
 
 from vitcls import pretrained
 from vitcls.checkpoints import folders
+from vitcls.checkpoints.manager import Checkpoints
 from vitcls.checkpoints.saved import Saved
 from vitcls.config.parse import flatten
 from vitcls.costs.fitting import trains_statistics
 from vitcls.data import sources
 from vitcls.errors import UserError
 from vitcls.folders.workdir import Workdir
+from vitcls.processes import distributed
 from vitcls.provenance import records
 from vitcls.provenance.saved_config import check_same_run, read_saved_config
 from vitcls.run.opened import Begun, Run
@@ -71,6 +74,27 @@ def check_run(
     return moved.get("model.pretrained")
 
 
+def claim(run: Run, workdir: Workdir, program: Program) -> tuple[Checkpoints, int, Saved]:
+    """Makes the folder of a run that may begin or continue, and opens its checkpoints.
+
+    Returns:
+      The checkpoints, the last step that was saved (0: none), and the progress of the run then.
+
+    Raises:
+      UserError: processes do not share the folder, or the run cannot be continued so.
+    """
+    if jax.process_index() == 0:
+        workdir.make()
+    distributed.check_shared(workdir.path)
+    checkpoints = Checkpoints(workdir.checkpoints, keep=run.config.checkpoint.keep)
+    step, saved = checkpoints.latest_step() or 0, Saved()
+    if step:
+        saved = Saved.from_json(checkpoints.meta(step))
+        check_step(saved, step, run, workdir, program)
+    now = dict(data=run.train_split.fingerprint, teacher=program.teacher_sha256)
+    return checkpoints, step, dataclasses.replace(saved, num_passes=program.num_passes, **now)
+
+
 def check_step(
     saved: Saved,
     step: int,
@@ -109,10 +133,10 @@ def check_step(
 
 
 def check_same_passes(num_passes: int, program: Program) -> None:
-    """Raises `UserError` when a step has another number of passes and that changes the result."""
+    """Raises `UserError` if a step has another number of passes, and that changes the result."""
     if trains_statistics(program) and num_passes != program.num_passes:
         raise UserError(
-            f"This run began with {num_passes} passes per step and would go on with "
+            f"This run began with {num_passes} passes per step and would continue with "
             f"{program.num_passes}: BatchNorm normalises each pass by itself. Choose "
             f"train.micro_batch and devices that make {num_passes}, or use another --workdir."
         )
@@ -121,15 +145,14 @@ def check_same_passes(num_passes: int, program: Program) -> None:
 def _find_moved(
     run: Run, workdir: Workdir, saved: ConfigDict, teacher_sha256: str | None
 ) -> dict[str, Any]:
-    """Returns the fields that name what a run began with in another place than then.
+    """Returns the fields that name the same content as when the run began, in another place.
 
-    These are data.source, if the images to train on have the fingerprint that they had, and
-    loss.teacher and model.pretrained, if the weights have the same hashes. model.pretrained comes
-    with its files.
+    These are data.source, if the training images have the same fingerprint, and loss.teacher and
+    model.pretrained, if the weights have the same hashes. model.pretrained comes with its files.
 
     Raises:
-      UserError: there is nothing at the new place of the pretrained weights. Where they are given
-        as they were, nothing is read: the workdir has its own.
+      UserError: the pretrained weights are not at their new place. Nothing is read at the old one,
+        because the workdir has its own weights.
     """
     config, manifest = run.config, records.read_manifest(workdir.path)
     moved: dict[str, Any] = {}
@@ -145,8 +168,9 @@ def _find_moved(
             files = pretrained.find(asked, allow_pickle=config.model.allow_pickle)
         except UserError as error:
             raise UserError(
-                f"model.pretrained={asked!r} cannot be compared with what this run began with: "
-                f"{error} Name {saved.model.pretrained!r}, as then, and nothing is read there."
+                f"model.pretrained={asked!r} cannot be compared with the weights that this run "
+                f"began with: {error} Name {saved.model.pretrained!r}, as then: nothing is read "
+                "there."
             ) from error
         if _only_weights(files.sha256()) == _only_weights(first["sha256"]):
             moved["model.pretrained"] = files
@@ -156,12 +180,12 @@ def _find_moved(
 
 
 def _only_weights(sha256: dict[str, str]) -> dict[str, str]:
-    # What the JSON files say of network and preprocessing is in the workdir.
+    # The JSON files describe network and preprocessing, which the workdir has itself.
     return {name: digest for name, digest in sha256.items() if not name.endswith(".json")}
 
 
 def rate_changes(config: ConfigDict, path: Path, *, step: int) -> list[str]:
-    """Returns a warning for each way in which a continued run has another rate than was planned.
+    """Returns a warning for each difference between a continued run's rate and the planned one.
 
     Args:
       config: The run's, as `resolve` returns it.
@@ -171,7 +195,7 @@ def rate_changes(config: ConfigDict, path: Path, *, step: int) -> list[str]:
     changes, total_steps, saved = [], config.train.total_steps, read_saved_config(path)
     planned, restarts = saved.train.total_steps, tuple(saved.optim.restarts)
     before = with_fields(config, {"train.total_steps": planned, "optim.restarts": restarts})
-    # The field came along with the change.
+    # The field and the new rule came in one version, so a config without it had the old rule.
     is_old = "restarts" not in json.loads(path.read_text())["optim"]
     if is_old and config.optim.schedule == "step" and config.optim.warmup_steps and step < planned:
         changes.append(
@@ -201,18 +225,18 @@ def rate_changes(config: ConfigDict, path: Path, *, step: int) -> list[str]:
 def warn_of_changed_splits(
     known: dict[str, str], splits: dict[str, sources.Split], *, select: str
 ) -> None:
-    """Warns of every evaluated split that is not what it was.
+    """Warns of every evaluated split that has changed.
 
     Args:
-      known: The fingerprints of then by the splits' names.
-      splits: By name, what is evaluated now.
-      select: Name of the one that chooses the checkpoint.
+      known: The earlier fingerprints by the splits' names.
+      splits: The splits that are evaluated now, by name.
+      select: Name of the split that chooses the checkpoint.
     """
     for name, split in splits.items():
         if known.get(name, split.fingerprint) != split.fingerprint:
             log.warning(
                 "Split %r has changed since it was last evaluated or described here: files or "
-                "labels are not what they were, and it now has %d images. Earlier figures of it "
-                "are not comparable%s.", name, len(split),
+                "labels differ, and it now has %d images. Its earlier figures are not "
+                "comparable%s.", name, len(split),
                 ", and earlier checkpoints were scored on other images" if name == select else "",
             )  # fmt: skip

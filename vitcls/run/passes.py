@@ -1,4 +1,4 @@
-"""In how many passes a step takes its batch."""
+"""Divides the batch of a step into passes."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""What a run computes on the devices: its state and its two steps, made from the config."""
+"""The program of a run: its state and its two steps on the devices, made from the config."""
 
 import dataclasses
 import functools
@@ -38,8 +38,8 @@ class Program:
       state_shardings: A `TrainState` of `jax.sharding.NamedSharding`.
       train_step: Jitted `(state, batch) -> (state, metrics)`; the state's memory is reused.
       eval_step: Jitted `(variables, batch) -> (sums, predictions)`.
-      prepare: `(step, batch) -> (images, targets, weights)`, what the network and the loss are
-        given in the training step that comes after `step` others and takes one pass.
+      prepare: `(step, batch) -> (images, targets, weights)`, the inputs of network and loss in the
+        training step that follows `step` others and takes one pass.
       num_passes: Parts of the batch that a training step takes one after the other.
       pass_size: Images of one part, on each device.
       row: Shapes and dtypes of one image's part of a batch, as the loader makes it.
@@ -84,7 +84,7 @@ class Program:
         return sharding.placed(self.state_shapes, self.state_shardings)
 
     def lower(self) -> jax.stages.Lowered:
-        """Returns the training step as it is called, which compiling it once serves, too."""
+        """Returns the training step for the shapes and places with which it is called."""
         batch = self.batch_shapes(self.num_passes * self.pass_size * self.mesh.size)
         return self.train_step.lower(self.placed_state(), batch)
 
@@ -184,7 +184,7 @@ def make_program(
     )
     eval_apply = over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
     everywhere = sharding.replicated(mesh)
-    # What the flag --xla_gpu_deterministic_ops does, for these programs; elsewhere it does nothing.
+    # The flag --xla_gpu_deterministic_ops would do this for all programs. Other devices ignore it.
     options = {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None
     return Program(
         config=config,
@@ -240,7 +240,7 @@ def _make_loss_fn(
     class_names: tuple[str, ...],
     class_counts: np.ndarray,
 ) -> Callable[..., Any]:
-    """Returns the loss of a pass, of the network's function and, if there is one, the teacher."""
+    """Returns the loss of a pass, with or without a teacher."""
     fields, distil = config.loss, None
     if teacher is not None:
         distil = steps.make_distil(
@@ -261,7 +261,7 @@ def _make_loss_fn(
 
 
 def _split(config: ConfigDict, key: jax.Array, params: PyTree) -> tuple[PyTree, PyTree]:
-    """Divides the network's parameters into (trained, frozen); `key` draws LoRA's."""
+    """Divides the network's parameters into (trained, frozen); `key` samples LoRA's."""
     fields = config.adapt
     train = fields.train or ("head" if fields.lora_rank else "all")
     trained, frozen = adapt.split(params, fields.freeze, train=train)
@@ -280,7 +280,7 @@ def _split(config: ConfigDict, key: jax.Array, params: PyTree) -> tuple[PyTree, 
 def _make_optimizer(
     config: ConfigDict, trained: PyTree, frozen: PyTree
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer and its learning rate by step, of parameters of these shapes."""
+    """Returns the optimizer for parameters of these shapes, and its learning rate by step."""
     fields, probe_steps = config.optim, config.adapt.probe_steps
     probe_schedule, schedule = _make_schedules(config)
     alpha = config.adapt.l2_sp
@@ -305,7 +305,7 @@ def _make_optimizer(
         return make(schedule), schedule
     if not any(re.fullmatch(adapt.HEAD, name) for name in adapt.names(trained)):
         raise UserError(
-            f"adapt.probe_steps={probe_steps} train the head alone, which adapt.freeze="
+            f"adapt.probe_steps={probe_steps} trains the head alone, which adapt.freeze="
             f"{config.adapt.freeze!r} keeps as it is; change one of the two."
         )
     tx = optim.probe_first(make(probe_schedule), make(schedule), num_steps=probe_steps)

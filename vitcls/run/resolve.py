@@ -1,4 +1,4 @@
-"""Fields that follow from data, checkpoint and devices."""
+"""Computes the fields that follow from data, checkpoint and devices."""
 
 import math
 
@@ -8,10 +8,10 @@ from vitcls.config.checks import check_num_steps, cycle_lengths
 from vitcls.config.parse import read_class_weights
 from vitcls.errors import UserError
 
-# Below so many training images BiT-HyperRule trains for 500 steps.
+# BiT-HyperRule trains for 500 steps if there are fewer training images.
 _SMALL_DATA = 20_000
 
-# Between evaluations where eval.every_steps leaves it open.
+# Shortest interval of evaluations if eval.every_steps is unset.
 _MIN_EVERY_STEPS = 50
 
 
@@ -23,10 +23,10 @@ def resolve(
     num_devices: int,
     saved: ConfigDict | None = None,
 ) -> ConfigDict:
-    """Returns a copy with what follows from data, checkpoint and devices filled in.
+    """Returns a copy with the fields filled in that follow from data, checkpoint and devices.
 
-    A run chooses when it begins what its config leaves open. `saved` is the config of a run that is
-    continued, which has these choices.
+    A run makes the choices that its config leaves open when it begins. `saved` is the config of a
+    run that is continued, which has these choices.
     """
     config = ConfigDict(config.to_dict())
     if saved is not None and config.train.micro_batch == 0:
@@ -63,11 +63,11 @@ def resolve(
 
 
 def planned_warmup(num_steps: int, *, num_train: int) -> int:
-    """Returns the warm-up of so many steps where `optim.warmup_steps` leaves it open.
+    """Returns the steps of warm-up if `optim.warmup_steps` is unset.
 
-    The numbers are those of BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3),
-    100 of 500 steps for small data and 500 of 10 000 or more for others, with the shares that
-    google-research/vision_transformer's README has for shorter training: 50 of 500, 100 of 1000.
+    BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3) warms up for 100 of 500
+    steps with small data, and for 500 of 10 000 or more steps otherwise. The README of
+    google-research/vision_transformer has the shares for shorter training: 50 of 500, 100 of 1000.
     """
     if num_train < _SMALL_DATA:
         return min(num_steps // 5, 100)

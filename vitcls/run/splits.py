@@ -10,7 +10,8 @@ from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.data.sources import classes
 from vitcls.data.sources.division import DIVISIONS
-from vitcls.data.sources.split import check_no_class_is_empty, num_shared
+from vitcls.data.sources.overlap import check_apart
+from vitcls.data.sources.split import check_no_class_is_empty
 from vitcls.errors import UserError
 
 log = logging.getLogger("vitcls")
@@ -19,7 +20,7 @@ log = logging.getLogger("vitcls")
 def open_splits(
     config: ConfigDict, *, is_continued: bool = False
 ) -> tuple[sources.Split, dict[str, sources.Split]]:
-    """Returns the split to train on, and by name those that are evaluated.
+    """Returns the split to train on, and the splits that are evaluated by name.
 
     Args:
       config: The run's.
@@ -37,7 +38,8 @@ def open_splits(
     keep = functools.partial(cached, where=data.cache)
     train, evaluated = open_split(data.train_split), {}
     is_thinned = data.per_class or data.long_tail
-    if not is_thinned:  # whole, and so the same on disk for runs with other seeds
+    # The whole split is the same for all seeds, so that runs share its cache on disk.
+    if not is_thinned:
         train = keep(train)
     if "holdout" in (config.eval.select_split, *data.eval_splits):
         if data.fold:
@@ -57,38 +59,17 @@ def open_splits(
     evaluated = {name: classes.align(train, split) for name, split in evaluated.items()}
     try:
         check_no_class_is_empty(train)
-        _check_apart(config, train, evaluated)
+        check_apart(
+            train, evaluated, train_name=data.train_split,
+            select=config.eval.select_split, measured=data.eval_splits,
+        )  # fmt: skip
     except UserError as error:
         if not is_continued:
             raise
         log.warning("%s (The run began so, and continues.)", error)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
         raise UserError(
-            f"eval.select_metric='top5_accuracy' says nothing with {len(train.class_names)} "
+            f"eval.select_metric='top5_accuracy' is always 1 with {len(train.class_names)} "
             "classes; use 'accuracy'."
         )
     return train, evaluated
-
-
-def _check_apart(
-    config: ConfigDict, train: sources.Split, evaluated: dict[str, sources.Split]
-) -> None:
-    """Refuses images that both fit and choose, fit and measure, or choose and measure."""
-    select, eval_splits = config.eval.select_split, config.data.eval_splits
-    for name, split in evaluated.items():
-        if shared := num_shared(split, train):
-            field, does = "data.eval_splits", "measure it"
-            if name == select:
-                field, does = "eval.select_split", "choose its checkpoint"
-            raise UserError(
-                f"{name!r} of {field} shares {shared} of its {len(split)} images with "
-                f"data.train_split={config.data.train_split!r}: images that a network is trained "
-                f"on cannot {does}. Name a split of other images, such as 'holdout', or a "
-                "data.train_split without them."
-            )
-    for name in eval_splits if select else ():
-        if num_shared(evaluated[name], evaluated[select]):
-            raise UserError(
-                f"eval.select_split={select!r} shares images with {name!r} of data.eval_splits: "
-                "images that choose the checkpoint cannot measure it. Select on 'holdout'."
-            )

@@ -1,4 +1,4 @@
-"""What leads to a bad result, or to another than was planned."""
+"""Warns of the known ways to a bad result."""
 
 import logging
 import math
@@ -12,11 +12,11 @@ from vitcls.run.opened import Run
 
 log = logging.getLogger("vitcls")
 
-# What `traps` warns of: fewer images that select, and of Adam on all of a ViT of this width or
-# more, a higher rate.
+# Fewer images choose a checkpoint by chance. On all of a ViT of this width or more, a higher rate
+# of Adam destroys what was pretrained.
 _FEW_IMAGES, _SMALL_WIDTH, _MAX_LR = 100, 192, 3e-4
 
-# Of a run that should be saved before its end.
+# A run of so many steps should be saved before its end.
 _MANY_STEPS = 1000
 
 
@@ -45,8 +45,8 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
     ):  # fmt: skip
         found.append(
             f"optim.lr={optim.lr:g} is high for {optim.name} on all of a pretrained ViT: a step "
-            "moves every weight by about the rate, however small its gradient, and so soon away "
-            "from what was pretrained. Try 1e-5 to 1e-4, or adapt.layer_decay."
+            "moves every weight by about the rate, however small its gradient, so that the "
+            "pretrained weights are soon lost. Try 1e-5 to 1e-4, or adapt.layer_decay."
         )
     if 0 < num_select < _FEW_IMAGES:
         error = 100 * math.sqrt(0.9 * 0.1 / num_select)
@@ -65,8 +65,8 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
     is_saved = config.checkpoint.every_steps or config.eval.every_steps
     if not is_saved and config.train.total_steps >= _MANY_STEPS:
         found.append(
-            f"Nothing of the {config.train.total_steps} steps is saved before the end, unless a "
-            "signal stops them: a crash loses all. Set checkpoint.every_steps."
+            f"No checkpoint is saved before the end of the {config.train.total_steps} steps, "
+            "unless a signal stops the run: a crash loses all. Set checkpoint.every_steps."
         )
     corrections = {
         "loss.class_weights": config.loss.class_weights != "none",
@@ -81,7 +81,7 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
         )
     if adapt.l2_sp and optim.weight_decay:
         found.append(
-            "adapt.l2_sp draws weights to the pretrained ones and optim.weight_decay draws the "
+            "adapt.l2_sp pulls weights to the pretrained ones, and optim.weight_decay pulls the "
             "same weights to 0. Set optim.weight_decay=0."
         )
     return found

@@ -107,6 +107,34 @@ def _show(whose: str, names: tuple[str, ...]) -> str:
     return f"{whose} {len(names)} ({listed}{', ...' if len(names) > _MAX_SHOWN else ''})"
 
 
+def check_kept(kept: tuple[str, ...], class_names: tuple[str, ...], *, num_classes: int) -> None:
+    """Raises `UserError` if a head that is kept has other classes than the data, or another order.
+
+    Classes are matched by position, so that names may differ; a warning says so.
+
+    Args:
+      kept: The checkpoint's class names.
+      class_names: The data's.
+      num_classes: Number of outputs of the head.
+    """
+    if num_classes != len(class_names):
+        raise UserError(
+            f"model.head='keep' keeps {num_classes} classes, but the data has "
+            f"{len(class_names)}; use model.head='new'."
+        )
+    if moved := find_moved(class_names, kept):
+        raise UserError(
+            "model.head='keep': the checkpoint has the data's classes in another order, such as "
+            f"{moved[0]!r}: {kept[:5]} ... there, {class_names[:5]} ... in the data. Use "
+            "model.head='new'."
+        )
+    if kept != class_names:
+        log.warning(
+            "model.head='keep': class names differ (%s ... kept, %s ... in the data); classes are "
+            "matched by position.", kept[:3], class_names[:3],
+        )  # fmt: skip
+
+
 def align(train: Split, other: Split) -> Split:
     """Returns `other` with labels that mean the same as those of `train`.
 
