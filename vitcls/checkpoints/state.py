@@ -27,7 +27,8 @@ def restore_state(checkpoints: Checkpoints, step: int, target: TrainState) -> Tr
     """
     items = checkpoints.restore(step, state_items(target))
 
-    def trained(variables):  # the part of the network that `target` says is trained
+    # A checkpoint has whole networks. `target` says which part of them is trained.
+    def trained(variables):
         return {
             "params": adapt.subtree(variables["params"], target.params),
             "batch_stats": variables.get("batch_stats", {}),

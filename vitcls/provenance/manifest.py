@@ -135,7 +135,8 @@ def note_continuation(
 def _git_commit() -> str | None:
     """The commit of this code, "-dirty" appended if files differ from it; None outside git."""
     here = Path(__file__).parents[2]
-    if not (here / ".git").exists():  # installed, perhaps inside somebody else's repository
+    # An installed package may lie inside another project's repository.
+    if not (here / ".git").exists():
         return None
     try:
         described = subprocess.run(

@@ -44,7 +44,8 @@ def _is_known(name: str) -> bool:
 def restore_config(saved: dict[str, Any]) -> ConfigDict:
     """Returns the config of a run, of which `saved` is the content of its `config.json`."""
     config = default_config()
-    with config.ignore_type():  # JSON has lists for tuples
+    # JSON has lists in place of tuples.
+    with config.ignore_type():
         config.update(saved)
     if "division" not in saved.get("data", {}):
         # Runs that are older than the field were divided in this way.

@@ -165,7 +165,8 @@ def _read(path: Path) -> Seen | None:
             arrays = {name: file[name] for name in file.files}
         home, division = str(arrays.pop("home")), str(arrays.pop("division"))
         train = arrays.pop(_TRAIN)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or damaged
+    # The file is missing or damaged.
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     evaluated = {name.removeprefix("evaluated/"): array for name, array in arrays.items()}
     return Seen(home, train, evaluated, division)

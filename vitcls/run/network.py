@@ -54,6 +54,7 @@ def open_model(
             classes.check_kept(kept, class_names, num_classes=model_config.num_classes)
             class_names = kept
         model_config = dataclasses.replace(model_config, num_classes=len(class_names))
+        # Without a size of its own the run has that of the checkpoint, whose positions then fit.
         if image_size:
             model_config = model_config.resized(image_size)
         processor = processor.resized(model_config.image_size)

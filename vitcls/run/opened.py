@@ -9,10 +9,9 @@ import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -33,17 +32,6 @@ from vitcls.step import optim, sharding
 from vitcls.step.train_step import Batch
 
 log = logging.getLogger("vitcls")
-
-
-class TrainingData(Protocol):
-    """The part of `sources.Split` that a program is made from."""
-
-    class_names: tuple[str, ...]
-
-    def class_counts(self) -> np.ndarray:
-        """Returns the number of images of each class, int (K,)."""
-
-    def __len__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +62,7 @@ class Run:
     """
 
     config: ConfigDict
-    train_split: sources.Split | TrainingData
+    train_split: sources.Split
     eval_splits: dict[str, sources.Split]
     files: pretrained.Files | None
     model_config: pretrained.Config
@@ -171,7 +159,7 @@ def open_run(
     *,
     devices: list[jax.Device] | None = None,
     begun: Begun | None = None,
-    train_split: TrainingData | None = None,
+    train_split: sources.Split | None = None,
 ) -> Run:
     """Opens the data and the checkpoint of a config, and fits them to each other.
 
@@ -179,7 +167,8 @@ def open_run(
       config: As `vitcls.config.default_config` lays it out; it is not changed.
       devices: The devices to use; default all.
       begun: What a run that is continued chose when it began.
-      train_split: Stands in for data that are not on this machine; nothing is evaluated then.
+      train_split: Stands in for data that are not on this machine, by `class_names`,
+        `class_counts()` and its length; nothing is evaluated then.
 
     Raises:
       UserError: a field, a data set or a checkpoint does not fit.
@@ -196,6 +185,8 @@ def open_run(
                 "data.division='position': the same images are held out, sampled and tested on."
             )
     config.data.division = config.data.division or DIVISIONS[0]
+    # The data come first: the head has their classes. The devices come last: a mistake in the
+    # config, the data or the checkpoint is found without them.
     eval_splits = {}
     if train_split is None:
         train_split, eval_splits = open_splits(config, is_continued=begun is not None)

@@ -147,6 +147,7 @@ def make_program(
     init = functools.partial(
         model.init, init_key, jnp.zeros((1, *config.data.image_size, 3)), train=False
     )
+    # Only shapes are computed: mistakes show, and memory is counted, before anything is placed.
     variable_shapes = jax.eval_shape(init)
     split = functools.partial(_split, config, jax.random.fold_in(init_key, 1))
     trained, frozen = jax.eval_shape(split, variable_shapes["params"])
@@ -158,12 +159,12 @@ def make_program(
     if teacher is not None:
         state_shapes = state_shapes.replace(teacher=jax.eval_shape(lambda: teacher.variables))
     state_shardings = sharding.state_shardings(state_shapes, mesh)
-    num_rows = config.train.global_batch_size // mesh.size
-    group = group_size(config)
+    num_rows, group = config.train.global_batch_size // mesh.size, group_size(config)
     size = pass_size(num_rows, config.train.micro_batch, group_size=group)
     prepare = augment.make_prepare(
         processor.normalise, label_smoothing=config.loss.label_smoothing, **config.augment
     )
+    # Augmentation needs no neighbour but that of a pair, so no row leaves its device.
     prepare = sharding.on_each_device(prepare, mesh)
 
     @jax.jit
@@ -193,6 +194,7 @@ def make_program(
         state_shardings=state_shardings,
         train_step=jax.jit(
             train_step,
+            # The new state takes the memory of the old one.
             donate_argnums=0,
             out_shardings=(state_shardings, everywhere),
             compiler_options=options,

@@ -49,6 +49,7 @@ def resolve(
         planned = max(config.train.total_steps // 10, _MIN_EVERY_STEPS)
         planned = planned if saved is None else saved.eval.every_steps
         config.eval.every_steps = planned if config.eval.select_split else 0
+    # Epochs and open fields have become steps only now, so their sum is checked again.
     check_num_steps(config)
     if config.optim.lr_batch_size:
         factor = batch_size / config.optim.lr_batch_size
@@ -57,6 +58,7 @@ def resolve(
             config.adapt.probe_lr *= factor
     eval_batch_size = config.eval.batch_size or batch_size
     config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
+    # The file with the weights may change later, so the config keeps its content.
     config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)
     return config

@@ -41,6 +41,7 @@ def open_splits(
     # The whole split is the same for all seeds, so that runs share its cache on disk.
     if not is_thinned:
         train = keep(train)
+    # The hold-out is taken before classes are thinned, so that it is the same for all sizes.
     if "holdout" in (config.eval.select_split, *data.eval_splits):
         if data.fold:
             train, evaluated["holdout"] = sources.take_fold(train, *parse_fold(data.fold), **chosen)
