@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
 
 from vitcls.config.checks import drop_unused
 from vitcls.errors import STORAGE_ERRNOS, UserError
@@ -23,6 +24,8 @@ from vitcls.folders import user_folders
 from vitcls.processes import signals
 
 FLAGS = flags.FLAGS
+# A flag belongs to the command that calls `define_...`: `--help` lists that command's flags.
+flags.disclaim_key_flags()
 
 
 class _PathParser(flags.ArgumentParser):
@@ -165,6 +168,89 @@ def _help(main_module) -> str:
         if flag.default not in (None, ""):
             lines[-1] += f" (default: {flag.default})"
     return "\n".join(lines)
+
+
+def define_config(note: str = "") -> flags.FlagHolder:
+    """Defines --config, whose value `config_value` returns."""
+    # Unknown fields are accepted here and refused by `check_config`, which knows the nearest name.
+    # This also lets `--config.optim.args.NAME=` through.
+    text = _join("File with the recipe: FILE.py, or FILE.py:name=value,... with arguments.", note)
+    return config_flags.DEFINE_config_file(
+        "config", None, text, lock_config=False, accept_new_attributes=True
+    )
+
+
+def define_checkpoint(note: str = "") -> flags.FlagHolder:
+    """Defines --checkpoint, what `pretrained.load` takes."""
+    text = (
+        "Workdir of a run, optionally with @best, @last or @STEP; folder in Hugging Face format; "
+        "or hub id, optionally with @REVISION."
+    )
+    return flags.DEFINE_string("checkpoint", None, _join(text, note))
+
+
+def define_images(note: str = "") -> flags.FlagHolder:
+    """Defines --images, what `predict.rows.find_images` takes."""
+    text = (
+        "A file; a folder, searched recursively; a pattern in quotes, such as 'photos/**/*.jpg'; "
+        "or @FILE with one path per line, relative to FILE's folder."
+    )
+    return flags.DEFINE_string("images", "", _join(text, note))
+
+
+def define_data(note: str = "") -> flags.FlagHolder:
+    """Defines --data, a source for `sources.open_split`."""
+    text = "Data set, such as digits, folder:PATH, csv:PATH or tfds:NAME[/CONFIG][:VERSION]."
+    return flags.DEFINE_string("data", "", _join(text, note))
+
+
+def define_split(
+    meaning: str, *, name: str = "split", default: str = "test", note: str = ""
+) -> flags.FlagHolder:
+    """Defines a flag that names a split for `sources.open_split`."""
+    text = f"{meaning}; tfds also takes slices, such as train[:90%]."
+    return flags.DEFINE_string(name, default, _join(text, note))
+
+
+def define_data_dir(if_empty: str = "tensorflow_datasets' default") -> flags.FlagHolder:
+    """Defines --data_dir, a folder for `sources.open_split`."""
+    text = f"Folder of prepared data sets. Empty: {if_empty}."
+    return flags.DEFINE(PATH, "data_dir", "", text)
+
+
+def define_labels() -> flags.FlagHolder:
+    """Defines --labels, a way of `classes.match`."""
+    return flags.DEFINE_enum(
+        "labels", "name", ["name", "index"],
+        "How the data's classes are found among the checkpoint's: by name, or by position.",
+    )  # fmt: skip
+
+
+def define_on_error() -> flags.FlagHolder:
+    """Defines --on_error, for commands that write into a folder."""
+    return flags.DEFINE_enum(
+        "on_error", "raise", ["raise", "skip"],
+        "Images that cannot be decoded: raise an error, or skip and list them in "
+        "OUTPUT/skipped.jsonl.",
+    )  # fmt: skip
+
+
+def define_batch_size() -> flags.FlagHolder:
+    """Defines --batch_size, for `inference.compile_step`."""
+    return flags.DEFINE_integer(
+        "batch_size", 0,
+        "Images per step over all devices. 0: as many as are useful and fit into memory.",
+        lower_bound=0,
+    )  # fmt: skip
+
+
+def define_new_folder() -> flags.FlagHolder:
+    """Defines --output, for `files.folder_aside`."""
+    return flags.DEFINE(PATH, "output", None, "Folder to make; if it exists, it must be empty.")
+
+
+def _join(text: str, note: str) -> str:
+    return f"{text} {note}" if note else text
 
 
 def required(flag: flags.FlagHolder) -> Any:

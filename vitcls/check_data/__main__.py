@@ -18,7 +18,6 @@ Exits with 2 where training would fail.
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from vitcls import cli
 from vitcls.config.checks import check_config
@@ -26,28 +25,15 @@ from vitcls.errors import UserError
 from vitcls.files import make_folder, write_json
 from vitcls.folders import ownership
 
-_DATA = flags.DEFINE_string(
-    "data", "", "Data set, such as digits, tfds:NAME, folder:PATH, csv:PATH; empty: the config's."
-)
+_DATA = cli.define_data("Empty: the config's.")
 _SPLITS = flags.DEFINE_list(
     "splits", [], "Splits, the one to train on first; empty: the config's, else all."
 )
-_DATA_DIR = flags.DEFINE(
-    cli.PATH,
-    "data_dir",
-    "",
-    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
-)
+_DATA_DIR = cli.define_data_dir("the config's, else tensorflow_datasets' default")
 _OUTPUT = flags.DEFINE(
     cli.PATH, "output", "", "Folder for report.json and pictures; empty: none is written."
 )
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with the recipe whose batches are shown, as for vitcls.main.",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = cli.define_config("Its augmented images are shown.")
 
 
 def main() -> None:

@@ -23,31 +23,17 @@ from vitcls.files import make_folder, write_json
 from vitcls.folders import ownership
 from vitcls.folders.ownership import has_keys
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
-_DATA = flags.DEFINE_string(
-    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
-)
-_SPLIT = flags.DEFINE_string("split", "test", "Split of the data set; of tfds, also slices.")
-_DATA_DIR = flags.DEFINE(
-    cli.PATH,
-    "data_dir",
-    "",
-    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
-)
-_LABELS = flags.DEFINE_enum(
-    "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
+_CHECKPOINT = cli.define_checkpoint()
+_DATA = cli.define_data()
+_SPLIT = cli.define_split("Split to evaluate")
+_DATA_DIR = cli.define_data_dir()
+_LABELS = cli.define_labels()
+_BATCH_SIZE = cli.define_batch_size()
 _TTA = flags.DEFINE_enum(
     "tta", "none", ["none", "flip"],
-    "Test-time augmentation: none|flip; flip averages the logits of image and mirror image.",
+    "Test-time augmentation: flip averages the logits of image and mirror image.",
 )  # fmt: skip
-_ON_ERROR = flags.DEFINE_enum(
-    "on_error", "raise", ["raise", "skip"],
-    "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
-)  # fmt: skip
+_ON_ERROR = cli.define_on_error()
 _OUTPUT = flags.DEFINE(
     cli.PATH,
     "output",

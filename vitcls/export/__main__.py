@@ -16,13 +16,9 @@ from absl import flags
 
 from vitcls import cli
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None,
-    "What to export: a run's workdir, optionally with @best, @last or @STEP; a folder in Hugging "
-    "Face format; or a hub id with optional @REVISION.",
-)  # fmt: skip
+_CHECKPOINT = cli.define_checkpoint()
 _FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "stablehlo"], "What to write.")
-_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder to make; if it exists, it must be empty.")
+_OUTPUT = cli.define_new_folder()
 
 
 def main() -> None:

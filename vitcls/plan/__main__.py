@@ -21,7 +21,6 @@ import functools
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from vitcls import cli
 from vitcls.config.checks import check_config
@@ -29,13 +28,7 @@ from vitcls.costs import chips
 from vitcls.files import make_folder, write_json
 from vitcls.folders import ownership
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with the recipe, optionally with arguments: FILE.py or FILE.py:name=value,...",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "local",

@@ -16,19 +16,13 @@ from absl import flags
 
 from vitcls import cli
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
-_IMAGES = flags.DEFINE_string(
-    "images", None,
-    "A file; a folder, with all folders below it; a pattern in quotes, such as 'photos/**/*.jpg'; "
-    "or @FILE, which has one path per line, relative to FILE's folder.",
-)  # fmt: skip
+_CHECKPOINT = cli.define_checkpoint()
+_IMAGES = cli.define_images()
 _OUTPUT = flags.DEFINE(
     cli.PATH, "output", "-", "File to write, .csv or .jsonl; - is CSV to standard output."
 )
 _TOP_K = flags.DEFINE_integer("top_k", 1, "Number of classes per image, the likeliest first.")
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
+_BATCH_SIZE = cli.define_batch_size()
 
 
 def main() -> None:

@@ -24,20 +24,13 @@ from vitcls.errors import UserError
 from vitcls.files import make_folder
 from vitcls.folders import ownership
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir, Hugging Face folder or hub id; a head it may have is not used."
+_CHECKPOINT = cli.define_checkpoint("Its head, if there is one, is not used.")
+_DATA = cli.define_data()
+_TRAIN_SPLIT = cli.define_split(
+    "Split to fit on and to choose with", name="train_split", default="train"
 )
-_DATA = flags.DEFINE_string(
-    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
-)
-_TRAIN_SPLIT = flags.DEFINE_string("train_split", "train", "Split to fit on and to choose with.")
-_SPLIT = flags.DEFINE_string("split", "test", "Split to measure on; of tfds, also slices.")
-_DATA_DIR = flags.DEFINE(
-    cli.PATH,
-    "data_dir",
-    "",
-    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
-)
+_SPLIT = cli.define_split("Split to measure on")
+_DATA_DIR = cli.define_data_dir()
 _OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder for features, results and the new model.")
 _HOLDOUT = flags.DEFINE_float("holdout", 0.1, "Share of train that chooses, between 0 and 1.")
 _PER_CLASS = flags.DEFINE_integer(
@@ -45,9 +38,7 @@ _PER_CLASS = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Which examples are held out and taken.")
 _EPOCHS = flags.DEFINE_integer("epochs", 100, "Passes of the linear probe.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
+_BATCH_SIZE = cli.define_batch_size()
 
 
 def main() -> None:

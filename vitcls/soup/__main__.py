@@ -27,34 +27,23 @@ from vitcls.config.fields import SELECT_METRICS
 from vitcls.errors import UserError
 
 _CHECKPOINTS = flags.DEFINE_string("checkpoints", None, "Checkpoints, separated by commas.")
-_HOW = flags.DEFINE_enum("how", None, ["uniform", "greedy", "wise"], "uniform|greedy|wise.")
-_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder to make; if it exists, it must be empty.")
-_DATA = flags.DEFINE_string(
-    "data", "", "Data set that chooses, such as digits or folder:PATH; empty: that of the runs."
-)
-_SPLIT = flags.DEFINE_string(
-    "split", "",
-    "Its split; empty: the one that the runs chose on, such as holdout, which is what a run held "
-    "out of its training images.",
+_HOW = flags.DEFINE_enum("how", None, ["uniform", "greedy", "wise"], "What to make, see above.")
+_OUTPUT = cli.define_new_folder()
+_DATA = cli.define_data("Its images choose. Empty: that of the runs.")
+_SPLIT = cli.define_split(
+    "Split that chooses", default="",
+    note="Empty: the one that the runs chose on; holdout is what a run held out of its training "
+    "images.",
 )  # fmt: skip
-_DATA_DIR = flags.DEFINE(
-    cli.PATH, "data_dir", "", "Where prepared data sets are kept; empty: where the runs had them."
-)
+_DATA_DIR = cli.define_data_dir("where the runs had them")
 _ALLOW_EVAL_SPLIT = flags.DEFINE_bool(
     "allow_eval_split", False,
     "Whether images of the runs' data.eval_splits may choose; they cannot measure what comes out.",
 )  # fmt: skip
 _METRIC = flags.DEFINE_enum("metric", "accuracy", SELECT_METRICS, "What chooses.")
-_LABELS = flags.DEFINE_enum(
-    "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
-_ON_ERROR = flags.DEFINE_enum(
-    "on_error", "raise", ["raise", "skip"],
-    "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
-)  # fmt: skip
+_LABELS = cli.define_labels()
+_BATCH_SIZE = cli.define_batch_size()
+_ON_ERROR = cli.define_on_error()
 _ALPHA = flags.DEFINE_float(
     "alpha", None,
     "Of wise: the point on the line, from 0, pretrained, to 1, fine-tuned; the paper recommends "
