@@ -129,7 +129,7 @@ def make_evaluator(
     Raises:
       UserError: the classes do not match. What is returned raises `NotFinite` where logits are not.
     """
-    names = tuple(processor.id2label.values())
+    names = processor.class_names
     positions = classes.match(split.class_names, names, by=labels)
     apply = over_mirror_images(model.apply) if tta == "flip" else model.apply
     eval_step = make_eval_step(processor.normalise, apply)

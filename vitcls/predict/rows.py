@@ -97,7 +97,7 @@ def predict_files(
         the rows, answers that are not finite.
     """
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
-    names = tuple(processor.id2label.values())
+    names = processor.class_names
     if not 1 <= top_k <= len(names):
         raise UserError(
             f"--top_k={top_k} is out of range: the checkpoint has {len(names)} classes, so it must "

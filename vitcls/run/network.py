@@ -51,7 +51,7 @@ def open_model(
         model_config, processor = pretrained.read_config(files, new_head=config.model.head == "new")
         if config.model.head == "keep":
             _check_kept_head(model_config, processor, class_names)
-            class_names = tuple(processor.id2label.values())
+            class_names = processor.class_names
         model_config = dataclasses.replace(model_config, num_classes=len(class_names))
         if image_size:
             model_config = model_config.resized(image_size)
@@ -91,7 +91,7 @@ def _arch_config(arch: str, *, num_classes: int, image_size: tuple[int, int]) ->
 def _check_kept_head(
     model_config: pretrained.Config, processor: pretrained.Processor, class_names: tuple[str, ...]
 ) -> None:
-    kept = tuple(processor.id2label.values())
+    kept = processor.class_names
     if model_config.num_classes != len(class_names):
         raise UserError(
             f"model.head='keep' keeps {model_config.num_classes} classes, but the data has "
