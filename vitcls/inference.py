@@ -41,13 +41,18 @@ def load_classifier(
       UserError: nothing there that can be read, or it has no classes.
     """
     model, variables, processor = pretrained.load(checkpoint)
-    if not processor.id2label:
-        raise UserError(
-            f"--checkpoint={checkpoint} has no head, and so no classes; fine-tune it first: "
-            f"python -m vitcls.main --config=... --config.model.pretrained={checkpoint}"
-        )
+    check_has_head(checkpoint, processor)
     mesh = sharding.make_mesh(-1, 1)
     return model, jax.device_put(variables, sharding.replicated(mesh)), processor, mesh
+
+
+def check_has_head(checkpoint: str | Path, processor: pretrained.Processor) -> None:
+    """Raises `UserError` if a checkpoint has no classes; the message suits every command."""
+    if not processor.class_names:
+        raise UserError(
+            f"The checkpoint {checkpoint} has no head, so it has no classes. Fine-tune it first: "
+            f"python -m vitcls.main --config=... --config.model.pretrained={checkpoint}"
+        )
 
 
 def check_answers(

@@ -280,6 +280,19 @@ def test_logits_that_are_not_finite_end_it_and_leave_nothing(how, root, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_checkpoints_without_classes_cannot_be_chosen_from(root, tmp_path):
+    network = transformers.ViTModel(NETWORKS["vit"])
+    network.save_pretrained(tmp_path / "bare")
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(
+        tmp_path / "bare"
+    )
+    with pytest.raises(UserError, match="bare has no head.*Fine-tune it first") as error:
+        mixing.make(
+            str(tmp_path / "bare"), how="greedy", output=tmp_path / "out", **selection(root)
+        )
+    assert "--checkpoint=" not in str(error.value)  # the command's flag is --checkpoints
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from vitcls import __version__, inference, pretrained
-from vitcls.errors import UserError
 from vitcls.export import model_card
 from vitcls.files import folder_aside, write_json
 from vitcls.pretrained.files import formats
@@ -161,11 +160,7 @@ def _load(checkpoint: str) -> Source:
         files = pretrained.find(checkpoint)
         origin, location = model_card.origin_of_files(files), files.directory
     model, variables, processor = pretrained.load(location)
-    if not model.config.num_classes:
-        raise UserError(
-            f"--checkpoint={checkpoint} has no head, so there are no classes to export; fine-tune "
-            f"it first, with --config.model.pretrained={checkpoint}."
-        )
+    inference.check_has_head(checkpoint, processor)
     return Source(origin, model, variables, processor)
 
 
