@@ -202,8 +202,10 @@ def test_heads_are_put_on_every_kind_of_network(config, tmp_path):
     [
         ((), "--checkpoint is missing"),
         (("--checkpoint=x", "--data=digits"), "--output is missing"),
-        (("--checkpoint=x", "--data=digits", "--output=o", "--split=train"), "is what is fitted"),
-        (("--checkpoint=x", "--data=digits", "--output={}"), "has a model of something else"),
+        (("--checkpoint=x", "--data=digits", "--output=o", "--split=train"),
+         "--split=train is also --train_split, which is fitted on"),
+        (("--checkpoint=x", "--data=digits", "--output={}"),
+         "has a model that vitcls.probe did not write"),
         (("--checkpoint=x", "--data=digits", "--output=o", "--epochs=0"), "--epochs=0"),
         (("--checkpoint=./x", "--data=folder:{data}", "--output={}/o"), "There is no folder './x'"),
         (("--checkpoint=./x", "--data=digits", "--data_dir={digits}", "--output={}/o",

@@ -5,12 +5,12 @@
 The checkpoint is the workdir of a run (DIR, DIR@best, DIR@last or DIR@STEP), a folder in Hugging
 Face format, or a hub id such as google/vit-base-patch16-224, optionally with @REVISION.
 
-Classes are matched by their names, in whichever order, and the checkpoint may have more than the
-data. Where names differ but classes and order are the same, as with ImageNet from tfds and from the
-hub, --labels=index matches them by position.
+Classes are matched by their names, in any order, and the checkpoint may have more than the data.
+--labels=index matches them by position: for data with the same classes in the same order under
+other names, such as ImageNet from tfds and from the hub.
 
-Data without splits are divided as the checkpoint's run did it. Images that it was trained on are
-counted, as trained_on, and warned of.
+Data without splits are divided as the checkpoint's run divided them. A warning gives the number of
+images that the run was trained on, which is also trained_on in the results.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ _OUTPUT = flags.DEFINE(
     cli.PATH,
     "output",
     "",
-    "Folder for results.json and predictions/SPLIT.npz; empty: none is written.",
+    "Folder for results.json and predictions/SPLIT.npz. Empty: no files.",
 )
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     checkpoint, data = cli.required(_CHECKPOINT), cli.required(_DATA)
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
     if _ON_ERROR.value == "skip" and output is None:
-        raise UserError("--on_error=skip needs --output, the folder for the list of what it skips.")
+        raise UserError("--on_error=skip needs --output, a folder for the list of skipped images.")
     if output is not None and (output / "checkpoints").exists():
         raise UserError(
             f"--output={output} is the workdir of a run, whose results.json would be replaced; "
@@ -59,7 +59,7 @@ def main() -> None:
             is_own=lambda: has_keys(output / "results.json", "checkpoint", "data", "split")
             or has_keys(output / "skipped.jsonl", "split", "id", "reason"),
         )  # fmt: skip
-    # These import jax: only once the flags are known to be right.
+    # These import jax, so they follow the checks of the flags.
     from vitcls.data.skipped import Skipped
     from vitcls.evaluate import exact
     from vitcls.run import records, seen
@@ -83,7 +83,7 @@ def main() -> None:
     )
     metrics["trained_on"] = trained_on
     if output is not None:
-        # First what says whose folder this is.
+        # results.json comes first: it marks the folder as made by this command.
         origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
         origin["fingerprint"] = split.fingerprint
         write_json(output / "results.json", origin | metrics)
