@@ -1,15 +1,15 @@
-"""Writes a checkpoint for programs that know nothing of vitcls, and checks what it wrote.
+"""Writes a checkpoint for programs without vitcls, and compares the result with the original.
 
   python -m vitcls.export --checkpoint=runs/quickstart --format=huggingface --output=exported
 
 --format=huggingface: a folder that `transformers` loads unchanged, with a model card.
---format=stablehlo: one program for CPU, CUDA and TPU and any batch size, uint8 images in,
-probabilities out; jax and safetensors are all that running it needs.
+--format=stablehlo: one program for CPU, CUDA and TPU and any batch size, from uint8 images to
+probabilities. It needs jax and safetensors only.
 
-docs/export.md says more of both.
+docs/export.md describes both.
 
-The answers of what was written are compared with the network's own; export.json has the largest
-difference. The folder appears when that is done; when anything fails, nothing is left.
+The outputs of the exported network are compared with those of the original; export.json has the
+largest difference. The folder appears after this comparison. If anything fails, nothing is left.
 """
 
 from absl import flags
@@ -24,7 +24,7 @@ _OUTPUT = cli.define_new_folder()
 def main() -> None:
     """Checks the flags, then exports."""
     checkpoint, format_, output = map(cli.required, (_CHECKPOINT, _FORMAT, _OUTPUT))
-    from vitcls.export import formats  # imports jax: only once the flags are known to be right
+    from vitcls.export import formats  # imports jax, so it follows the checks of the flags
 
     cli.prepare_jax()
     record = formats.export(checkpoint, format=format_, output=output)
