@@ -42,7 +42,7 @@ log = logging.getLogger("vitcls")
 
 
 def run(main: Callable[..., None], *, arguments: str = "") -> None:
-    """Parses the flags, calls `main` and exits with the code that DESIGN's table gives.
+    """Parses the flags, calls `main` and exits with one of the codes below.
 
     If `arguments` is set (e.g. "DIR"), `main` receives the positional arguments, at least one.
     Otherwise positional arguments are an error.
@@ -290,7 +290,7 @@ def _parse_flags(argv: list[str], arguments: str) -> list[str]:
     try:
         FLAGS.set_gnu_getopt()  # flags may follow positional arguments
         _, *rest = map(_expand_config, FLAGS(list(map(_expand_config, argv))))
-    except Exception as error:  # flags.Error, or whatever running a config file raises
+    except Exception as error:  # flags.Error, or any error of a config file
         raise UserError(explain(error)) from error
     if rest and not arguments:
         raise UserError(

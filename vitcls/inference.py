@@ -63,8 +63,7 @@ def check_answers(
     Args:
       answers: Logits, probabilities or features, float32 (N, ...).
       image_id: Names the image of a row.
-      error: The default is for a checkpoint that the user chose. A network in training needs
-        another.
+      error: `NotFinite` for a checkpoint that the user chose; training raises `NonFiniteLoss`.
     """
     of_an_image = tuple(range(1, answers.ndim))
     rows = np.flatnonzero(~np.isfinite(answers).all(axis=of_an_image))

@@ -65,7 +65,7 @@ def main() -> None:
         chips.prepare_environment()
     import json
 
-    import jax  # reads the prepared environment
+    import jax  # after its environment is prepared
 
     from vitcls.plan import planning
     from vitcls.plan.table import format_plan

@@ -147,7 +147,7 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _warn_of_starts(found: list[Ingredient]) -> None:
-    """Warns if runs began from different weights; every random initialisation is different."""
+    """Warns if runs began from different weights; random ones count as different."""
     starts = {}
     for one in found:
         if manifest := one.manifest():
@@ -250,9 +250,9 @@ def open_selection(
     Args:
       ingredients: The checkpoints.
       source: Data set; "": the runs' own.
-      split: Of the data set; "": the one that the runs chose their best checkpoints on. A run's
-        "holdout" is what it held out of its training images.
-      data_dir: Where prepared data sets are kept; "": where the runs had them.
+      split: A split of the data set; "": the one that the runs chose their best checkpoints on.
+        "holdout": the images that a run held out of its training images.
+      data_dir: Folder of prepared data sets; "": where the runs had them.
       allow_eval_split: Whether images of the runs' data.eval_splits may be among them.
 
     Returns:
