@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from launch import commands, kubernetes, local, resources, slurm, tpu_vm
 from vitcls import cli
@@ -30,13 +29,7 @@ from vitcls.folders import ownership
 from vitcls.folders.ownership import has_text
 from vitcls.folders.workdir import Workdir
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with the recipe, optionally with arguments: FILE.py or FILE.py:name=value,...",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, seen by all its machines.")
 _ON = flags.DEFINE_enum(
     "on", None, ["local", "slurm", "kubernetes", "tpu-vm"], "Where the run runs."

@@ -275,9 +275,7 @@ def test_command_checks_the_data_of_a_config(root, tmp_path):
         f"--output={tmp_path}/out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].endswith(
-        f"nothing that would stop training -> {tmp_path}/out"
-    )
+    assert result.stdout.splitlines()[-1].endswith(f"nothing would stop training -> {tmp_path}/out")
     with Image.open(tmp_path / "out/augmented.png") as image:
         assert image.width == 10 * 100 + 4
     result = run("--config=configs/quickstart.py")

@@ -300,7 +300,7 @@ def test_moved_images_that_were_trained_on_choose_no_soup(finished, tmp_path):
     shutil.copytree(data, tmp_path / "copy")
     found = ingredients.find(str(run))
     source = f"folder:{tmp_path}/copy"
-    message = "36 of the 48 images of 'train' that would choose were trained on by .* another place"
+    message = "36 of the 48 images of 'train' that would choose were trained on by .* another path"
     with pytest.raises(UserError, match=message):
         ingredients.open_selection(found, source=source, split="train")
     message = "12 of the 12 images of 'test' that would choose were in data.eval_splits of "

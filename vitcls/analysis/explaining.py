@@ -194,7 +194,7 @@ def write(explainer: Explainer, sources: Sequence[Source], output: str, *, class
       UserError: the folder is in use, there is no such class, no image can be read, or an answer
         is not finite.
     """
-    names = tuple(explainer.processor.id2label.values())
+    names = explainer.processor.class_names
     asked = class_index(class_name, names)
     num_bad = 0
     with (

@@ -1,4 +1,4 @@
-"""Many small images with a caption each, as one picture to look at."""
+"""Contact sheets: many small images with captions, in one picture."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 4
 _FONT_SIZE = 11
-_LINE = 14  # pixels from one line of text to the next
+_LINE_HEIGHT = 14
 
 
 def contact_sheet(
@@ -15,14 +15,14 @@ def contact_sheet(
     """Lays out tiles row by row.
 
     Args:
-      tiles: RGB images and what is written below them, cut off where it is wider than the tile.
+      tiles: RGB images and their captions, which are cut off at the width of the tile.
       num_columns: Tiles in a row.
-      tile_size: Side of the square that each image is fitted into; small images are enlarged
-        without smoothing, so that their pixels can be seen.
+      tile_size: Side of the square, in pixels, that each image is fitted into. Small images are
+        enlarged without smoothing, so that their pixels can be seen.
     """
     tiles = list(tiles)
     num_lines = max((caption.count("\n") + 1 for _, caption in tiles), default=1)
-    width, height = tile_size + _MARGIN, tile_size + num_lines * _LINE + _MARGIN
+    width, height = tile_size + _MARGIN, tile_size + num_lines * _LINE_HEIGHT + _MARGIN
     num_rows = -(-len(tiles) // num_columns)
     sheet = Image.new("RGB", (num_columns * width + _MARGIN, num_rows * height + _MARGIN), "white")
     font = ImageFont.load_default(_FONT_SIZE)
@@ -31,7 +31,7 @@ def contact_sheet(
         left, top = _MARGIN + column * width, _MARGIN + row * height
         tile = _fit(image, tile_size)
         sheet.paste(tile, (left + (tile_size - tile.width) // 2, top))
-        text = Image.new("RGB", (tile_size, num_lines * _LINE), "white")
+        text = Image.new("RGB", (tile_size, num_lines * _LINE_HEIGHT), "white")
         ImageDraw.Draw(text).multiline_text((0, 0), caption, "black", font, spacing=2)
         sheet.paste(text, (left, top + tile_size))
     return sheet

@@ -50,8 +50,8 @@ def open_model(
         files = pretrained.find(config.model.pretrained, allow_pickle=config.model.allow_pickle)
         model_config, processor = pretrained.read_config(files, new_head=config.model.head == "new")
         if config.model.head == "keep":
-            kept = tuple(processor.id2label.values())
-            classes.check_kept(kept, class_names, num_classes=model_config.num_classes)
+            kept, num_classes = processor.class_names, model_config.num_classes
+            classes.check_kept(kept, class_names, num_classes=num_classes)
             class_names = kept
         model_config = dataclasses.replace(model_config, num_classes=len(class_names))
         # Without a size of its own the run has that of the checkpoint, whose positions then fit.
