@@ -4,18 +4,23 @@ Matplotlib escapes the text of a figure, and reads none of it as mathematics.
 """
 
 import base64
+import functools
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
+from matplotlib import font_manager, ticker
 from matplotlib.figure import Figure
 from PIL import Image
 
 from vitcls.analysis.classification import Estimate
+from vitcls.check_data import fonts
 
 # Drawn in this colour, which SVG then replaces with the page's text colour.
 _INK = "#010203"
@@ -34,6 +39,29 @@ _MAX_POINTS = 400  # of a curve
 _MARGIN = 1.5  # factor by which an axis of costs exceeds the costs at both ends
 
 
+def _style(texts: Iterable[str]) -> dict[str, Any]:
+    """The style of a figure, with fonts for those of its texts that matplotlib's own font lacks."""
+    own = Path(font_manager.findfont(font_manager.FontProperties()))
+    wanted = fonts.visible_characters("".join(texts))
+    files, missing = fonts.files_for({c for c in wanted if not fonts.has(own, c)})
+    fonts.warn_missing(missing)
+    return _STYLE | {"font.family": ["sans-serif", *map(_add_font, files)]}
+
+
+@functools.cache
+def _add_font(path: Path) -> str:
+    """Makes a font file known to matplotlib; returns its family."""
+    font_manager.fontManager.addfont(path)
+    return font_manager.get_font(path).family_name
+
+
+def _save(figure: Figure, file: io.IOBase, **options: Any) -> None:
+    with warnings.catch_warnings():
+        # `fonts.warn_missing` has said so already, and what to do.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, **options)
+
+
 def _figure(width: float = 4.4, height: float = 3.0, rows: Sequence[int] = (1,)):
     figure = Figure((width, height), layout="constrained")
     axes = figure.subplots(
@@ -46,7 +74,7 @@ def _svg(figure: Figure, name: str) -> str:
     """The figure as an element of an HTML page, with ids that are unique in the page."""
     file = io.StringIO()
     unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
+    _save(figure, file, format="svg", transparent=True, metadata=unsaid)
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
@@ -74,7 +102,7 @@ def curves(
     name: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, log: bool
 ) -> str:
     """SVG of values over steps, one line each; short series also show their points."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_style([*series, ylabel])):
         figure, (axes,) = _figure()
         for label, (steps, values) in series.items():
             kept = np.unique(np.linspace(0, len(steps) - 1, _MAX_POINTS).astype(int))
@@ -127,16 +155,16 @@ def intervals(name: str, rows: Sequence[Interval], *, xlabel: str, zero: bool = 
       xlabel: Name of the values.
       zero: Whether to mark 0.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_style([xlabel, *(row[0] for row in rows)])):
         return _svg(_draw_intervals(rows, xlabel=xlabel, zero=zero), name)
 
 
 def intervals_png(rows: Sequence[Interval], *, xlabel: str) -> bytes:
     """The same as a PNG file, black on white, for pages other than HTML."""
     file = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_style([xlabel, *(row[0] for row in rows)])):
         figure = _draw_intervals(rows, xlabel=xlabel, zero=False)
-        figure.savefig(file, format="png", dpi=150)
+        _save(figure, file, format="png", dpi=150)
     return file.getvalue()
 
 
@@ -165,7 +193,7 @@ def accuracy_against_cost(
       xlabel: Name of the costs; their axis is logarithmic.
       ylabel: Name of the accuracies.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_style([xlabel, ylabel, *(row[0] for row in rows)])):
         figure, (axes,) = _figure(6.4, 3.6 + 0.19 * len(rows))
         styles = {
             "the choice": dict(color=_COLORS[1], marker="D"),
@@ -211,7 +239,7 @@ def _side_by_side(costs: Sequence[float]) -> list[float]:
 def _file(figure: Figure, suffix: str) -> bytes:
     file = io.BytesIO()
     metadata = {"Date": None} if suffix == "svg" else {}
-    figure.savefig(file, format=suffix, dpi=150, metadata=metadata)
+    _save(figure, file, format=suffix, dpi=150, metadata=metadata)
     return file.getvalue()
 
 
