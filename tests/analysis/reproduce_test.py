@@ -287,6 +287,8 @@ def test_the_page_has_what_the_runs_had_and_nothing_of_the_machine(tmp_path):
     accuracies = {1: 0.8, 2: 0.9, 3: 0.7}
     for seed, accuracy in accuracies.items():
         make_run(tmp_path / f"runs/seed{seed}", seed=seed, accuracy=accuracy)
+    earlier = "# Results\n\nMade by `python -m vitcls.analysis.results docs/results` of the files"
+    (tmp_path / "kept.md").write_text(earlier)
     done = results(tmp_path / "kept", f"--add={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "kept.md").read_text()

@@ -20,10 +20,14 @@ _HEAD = (
 _ABOUT = """\
 # Results
 
-Made by `python -m vitcls.analysis.results docs/results` of the files in that folder; never typed.
-Each row is of runs that differ in nothing but the seed: the mean of their accuracies, the standard
-deviation over seeds, the range. Seconds are a mean, too, on a machine that may have had other work
-to do.
+```
+python -m vitcls.analysis.results docs/results --add=runs/pretraining
+```
+
+The command adds the runs of a folder and makes this page from all files in `docs/results`. It is
+never edited by hand. Each row has the runs that differ in nothing but the seed: the mean of their
+accuracies, the standard deviation over seeds, and the range. Seconds are also a mean, on a machine
+that may have had other work to do.
 """
 
 

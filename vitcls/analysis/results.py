@@ -48,7 +48,9 @@ def main(folders: list[str]) -> None:
 def _is_own(path: Path) -> bool:
     if path.suffix == ".json":
         return ownership.has_keys(path, "runs")
-    return ownership.has_text(path, "# Results\n\nMade by `python -m vitcls", at_start=True)
+    # The second one is how earlier versions began the page.
+    starts = ("```\npython -m vitcls.analysis.results", "Made by `python -m vitcls")
+    return any(ownership.has_text(path, f"# Results\n\n{start}", at_start=True) for start in starts)
 
 
 if __name__ == "__main__":
