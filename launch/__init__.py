@@ -1,1 +1,1 @@
-"""Start runs: one or many, on this machine or on a cluster."""
+"""Starts runs: one or many, on this machine or on a cluster."""

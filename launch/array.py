@@ -1,4 +1,4 @@
-"""Trials as one SLURM array job, watched from here; the job goes on without the watcher."""
+"""Runs trials as one SLURM array job and watches it; the job continues without the watcher."""
 
 import logging
 import shlex
@@ -15,24 +15,25 @@ from vitcls.errors import UserError
 from vitcls.files import read_json, write_json
 
 _POLL_SECS = 5
-_SETTLE_SECS = 30  # after a task left the queue; on NFS its last files may show up later
-_MOST_LINES = 10  # of running trials
+# Wait after a task left the queue: on NFS its last files may appear later.
+_SETTLE_SECS = 30
+_MAX_LINES = 10  # running trials on the screen
 
 log = logging.getLogger("vitcls")
 
 
 class Array:
-    """The trials of a sweep that are not finished, as tasks of array jobs.
+    """The unfinished trials of a sweep, as tasks of array jobs.
 
-    `slurm.json` in the sweep's folder names the jobs and their trials, so that a trial which is
-    still in the queue is not submitted again.
+    `slurm.json` in the sweep's folder lists the jobs and their trials, so that a trial in the queue
+    is not submitted again.
 
     Attributes:
-      states: By name of the trial, `{"state": ..., "exit_code": None}`.
+      states: `{"state": ..., "exit_code": None}` by trial name.
     """
 
     def __init__(self, trials: list[Trial], workdir: Path, *, on_change: Callable[[], None]):
-        """Takes the trials; `on_change` is called whenever one has ended."""
+        """Takes the trials; `on_change` is called after each end of a trial."""
         self.states: dict[str, dict[str, Any]] = {}
         self._trials = {trial.name: trial for trial in trials}
         self._path, self._on_change = workdir / "slurm.json", on_change
@@ -40,15 +41,15 @@ class Array:
         self._jobs = read_json(self._path, remedy=remedy) if self._path.exists() else {}
 
     def submit(self, resources: Resources, *, jobs: int | None) -> None:
-        """Submits what is not in the queue yet, as one array; at most `jobs` tasks run at a time.
+        """Submits trials that are not in the queue as one array; at most `jobs` tasks run at once.
 
         Raises:
-          UserError: sbatch refuses.
+          UserError: sbatch refuses the job.
         """
         active = self._active()
         new = [trial for name, trial in self._trials.items() if name not in active]
         if active:
-            log.info("%d trials are in the queue already.", len(active))
+            log.info("%d trials are already in the queue.", len(active))
         if not new:
             return
         stem = self._path.with_name(f"array-{len(self._jobs)}")
@@ -66,14 +67,15 @@ class Array:
         log.info("Job %s with %d trials; `scancel %s` ends it.", job, len(new), job)
 
     def run(self, stop: StopRequest) -> None:
-        """Watches until no trial is in the queue; returns early when `stop` is asked."""
+        """Watches until no trial is in the queue; returns early on `stop`."""
         left, gone_since = dict(self._trials), {}
-        screen = watch.Screen(1 + _MOST_LINES)
+        screen = watch.Screen(1 + _MAX_LINES)
         try:
             while left and not stop.name:
                 try:
-                    active = self._active()  # before the results, which are there when a task ends
-                except UserError as error:  # SLURM's controller is away for a moment, or busy
+                    # Before the results are read: a task that is gone has written its results.
+                    active = self._active()
+                except UserError as error:  # SLURM's controller may be busy for a moment
                     log.warning("%s", error)
                     _sleep(stop)
                     continue
@@ -90,14 +92,14 @@ class Array:
                         self._on_change()
                 running = [trial for name, trial in left.items() if active.get(name) == "RUNNING"]
                 head = f"{len(left)} of {len(self._trials)} in the queue, {len(running)} running"
-                screen.show([head, *(watch.line(trial) for trial in running[:_MOST_LINES])])
+                screen.show([head, *(watch.line(trial) for trial in running[:_MAX_LINES])])
                 if left:
                     _sleep(stop)
         finally:
             screen.close()
 
     def _active(self) -> dict[str, str]:
-        """Returns SLURM's state, such as RUNNING, of the trials that are in its queue."""
+        """Returns SLURM's state, such as RUNNING, of the trials in its queue."""
         tasks = slurm.active_tasks()
         return {
             name: tasks[job, index]

@@ -1,4 +1,4 @@
-"""The programs of the clusters: sbatch, squeue, kubectl, gcloud."""
+"""Calls the programs of clusters: sbatch, squeue, kubectl, gcloud."""
 
 import shutil
 import subprocess
@@ -7,15 +7,15 @@ from vitcls.errors import UserError
 
 
 def call(command: list[str], *, text: str | None = None) -> str:
-    """Runs a cluster's program and returns what it prints; `text` is what it reads.
+    """Runs a cluster's program and returns its output; `text` is its input.
 
     Raises:
-      UserError: it is not installed here, or it refuses.
+      UserError: The program is not installed here, or it fails.
     """
     if shutil.which(command[0]) is None:
         raise UserError(
-            f"There is no {command[0]} here: submit from a machine that has it, or look at what "
-            "would be submitted with --dry_run."
+            f"There is no {command[0]} here: submit from a machine that has it, or see with "
+            "--dry_run what would be submitted."
         )
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The command line of a run, from that of the command which starts it."""
+"""The flags of a run, taken from the command that starts it."""
 
 import sys
 
@@ -9,27 +9,29 @@ from vitcls.errors import UserError
 
 
 def overrides() -> list[str]:
-    """Returns the `--config.FIELD=VALUE` flags of this process, as they were written."""
+    """Returns the `--config.FIELD=VALUE` flags of this process as the user wrote them."""
     found = []
     for argument in sys.argv[1:]:
         name, equals, _ = argument.lstrip("-").partition("=")
         if not argument.startswith("-") or not name.startswith(("config.", "noconfig.")):
             continue
         if name.startswith("noconfig.") or not equals:
-            raise UserError(f"{argument}: write --config.FIELD=VALUE, as runs are given it.")
+            raise UserError(f"{argument} cannot be passed on to runs; write --config.FIELD=VALUE.")
         found.append(argument)
     return found
 
 
 def check(config: ConfigDict, *, here: bool) -> None:
-    """Raises `UserError` for mistakes in the config of a run, `here` or on other machines."""
+    """Raises `UserError` for mistakes in a run's config, for this machine (`here`) or another."""
     check_config(config if here else _without_local_folders(config))
-    from vitcls.step import optim  # imports jax: only once the config is known to be right
+    # Imported late: jax takes seconds, and a wrong config should fail before.
+    from vitcls.step import optim
 
     optim.check_args(config.optim.name, dict(config.optim.args))
 
 
 def _without_local_folders(config: ConfigDict) -> ConfigDict:
     config = ConfigDict(config.to_dict())
-    config.data.cache = ""  # must exist, but on the machine that trains
+    # The folder must exist, but only on the machine that trains.
+    config.data.cache = ""
     return config

@@ -1,8 +1,8 @@
 """Kubernetes: one JobSet per run, a pod per machine.
 
-What happens after an exit code is the manifest's: 75 (stopped after saving) and evicted pods are
-replaced and do not count, 2 and 87 fail the JobSet at once, anything else, such as 69 (no devices),
-restarts all pods, at most `--max_restarts` times.
+The manifest decides what follows an exit code. 75 (stopped after saving) and evicted pods are
+replaced and do not count. 2 and 87 fail the JobSet at once. Any other code, such as 69 (no
+devices), restarts all pods, at most `--max_restarts` times.
 """
 
 import math
@@ -18,15 +18,15 @@ from vitcls.errors import UserError, unknown
 
 _CONTAINER = _JOB = "run"
 _PORT = 8476
-# Of GKE's TPU nodes: the label of the accelerator, and the chips of one machine of a slice that has
-# several (https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus).
+# GKE's TPU nodes: the label of the accelerator, and the chips per machine in a slice of several
+# machines (https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus).
 _TPUS = {
     "v4": ("tpu-v4-podslice", 4),
     "v5e": ("tpu-v5-lite-podslice", 4),
     "v5p": ("tpu-v5p-slice", 4),
     "v6e": ("tpu-v6e-slice", 4),
 }
-_MOST_CHIPS_OF_ONE_MACHINE = {"v5e": 8, "v6e": 8}  # a slice that fits into one machine
+_MAX_CHIPS_OF_ONE_MACHINE = {"v5e": 8, "v6e": 8}  # if the slice fits into it
 
 
 def manifest(
@@ -42,16 +42,16 @@ def manifest(
     """Returns the JobSet as YAML.
 
     Args:
-      command: Of the run, as the container's shell finds it.
-      workdir: Its folder, below a volume's path.
+      command: The run's command, for the container's shell.
+      workdir: The run's folder, below a volume's path.
       resources: See `launch.resources`.
-      image: The container image; it starts in the repository.
-      volumes: `CLAIM:/PATH`, persistent volume claims and where they are mounted.
+      image: The container image; its working folder is the repository.
+      volumes: `CLAIM:/PATH`, persistent volume claims and their mount points.
       tpu: "v5e:4x4", or "" without TPUs.
-      namespace: Where to make it.
+      namespace: Kubernetes namespace of the JobSet.
 
     Raises:
-      UserError: a volume or the TPU cannot be read, or no volume holds the workdir.
+      UserError: A volume or the TPU is malformed, or no volume holds the workdir.
     """
     name = job_name(workdir)
     selector, limits, num_machines = {}, {}, resources.nodes
@@ -61,7 +61,8 @@ def manifest(
     env = {"PYTHONUNBUFFERED": "1"}
     if resources.gpus_per_node:
         limits["nvidia.com/gpu"] = resources.gpus_per_node
-        env["JAX_PLATFORMS"] = "cuda,cpu"  # else jax computes on the processor without a driver
+        # Without a driver jax would silently compute on the CPU.
+        env["JAX_PLATFORMS"] = "cuda,cpu"
     if resources.cpus:
         limits["cpu"] = resources.cpus
     if resources.memory:
@@ -72,7 +73,8 @@ def manifest(
         "image": image,
         "command": ["bash", "-c", _shell(command, name, num_machines, bool(tpu), resources)],
         "env": [{"name": name, "value": value} for name, value in env.items()],
-        "resources": {"limits": limits},  # and so requested
+        # Kubernetes takes missing requests from the limits.
+        "resources": {"limits": limits},
         "volumeMounts": mounts,
     }
     pod = {
@@ -91,14 +93,15 @@ def manifest(
         "podFailurePolicy": {"rules": _pod_rules()},
         "template": {"spec": pod},
     }
-    # The pod policy fails a Job for 2 and 87 only: that reason ends the set, others restart it.
+    # The pod policy fails a Job for 2 and 87 only. That reason ends the set; others restart it.
     ends = {
         "name": "mistakeOrDiverged",
         "action": "FailJobSet",
         "onJobFailureReasons": ["PodFailurePolicy"],
     }
     metadata = {"name": name, "namespace": namespace}
-    if tpu:  # all machines of one slice, where several have its shape
+    if tpu:
+        # Several slices may have this shape: all pods must get machines of the same one.
         key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
         metadata["annotations"] = {key: "cloud.google.com/gke-nodepool"}
     jobset = {
@@ -129,9 +132,9 @@ def _pod_rules() -> list[dict[str, Any]]:
 def _shell(
     command: list[str], name: str, num_machines: int, is_tpu: bool, resources: Resources
 ) -> str:
-    """Returns the container's shell script; several machines are told who they are.
+    """Returns the container's shell script; with several machines it sets the process number.
 
-    On a TPU GKE tells them, by variables that jax reads.
+    On a TPU GKE sets it instead, in variables that jax reads.
     """
     line = "exec " + shlex.join(command)
     if num_machines == 1:
@@ -156,7 +159,7 @@ def _tpu_slice(tpu: str) -> tuple[dict[str, str], int, int]:
     if num_chips < 1:
         raise UserError(f"--tpu={tpu} must be KIND:TOPOLOGY, such as v5e:4x4.")
     label, chips = _TPUS[kind]
-    if num_chips <= _MOST_CHIPS_OF_ONE_MACHINE.get(kind, chips):
+    if num_chips <= _MAX_CHIPS_OF_ONE_MACHINE.get(kind, chips):
         chips = num_chips
     if num_chips % chips:
         raise UserError(f"--tpu={tpu} has {num_chips} chips, and a machine of {kind} has {chips}.")
@@ -168,7 +171,7 @@ def _tpu_slice(tpu: str) -> tuple[dict[str, str], int, int]:
 
 
 def _volumes(volumes: list[str], workdir: str) -> tuple[list[dict], list[dict]]:
-    # Workers of the data loader share memory; a container has 64 MB of it unless asked for more.
+    # Workers of the data loader use shared memory; a container has only 64 MB of it by default.
     claims = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
     for index, volume in enumerate(volumes):
@@ -179,12 +182,12 @@ def _volumes(volumes: list[str], workdir: str) -> tuple[list[dict], list[dict]]:
         mounts.append({"name": f"v{index}", "mountPath": path})
     if not any(Path(workdir).is_relative_to(mount["mountPath"]) for mount in mounts[1:]):
         raise UserError(
-            f"--workdir={workdir} is in no volume, and so would be lost with the pod: name one "
-            "that holds it, --volume=CLAIM:/PATH with a workdir below /PATH."
+            f"--workdir={workdir} is in no volume and would be lost with the pod: name a volume "
+            "that holds it with --volume=CLAIM:/PATH, and a workdir below /PATH."
         )
     return claims, mounts
 
 
 def submit(text: str) -> str:
-    """Makes the JobSet; returns what kubectl says."""
+    """Creates the JobSet; returns the output of kubectl."""
     return call(["kubectl", "create", "--filename=-"], text=text).strip()

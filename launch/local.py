@@ -1,4 +1,4 @@
-"""One run on this machine, started again as its exit code says."""
+"""Runs one run on this machine, and starts it again if its exit code asks for that."""
 
 import logging
 import os
@@ -12,9 +12,10 @@ from vitcls.errors import Unavailable
 
 _POLL_SECS = 0.2
 _PAUSE_SECS = 1
-# After a start without devices: another process may be about to give them back.
+# Pause after a start without devices: another process may be about to release them.
 _NO_DEVICE_PAUSE_SECS = 10
-ENDS = (0, 2, 87)  # finished, a mistake, diverged: another start would end the same
+# Finished, a mistake, diverged: another start would end in the same way.
+ENDS = (0, 2, 87)
 
 log = logging.getLogger("vitcls")
 
@@ -22,12 +23,12 @@ log = logging.getLogger("vitcls")
 def start(
     command: list[str], *, output: IO | None = None, gpus: str | None = None
 ) -> subprocess.Popen:
-    """Starts a command that ends, saved, with this process; Ctrl-C does not reach it by itself.
+    """Starts a command that saves and ends if this process ends; Ctrl-C does not reach it.
 
     Args:
       command: The program and its arguments.
-      output: Where its output goes, default to ours.
-      gpus: Its `CUDA_VISIBLE_DEVICES`, default ours.
+      output: File for its output; None: the output of this process.
+      gpus: Its `CUDA_VISIBLE_DEVICES`; None: that of this process.
     """
     env = None if gpus is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
     return subprocess.Popen(
@@ -37,7 +38,7 @@ def start(
 
 
 def run(command: list[str], *, max_restarts: int) -> int:
-    """Runs the command until it is finished or hopeless, or a signal stops it; returns its code."""
+    """Runs the command until it finishes, fails for good or is stopped; returns its exit code."""
     failures = 0
     with StopRequest() as stop:
         while True:
@@ -66,5 +67,6 @@ def _run_once(command: list[str], stop: StopRequest) -> int:
                 process.terminate()
             time.sleep(_POLL_SECS)
     finally:
-        process.kill()  # an error, or a second Ctrl-C; does nothing to what has ended
+        # After an error or a second Ctrl-C; without effect on a process that has ended.
+        process.kill()
     return process.wait()

@@ -1,4 +1,4 @@
-"""Trials as processes of this machine: some at a time, watched, stopped together."""
+"""Runs trials as processes of this machine: several at a time, watched, stopped together."""
 
 import logging
 import os
@@ -17,18 +17,19 @@ from vitcls.errors import Unavailable, UserError
 from vitcls.logs.progress import duration
 
 _POLL_SECS = 0.5
-_MAX_STARTS = 4  # of a trial that finds no devices, on other GPUs where there are any
+# Starts of a trial that finds no devices, on other GPUs if there are any.
+_MAX_STARTS = 4
 
 log = logging.getLogger("vitcls")
 
 
 def share_gpus(jobs: int) -> list[str | None]:
-    """Returns for each of the jobs the `CUDA_VISIBLE_DEVICES` of its share of this machine's GPUs.
+    """Returns the `CUDA_VISIBLE_DEVICES` of each job: its share of this machine's GPUs.
 
-    None leaves things as they are: there is one job, or no NVIDIA GPU.
+    None (with one job, or without NVIDIA GPUs) leaves the variable as it is.
 
     Raises:
-      UserError: the GPUs cannot be shared out evenly.
+      UserError: The GPUs cannot be shared evenly.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
@@ -45,15 +46,14 @@ def share_gpus(jobs: int) -> list[str | None]:
 
 
 class Pool:
-    """Runs trials, some at a time, each in a process and a session of its own.
+    """Runs trials, several at a time, each in its own process and session.
 
     Attributes:
-      states: By name of the trial, `{"state": ..., "exit_code": ...}` of those that were started
-        and did not finish.
+      states: `{"state": ..., "exit_code": ...}` by trial name, for the started trials.
     """
 
     def __init__(self, trials: list[Trial], *, jobs: int, on_change: Callable[[], None]):
-        """Takes the trials and how many run at a time; `on_change` is called at starts and ends."""
+        """Takes the trials and how many run at once; `on_change` is called at starts and ends."""
         self.states: dict[str, dict[str, Any]] = {}
         self._waiting = deque(trials)
         self._running: dict[str, tuple[Trial, subprocess.Popen, str | None]] = {}
@@ -61,11 +61,11 @@ class Pool:
         self._jobs, self._on_change = jobs, on_change
         self._num_trials, self._seconds = len(trials), []
         self._slots = set(self._free)
-        # Of trials that found no devices: the GPUs of each such start.
+        # The GPUs of each start that found no devices, by trial.
         self._without_device: dict[str, list[str | None]] = {}
 
     def run(self, stop: StopRequest) -> None:
-        """Runs all trials; returns early, with the running ones saved, when `stop` is asked."""
+        """Runs all trials; on `stop` it returns early, after the running ones have saved."""
         screen = watch.Screen(1 + self._jobs)
         told = False
         try:
@@ -74,7 +74,7 @@ class Pool:
                     self._start(*found)
                 if stop.name and not told:
                     told = True
-                    log.info("%s: %d running, which save and stop.", stop.name, len(self._running))
+                    log.info("%s: %d running trials save and stop.", stop.name, len(self._running))
                     for _, process, _ in self._running.values():
                         process.terminate()
                 time.sleep(_POLL_SECS)
@@ -84,12 +84,13 @@ class Pool:
                 screen.show(self._lines())
         finally:
             screen.close()
-            for _, process, _ in self._running.values():  # an error here, or a second Ctrl-C
+            # Only an error or a second Ctrl-C leaves trials running here.
+            for _, process, _ in self._running.values():
                 (process.kill if told else process.terminate)()
                 process.wait()
 
     def _next(self) -> tuple[Trial, str | None] | None:
-        """The next trial to start and its GPUs, others than those where it found no devices."""
+        """The next trial to start, with GPUs other than those where it found no devices."""
         for trial in self._waiting:
             tried = set(self._without_device.get(trial.name, ()))
             for gpus in self._free:
@@ -117,7 +118,7 @@ class Pool:
             self._seconds.append(results["seconds"])
         elif stopping or code == 75:
             state = "stopped"
-            if not stopping:  # someone stopped this one trial, which has saved
+            if not stopping:  # only this trial was stopped, after saving
                 self._waiting.appendleft(trial)
         else:
             state = "failed"

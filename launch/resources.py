@@ -1,4 +1,4 @@
-"""What a run asks of a cluster, and the flags that say so: for both commands of this package."""
+"""The resources that a run asks a cluster for, and their flags, for submit and sweep."""
 
 import dataclasses
 import hashlib
@@ -15,21 +15,21 @@ _NODES = flags.DEFINE_integer(
 )
 _GPUS = flags.DEFINE_integer("gpus_per_node", 0, "GPUs on each machine; 0: none.", lower_bound=0)
 _CPUS = flags.DEFINE_integer(
-    "cpus", 0, "CPU cores per process; 0: what the cluster gives by default.", lower_bound=0
+    "cpus", 0, "CPU cores per process; 0: the cluster's default.", lower_bound=0
 )
 _MEMORY = flags.DEFINE_string(
-    "memory", "", "Memory per machine, as 64G; empty: what the cluster gives by default."
+    "memory", "", "Memory per machine, such as 64G; empty: the cluster's default."
 )
 _TIME = flags.DEFINE_string(
-    "time", "", "SLURM: time limit, as 24:00:00 or 1-0; a run that reaches it saves and goes on in "
-    "the next one.",
+    "time", "", "SLURM: time limit, such as 24:00:00 or 1-0; a run that reaches it saves and "
+    "resumes in the next job.",
 )  # fmt: skip
 _GRACE = flags.DEFINE_integer(
-    "grace_secs", 120, "Seconds that a run gets to save before it is stopped.", lower_bound=10
+    "grace_secs", 120, "Seconds that a run has to save before it is killed.", lower_bound=10
 )
 _MAX_RESTARTS = flags.DEFINE_integer(
     "max_restarts", 3, "How often a run is started again after a failure that a new start may "
-    "mend, such as 69, no devices; after a stop with 75 it is always, after 2 or 87 never.",
+    "fix, such as 69 (no devices). After 75 it always is; after 2 or 87 never.",
     lower_bound=0,
 )  # fmt: skip
 _SETUP = flags.DEFINE_string(
@@ -39,10 +39,10 @@ _SETUP = flags.DEFINE_string(
 _SBATCH = flags.DEFINE_multi_string(
     "sbatch",
     [],
-    "SLURM: a further option of sbatch, as in --sbatch=--partition=gpu",
+    "SLURM: another option of sbatch, as in --sbatch=--partition=gpu",
 )
 
-# Where a flag means something; the others are for all.
+# Values of --on that a flag applies to; the others apply to all.
 _PLACES = {
     "nodes": ("slurm", "kubernetes"),
     "gpus_per_node": ("slurm", "kubernetes"),
@@ -59,7 +59,7 @@ _TIME_PATTERN = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a run asks for; the flags say what each means."""
+    """The resources of a run; the flags explain each field."""
 
     nodes: int = 1
     gpus_per_node: int = 0
@@ -73,11 +73,11 @@ class Resources:
 
 
 def check_places(place: str, more: dict[str, tuple[str, ...]] | None = None) -> None:
-    """Raises `UserError` for a flag that is given and means nothing at `--on=place`.
+    """Raises `UserError` for a given flag that does not apply to `--on=place`.
 
     Args:
-      place: Where the run runs.
-      more: Where further flags mean something.
+      place: Value of --on.
+      more: The values of --on that further flags apply to.
     """
     for name, places in (_PLACES | (more or {})).items():
         if flags.FLAGS[name].present and place not in places:
@@ -85,9 +85,9 @@ def check_places(place: str, more: dict[str, tuple[str, ...]] | None = None) -> 
 
 
 def from_flags() -> Resources:
-    """Returns what the flags ask for; raises `UserError` when one cannot be read."""
+    """Returns the resources of the flags; raises `UserError` if one is malformed."""
     if _MEMORY.value and not re.fullmatch(_MEMORY_PATTERN, _MEMORY.value):
-        raise UserError(f"--memory={_MEMORY.value} must be a number and a unit: 64G.")
+        raise UserError(f"--memory={_MEMORY.value} must be a number and a unit, such as 64G.")
     if _TIME.value and not re.fullmatch(_TIME_PATTERN, _TIME.value):
         raise UserError(f"--time={_TIME.value} must be like 24:00:00, 1-12 (days-hours) or 90.")
     for option in _SBATCH.value:
@@ -107,7 +107,7 @@ def from_flags() -> Resources:
 
 
 def job_name(workdir: str | Path) -> str:
-    """Returns a name for the workdir's run, its own, in the characters that every cluster takes."""
+    """Returns a unique name for the workdir's run, in characters that every cluster accepts."""
     name = re.sub(r"[^a-z0-9]+", "-", Path(workdir).name.lower())[:25].strip("-")
     digest = hashlib.sha256(os.path.abspath(workdir).encode()).hexdigest()[:6]
     return f"vitcls-{name}-{digest}"

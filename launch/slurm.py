@@ -1,10 +1,10 @@
 """SLURM: one batch script per run, one array job per sweep.
 
-A process per GPU; jax finds the others by SLURM's variables. SLURM sends SIGTERM to the processes
-before the time limit, at preemption and at `scontrol requeue`; a run then saves and ends with 75,
-and the script puts its own job back into the queue, under the same id.
+Each GPU gets a process; jax finds the others by SLURM's variables. SLURM sends SIGTERM to the
+processes before the time limit, at preemption and at `scontrol requeue`. A run then saves and ends
+with 75, and the script puts its own job back into the queue, under the same id.
 
-Where GPUs are asked for, jax must start them: without a driver it would compute on the processor.
+If GPUs are requested, jax must find them: without a driver it would compute on the CPU.
 """
 
 import shlex
@@ -13,13 +13,13 @@ from pathlib import Path
 from launch.calling import call
 from launch.resources import Resources, job_name
 
-# What follows a run that ended by itself, or that SLURM told to save before the time limit. A job
-# that SLURM itself or a broken machine ended, SLURM itself puts back, and a cancelled one nobody.
+# Follows a run that ended by itself, or that SLURM told to save before the time limit. If SLURM or
+# a broken machine ended the job, SLURM itself requeues it. A cancelled job stays cancelled.
 _AFTER = """\
 code=$?
 failures={failures}-$SLURM_JOB_ID.txt
 case $code in
-  0 | 2 | 87) exit $code ;;  # finished, a mistake, diverged: another start would end the same
+  0 | 2 | 87) exit $code ;;  # finished, a mistake, diverged: another start would end alike
   75) ;;  # stopped after saving
   *)
     echo "$code" >> "$failures"
@@ -27,7 +27,7 @@ case $code in
     ;;
 esac
 if [ -n "$told" ]; then exit $code; fi
-# Without devices on its one node the job goes elsewhere, as long as the partition has other nodes.
+# If its one node has no devices, the job goes to another node, if the partition has one.
 if [ "$code" = 69 ] && [ "$SLURM_JOB_NUM_NODES" = 1 ]; then
   before=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'ExcNodeList=[^( ]*' | cut -d= -f2)
   excluded=${{before:+$before,}}$SLURM_JOB_NODELIST
@@ -36,7 +36,7 @@ if [ "$code" = 69 ] && [ "$SLURM_JOB_NUM_NODES" = 1 ]; then
   if [ "$num_excluded" -ge "$(sort -u <<< "$all_nodes" | wc -l)" ]; then excluded=; fi
 fi
 echo "Ended with $code: back into the queue."
-trap '' TERM  # which SLURM now sends to this shell and to what it starts
+trap '' TERM  # SLURM now sends it to this shell and its children
 scontrol requeue "$SLURM_JOB_ID"
 if [ -n "$excluded" ]; then scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"; fi
 exit $code
@@ -55,7 +55,7 @@ def array_script(
 ) -> str:
     """Returns the batch script of a sweep: task i runs line i of `commands`, `jobs` at a time.
 
-    A line is the trial's folder, a tab, and its command as a shell reads it.
+    A line has the trial's folder, a tab, and its command in shell syntax.
     """
     head = _head(workdir, resources, output=str(workdir).replace("%", "%%") + "/array-%A.log")
     head.insert(1, f"#SBATCH --array=0-{num_trials - 1}%{jobs}")
@@ -92,17 +92,17 @@ def _head(workdir: Path, resources: Resources, *, output: str) -> list[str]:
         "export PYTHONUNBUFFERED=1",
         *(["export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}"] if resources.gpus_per_node else []),
         *filter(None, [resources.setup]),
-        # Sent to this shell too by scancel, scontrol requeue and preemption: the run saves, and
-        # SLURM decides what becomes of the job.
+        # This shell also gets SIGTERM from scancel, scontrol requeue and preemption. The run saves,
+        # and SLURM decides whether the job runs again.
         "trap told=1 TERM",
     ]
 
 
 def _srun(resources: Resources) -> str:
-    # A task that ends first must not take those along that still save; and every process sees all
-    # GPUs of its machine, of which jax takes the one with its local number.
+    # A task that ends first must not kill tasks that are still saving. Every process sees all GPUs
+    # of its machine, and jax takes the one with its local number.
     options = ["--kill-on-bad-exit=0", "--gpu-bind=none"]
-    if resources.cpus:  # which srun takes from the job no more, since 22.05
+    if resources.cpus:  # since SLURM 22.05 srun no longer takes it from the job
         options.append(f"--cpus-per-task={resources.cpus}")
     return " ".join(["srun", *options, ""])
 
@@ -112,10 +112,10 @@ def _after(failures: str, resources: Resources) -> str:
 
 
 def submit(text: str, path: Path) -> str:
-    """Writes the script, hands it to sbatch and returns the job's id.
+    """Writes the script, submits it with sbatch and returns the job's id.
 
     Raises:
-      UserError: there is no sbatch here, or it refuses the script.
+      UserError: There is no sbatch here, or it refuses the script.
     """
     path.write_text(text)
     job = call(["sbatch", "--parsable", str(path)])
@@ -123,7 +123,7 @@ def submit(text: str, path: Path) -> str:
 
 
 def active_tasks() -> dict[tuple[str, int], str]:
-    """Returns the state, such as RUNNING, of my array tasks in the queue, by (job, index)."""
+    """Returns the state, such as RUNNING, of the user's queued array tasks, by (job, index)."""
     listed = call(["squeue", "--me", "--noheader", "--array", "--format=%F %K %T"])
     rows = [line.split() for line in listed.splitlines()]
     return {(job, int(index)): state for job, index, state in rows if index.isdecimal()}

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP for a process that waits for others: noted at once, obeyed later."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP in a process that waits for others."""
 
 import signal
 from types import FrameType
@@ -9,12 +9,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """While entered, one of these signals sets `name`; a second one acts as if nothing caught it.
+    """While entered, a signal sets `name`; a second one has its usual effect.
 
-    But SIGHUP, which comes twice when a terminal is closed: from the system and from the shell.
+    A second SIGHUP has no effect: a closed terminal sends it twice, from the system and the shell.
 
-    `vitcls.processes.signals` is for a run: all its processes agree on a stop, which has to reach a
-    process that compiles. Here nothing is to be saved but what others save.
+    `vitcls.processes.signals` serves a run, whose processes must agree on a stop and save. A
+    process that only waits has nothing to save.
     """
 
     def __init__(self):

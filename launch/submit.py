@@ -10,10 +10,9 @@ r"""Starts one run: on this machine, or on a cluster.
     --workdir=/mnt/runs/pets --tpu=my-tpu --zone=us-west4-a
 
 --dry_run shows the script, the manifest or the command instead. The run is `python -m vitcls.main`
-with the same --config, --config.FIELD=VALUE and --workdir. What stops it with exit code 75, after
-saving, has it started again, as often as it takes; 2, a mistake, and 87, a loss that is not finite,
-never; any other failure at most --max_restarts times. docs/cluster.md goes from nothing to a run on
-each.
+with the same --config, --config.FIELD=VALUE and --workdir. It is always started again after exit
+code 75 (stopped after saving), never after 2 (a mistake) or 87 (a loss that is not finite), and
+after any other failure at most --max_restarts times. docs/cluster.md shows each way step by step.
 """
 
 import shlex
@@ -30,21 +29,19 @@ from vitcls.folders.ownership import has_text
 from vitcls.folders.workdir import Workdir
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, seen by all its machines.")
-_ON = flags.DEFINE_enum(
-    "on", None, ["local", "slurm", "kubernetes", "tpu-vm"], "Where the run runs."
-)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show what would be submitted, and end.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, visible to all its machines.")
+_ON = flags.DEFINE_enum("on", None, ["local", "slurm", "kubernetes", "tpu-vm"], "Where to run.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only show what would be submitted.")
 _TPU = flags.DEFINE_string(
-    "tpu", "", "Kubernetes: kind and topology, v5e:4x4; TPU VM: the name of the TPU VM."
+    "tpu", "", "Kubernetes: kind and topology, such as v5e:4x4; TPU VM: its name."
 )
 _IMAGE = flags.DEFINE_string("image", "", "Kubernetes: container image with the repository.")
 _VOLUME = flags.DEFINE_multi_string(
     "volume",
     [],
-    "Kubernetes: CLAIM:/PATH, a persistent volume claim and where to mount it",
+    "Kubernetes: CLAIM:/PATH, a persistent volume claim and its mount point",
 )
-_NAMESPACE = flags.DEFINE_string("namespace", "default", "Kubernetes: where to make the JobSet.")
+_NAMESPACE = flags.DEFINE_string("namespace", "default", "Kubernetes: namespace of the JobSet.")
 _FOLDER = flags.DEFINE_string(
     "folder", "vitcls", "TPU VM: folder of the repository on its machines, from the home folder."
 )
@@ -52,7 +49,7 @@ _ZONE = flags.DEFINE_string("zone", "", "TPU VM: its zone; empty: gcloud's defau
 _PROJECT = flags.DEFINE_string("project", "", "TPU VM: its project; empty: gcloud's default.")
 flags.adopt_module_key_flags(resources)
 
-# Where a flag means something; those that are not here or in `resources` do everywhere.
+# Values of --on that a flag applies to; flags that are not here or in `resources` apply to all.
 _PLACES = {
     "image": ("kubernetes",),
     "volume": ("kubernetes",),
@@ -68,7 +65,8 @@ def main() -> None:
     """Checks the flags and the config, then shows or submits."""
     config = cli.config_value(_CONFIG)
     workdir, place = cli.required(_WORKDIR), cli.required(_ON)
-    is_here = place in ("local", "slurm")  # elsewhere `~` is the home of the machine that runs it
+    # Elsewhere `~` is the home folder on the machine that runs it.
+    is_here = place in ("local", "slurm")
     if is_here:
         workdir = str(expand(workdir))
     resources.check_places(place, _PLACES)

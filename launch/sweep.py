@@ -1,22 +1,21 @@
-r"""Runs many trials of a recipe: grids, random draws, seeds.
+r"""Runs many trials of a recipe: grids, random samples, seeds.
 
   python -m launch.sweep --config=configs/quickstart.py --sweep=configs/sweeps/lr_wd.py \
     --workdir=runs/sweep
 
 The sweep file's `get_sweep()` returns the trials, built with the helpers of launch/space.py. Each
-trial is one `python -m vitcls.main` in a folder of its own under --workdir, named after what makes
-it different. One that fails does not stop the others. Any field of the config can be set for all
-of them, for example
+trial is one `python -m vitcls.main` in its own folder below --workdir, named after its fields. A
+trial that fails does not stop the others. Any config field can be set for all trials, for example
 
   --config.data.source=folder:PATH --config.train.total_epochs=5
 
-Ctrl-C lets the running trials save. Run the same command again to go on: finished trials never run
-again, stopped ones continue, failed ones are tried again; trials may be added to the sweep file. A
-second start is refused while the first one runs. At the end stands a table, grouped by everything
-but the seed; it is also in sweep.json and sweep.csv.
+Ctrl-C lets the running trials save. The same command resumes the sweep: finished trials do not run
+again, stopped ones continue, failed ones are tried again, and new trials of the sweep file are
+added. A second start is refused while the first one runs. The command ends with a table, grouped by
+everything but the seed, which is also in sweep.json and sweep.csv.
 
---on=slurm runs the trials as one array job, of which each task gets --nodes, --gpus_per_node and so
-on. This command then only watches: after Ctrl-C the job goes on.
+--on=slurm runs the trials as one array job, in which each task gets --nodes, --gpus_per_node and so
+on. The command then only watches: after Ctrl-C the job continues.
 """
 
 import logging
@@ -26,8 +25,8 @@ from pathlib import Path
 from absl import flags
 
 from launch import commands, resources, slurm
-from launch import trials as trials_lib
 from launch.stopping import StopRequest
+from launch.trials import load_sweep, make_trials
 from vitcls import cli
 from vitcls.errors import Interrupted
 from vitcls.files import make_folder
@@ -38,15 +37,15 @@ _SWEEP = flags.DEFINE(cli.PATH, "sweep", None, "Python file whose get_sweep() re
 _WORKDIR = flags.DEFINE(cli.PATH, "workdir", None, "Folder for the trials' folders and the table.")
 _ON = flags.DEFINE_enum("on", "local", ["local", "slurm"], "Where the trials run.")
 _JOBS = flags.DEFINE_integer(
-    "jobs", None, "Trials that run at the same time, sharing the GPUs of this machine evenly; by "
-    "default one here, all on SLURM.", lower_bound=1,
+    "jobs", None, "Trials that run at the same time and share this machine's GPUs evenly; default: "
+    "one here, all on SLURM.", lower_bound=1,
 )  # fmt: skip
 _METRICS = flags.DEFINE_list(
-    "metrics", [], "SPLIT/METRIC,... to compare beside the selection metric, such as "
-    "test/balanced_accuracy; empty: the accuracy of each of data.eval_splits.",
+    "metrics", [], "SPLIT/METRIC,... to compare besides the selection metric, such as "
+    "test/balanced_accuracy; empty: the accuracy on each of data.eval_splits.",
 )  # fmt: skip
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Check every trial, print the commands of those to run, and end."
+    "dry_run", False, "Only check every trial and print the commands that would run."
 )
 flags.adopt_module_key_flags(resources)
 
@@ -54,13 +53,13 @@ log = logging.getLogger("vitcls")
 
 
 class TrialsFailed(RuntimeError):
-    """Some trials did not finish; each left a log."""
+    """Some trials did not finish; each has a log."""
 
     exit_code = 1
 
 
 def main() -> None:
-    """Checks the flags and every trial's config, then runs what is not finished."""
+    """Checks the flags and every trial's config, then runs the unfinished trials."""
     cli.config_value(_CONFIG)
     workdir = Path(cli.required(_WORKDIR))
     ownership.check(
@@ -69,10 +68,10 @@ def main() -> None:
         is_own=lambda: ownership.has_keys(workdir / "sweep.json", "trials", "groups")
         or any(workdir.glob("*/asked.json")),
     )  # fmt: skip
-    sweep = trials_lib.load_sweep(cli.required(_SWEEP))
+    sweep = load_sweep(cli.required(_SWEEP))
     resources.check_places(_ON.value, {"max_restarts": ("slurm",)})
     asked = resources.from_flags()
-    trials = trials_lib.make_trials(
+    trials = make_trials(
         sweep,
         flags.FLAGS["config"].config_filename,
         commands.overrides(),
@@ -92,7 +91,8 @@ def main() -> None:
 
 
 def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resources) -> None:
-    from launch import array, pool, tables  # these import jax
+    # Imported late: these import jax, which takes seconds.
+    from launch import array, pool, tables
     from vitcls.folders import lock
 
     def write() -> None:
@@ -100,7 +100,7 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
 
     tables.check_metrics(_METRICS.value, trials)
     make_folder(workdir)
-    # A second start would run the same trials, and write the same tables.
+    # A second start would run the same trials and write the same tables.
     lock.take(workdir / "lock", verb="run")
     log.info("%d trials, %d finished before.", len(trials), len(trials) - len(unfinished))
     with StopRequest() as stop:
@@ -114,15 +114,17 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
     if by_group := tables.groups(trials, _METRICS.value):
         print(f"Mean (lowest to highest) over the seeds:\n{tables.text(by_group)}")
     if stop.name and _ON.value == "slurm":
-        raise Interrupted(f"{stop.name}: the jobs go on; the same command watches them again.")
+        raise Interrupted(
+            f"{stop.name}: the jobs continue; run the same command again to watch them."
+        )
     if stop.name:
-        raise Interrupted(f"{stop.name}: run the same command again to go on.")
+        raise Interrupted(f"{stop.name}: run the same command again to resume.")
     failed = [name for name, state in runner.states.items() if state["state"] == "failed"]
     if failed:
         raise TrialsFailed(
-            f"{len(failed)} of {len(trials)} trials failed; their logs say why"
+            f"{len(failed)} of {len(trials)} trials failed. Their logs say why"
             + (f", or {workdir}/array-JOB.log" if _ON.value == "slurm" else "")
-            + ", and the same command tries them again:\n"
+            + "; the same command tries them again:\n"
             + "\n".join(f"  {workdir / name}/log.txt" for name in failed)
         )
     print(f"{len(trials)} trials -> {workdir}/sweep.json, sweep.csv")

@@ -1,4 +1,4 @@
-"""What a sweep found: trials grouped by everything but the seed, as text, CSV and JSON."""
+"""Results of a sweep: trials grouped by everything but the seed, as text, CSV and JSON."""
 
 import csv
 import json
@@ -16,13 +16,13 @@ _METRICS = (*SELECT_METRICS, "head_accuracy", "medium_accuracy", "tail_accuracy"
 
 
 def select_metric(trial: Trial) -> str | None:
-    """Returns the metric that chose the trial's checkpoint, `holdout/accuracy`; None without."""
+    """Returns the metric that chose the trial's checkpoint, such as `holdout/accuracy`, or None."""
     split, metric = trial.config.eval.select_split, trial.config.eval.select_metric
     return f"{split}/{metric}" if split else None
 
 
 def check_metrics(names: list[str], trials: list[Trial]) -> None:
-    """Raises `UserError` when one of the names is no `SPLIT/METRIC` of all trials."""
+    """Raises `UserError` if one of the names is not a `SPLIT/METRIC` of all trials."""
     for name in names:
         split, _, metric = name.partition("/")
         for trial in trials:
@@ -34,11 +34,11 @@ def check_metrics(names: list[str], trials: list[Trial]) -> None:
 
 
 def metrics(trial: Trial, names: list[str]) -> dict[str, float]:
-    """Returns what a finished trial is compared by, {} of others.
+    """Returns the metrics to compare of a finished trial, {} for others.
 
     Args:
       trial: The trial.
-      names: `SPLIT/METRIC` beside the selection metric; [] is the accuracy of each eval split.
+      names: `SPLIT/METRIC` besides the selection metric; []: accuracy on each eval split.
     """
     results = trial.results()
     if results is None:
@@ -53,11 +53,12 @@ def metrics(trial: Trial, names: list[str]) -> dict[str, float]:
 
 
 def groups(trials: list[Trial], names: list[str]) -> list[dict[str, Any]]:
-    """Returns the finished trials by fields other than the seed, best selection metric first.
+    """Groups the finished trials by fields other than the seed, best selection metric first.
 
     Each group is `{"fields": {...}, "seeds": [0, 1], "metrics": {"test/accuracy": {"mean": 0.97,
-    "lowest": 0.96, "highest": 0.98}}}`. What is nan or missing is last. Without a selection
-    metric the sweep's order is kept, since the test split chooses nothing. `names`: see `metrics`.
+    "lowest": 0.96, "highest": 0.98}}}`. Groups with a NaN or missing metric come last. Without a
+    selection metric the sweep's order stays, since the test split must not choose. `names`: see
+    `metrics`.
     """
     members = {}
     for trial in trials:
@@ -82,7 +83,7 @@ def _group(rows: list[tuple[Trial, dict, dict]]) -> dict[str, Any]:
     summary = {}
     for name in dict.fromkeys(name for _, _, found in rows for name in found):
         values = [found[name] for _, _, found in rows if name in found]
-        # What is lowest among numbers of which one is nan depends on their order.
+        # With a NaN among the values, min and max would depend on their order.
         kinds = {"mean": statistics.fmean, "lowest": min, "highest": max}
         is_nan = any(math.isnan(value) for value in values)
         summary[name] = {kind: math.nan if is_nan else of(values) for kind, of in kinds.items()}
@@ -91,7 +92,7 @@ def _group(rows: list[tuple[Trial, dict, dict]]) -> dict[str, Any]:
 
 
 def text(by_group: list[dict[str, Any]]) -> str:
-    """Returns the groups as lines of aligned columns: mean (lowest to highest) of each metric."""
+    """Returns the groups as a table of text: mean (lowest to highest) of each metric."""
     fields, names = _columns(by_group)
     lines = [[*fields, *names, "seeds"]]
     for group in by_group:
@@ -120,8 +121,8 @@ def write(
 
     Args:
       workdir: The sweep's folder.
-      trials: All of them.
-      states: By trial, `{"state": "failed", "exit_code": 87}` of those that were started.
+      trials: All trials.
+      states: `{"state": "failed", "exit_code": 87}` by trial name, for the started trials.
       names: See `metrics`.
     """
     rows = []

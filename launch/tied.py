@@ -1,9 +1,9 @@
-"""Runs a command that the system stops when the process that started it dies, however it dies.
+"""Runs a command that the system stops if the process that started it dies for any reason.
 
   python -m launch.tied PARENT_PID COMMAND...
 
-The command takes this process' place, and gets SIGTERM, after which a run saves and ends with 75.
-A hook between fork and exec would do the same, but a process that has imported jax must not fork.
+The command replaces this process. On SIGTERM a run saves and ends with 75. A hook between fork and
+exec would do the same, but a process that has imported jax must not fork.
 """
 
 import ctypes
@@ -15,11 +15,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Asks the system for the signal, then becomes the command."""
+    """Requests the signal from the system, then becomes the command."""
     parent, *command = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(parent):  # already gone
+        if os.getppid() != int(parent):  # it is dead already
             sys.exit(128 + signal.SIGTERM)
     os.execv(command[0], command)
 

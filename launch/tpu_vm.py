@@ -1,6 +1,7 @@
 """TPU VMs: the same script on every machine of a slice, through gcloud.
 
-The script goes on after the connection has ended, and starts the run again as its exit code says.
+The script continues after the connection ends, and starts the run again if its exit code asks for
+that.
 """
 
 import shlex
@@ -8,9 +9,9 @@ import shlex
 from launch.calling import call
 from launch.resources import Resources, job_name
 
-# The machines vote on stopping, so that all of them end with 75 and start again together.
+# The machines agree on stopping, so that all end with 75 and start again together.
 _SCRIPT = """\
-set -m  # signals go where they are sent, not to everything that was started here
+set -m  # a signal reaches its target only, not everything started here
 echo $$ > {pid}
 trap 'stopped=1; kill -TERM "$run"' TERM
 failures=0
@@ -20,7 +21,7 @@ while true; do
   wait "$run"; code=$?
   while kill -0 "$run" 2> /dev/null; do wait "$run"; code=$?; done
   case $code in
-    0 | 2 | 87) break ;;  # finished, a mistake, diverged: another start would end the same
+    0 | 2 | 87) break ;;  # finished, a mistake, diverged: another start would end alike
     75) ;;  # stopped after saving
     *) failures=$((failures + 1)); if [ "$failures" -gt {max_restarts} ]; then break; fi ;;
   esac
@@ -35,7 +36,7 @@ exit $code
 
 
 def script(command: list[str], workdir: str, resources: Resources) -> str:
-    """Returns what runs on each machine, in the repository's folder; TERM stops it for good."""
+    """Returns the script for each machine, in the repository's folder; SIGTERM ends it for good."""
     name = job_name(workdir)
     loop = _SCRIPT.format(
         pid=f'"$HOME"/{name}.pid',
@@ -49,12 +50,12 @@ def start_command(text: str, workdir: str, *, tpu: str, folder: str, zone: str, 
     """Returns the gcloud command that starts the script on all machines of the TPU VM `tpu`.
 
     Args:
-      text: What `script` returns.
-      workdir: The run's.
+      text: The result of `script`.
+      workdir: Folder of the run.
       tpu: Name of the TPU VM.
-      folder: Of the repository on its machines.
-      zone: Of the TPU VM; "" is gcloud's default.
-      project: As the zone.
+      folder: Folder of the repository on its machines.
+      zone: Zone of the TPU VM; "": gcloud's default.
+      project: Project of the TPU VM; "": gcloud's default.
     """
     name = job_name(workdir)
     log = f'"$HOME"/{name}.log'
@@ -70,5 +71,5 @@ def start_command(text: str, workdir: str, *, tpu: str, folder: str, zone: str, 
 
 
 def submit(command: list[str]) -> str:
-    """Starts the script everywhere; returns what the machines say."""
+    """Starts the script on all machines; returns their output."""
     return call(command).strip()

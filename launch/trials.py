@@ -1,4 +1,4 @@
-"""The trials of a sweep: what each runs, where, and how far it is."""
+"""The trials of a sweep: command, folder and progress of each."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ from vitcls.files import read_json, write_json
 from vitcls.folders.workdir import Workdir
 from vitcls.provenance.saved_config import check_same_run
 
-_MAX_NAME = 120  # characters; file systems take 255 bytes, and paths go on behind it
+_MAX_NAME = 120  # characters; file systems allow 255 bytes, and more may follow
 SEED = "train.seed"
 
 
@@ -30,10 +30,10 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-      fields: What makes it this trial: config fields and their values.
+      fields: The config fields that the sweep sets, with their values.
       workdir: Its folder.
-      config: All fields, as its own command will read them.
-      flags: What follows `python -m vitcls.main`, without the workdir.
+      config: All fields, as its command will read them.
+      flags: Flags of `python -m vitcls.main`, without the workdir.
     """
 
     fields: dict[str, Any]
@@ -50,28 +50,28 @@ class Trial:
         return [sys.executable, "-m", "vitcls.main", *self.flags, f"--workdir={self.workdir}"]
 
     def prepare(self) -> None:
-        """Makes the folder, and notes what is asked for: another sweep must not take it over."""
+        """Makes the folder and records the config, so that another sweep cannot take it over."""
         self.workdir.mkdir(parents=True, exist_ok=True)
         write_json(self.workdir / "asked.json", self.config.to_dict())
 
     def total_steps(self) -> int | None:
-        """Returns the steps it trains for; None before a run of so many epochs has counted them."""
+        """Returns its training steps; None until a run given in epochs has counted them."""
         path, asked = self.workdir / "config.json", _read_if_sound(self.workdir / "asked.json")
         if self.config.train.total_steps or not path.exists():
             return self.config.train.total_steps or None
-        # What is there may have been counted for fewer epochs.
+        # The saved number may have been counted for another number of epochs.
         if asked and asked["train"]["total_epochs"] != self.config.train.total_epochs:
             return None
         saved = _read_if_sound(path) or {}
         return saved.get("train", {}).get("total_steps")
 
     def results(self) -> dict[str, Any] | None:
-        """Returns its `results.json` once it is at the last step, else None."""
+        """Returns its `results.json` if it is from the last step, else None."""
         results = _read_if_sound(self.workdir / "results.json")
         return results if results and results.get("step") == self.total_steps() else None
 
     def metrics(self) -> dict[str, float]:
-        """Returns the newest line of training metrics, {} before the first."""
+        """Returns the latest training metrics, {} before the first."""
         try:
             with (self.workdir / "metrics.jsonl").open("rb") as file:
                 file.seek(max(file.seek(0, 2) - 8192, 0))
@@ -81,27 +81,27 @@ class Trial:
         for line in reversed(lines):
             try:
                 metrics = json.loads(line)
-            except ValueError:  # cut by our seek, or being written
+            except ValueError:  # cut by the seek above, or being written
                 continue
             if "train/loss" in metrics:
                 return metrics
         return {}
 
     def last_words(self) -> str:
-        """Returns the line of its log that says best why it ended."""
+        """Returns the line of its log that best explains why it ended."""
         try:
             log = (self.workdir / "log.txt").read_text(errors="replace")
         except OSError:
             return ""
-        lines = log[log.rfind("\n$ ") + 1 :].splitlines()[1:]  # what followed the last command
+        lines = log[log.rfind("\n$ ") + 1 :].splitlines()[1:]  # output of the last command
         errors = [line for line in lines if line.startswith("ERROR: ")]
         return (errors or [line for line in lines if line.strip()] or [""])[-1]
 
 
 def _read_if_sound(path: Path) -> dict[str, Any] | None:
-    """The object in a trial's JSON file; None without one.
+    """The object in a trial's JSON file, or None.
 
-    One that is cut counts as none: the trial, which is started then, makes it again.
+    A damaged file counts as missing: the trial then starts and writes it again.
     """
     try:
         return read_json(path, remedy="") if path.exists() else None
@@ -110,7 +110,7 @@ def _read_if_sound(path: Path) -> dict[str, Any] | None:
 
 
 def load_sweep(path: str) -> list[dict[str, Any]]:
-    """Returns what `get_sweep()` of the file returns; raises `UserError` if that is no sweep."""
+    """Returns the result of the file's `get_sweep()`; raises `UserError` if it is not a sweep."""
     what = f"--sweep={path}"
     try:
         get_sweep = runpy.run_path(path).get("get_sweep")
@@ -129,7 +129,7 @@ def load_sweep(path: str) -> list[dict[str, Any]]:
             f'{what}: get_sweep() must return a list of dicts such as {{"optim.lr": 1e-3}}.'
         )
     if not trials:
-        raise UserError(f"{what}: get_sweep() returns no trial.")
+        raise UserError(f"{what}: get_sweep() returns no trials.")
     return trials
 
 
@@ -141,17 +141,17 @@ def make_trials(
     *,
     here: bool = True,
 ) -> list[Trial]:
-    """Returns the trials of a sweep, all of them checked.
+    """Returns the trials of a sweep, after checking all of them.
 
     Args:
       sweep: Config fields and values of each trial; "config" is the config file's argument.
-      config_file: As `--config` takes it, `FILE.py` or `FILE.py:ARGUMENT`.
-      overrides: `--config.FIELD=VALUE` flags that all trials get.
+      config_file: Value of `--config`, `FILE.py` or `FILE.py:ARGUMENT`.
+      overrides: `--config.FIELD=VALUE` flags for all trials.
       workdir: The sweep's folder.
       here: Whether they will run on this machine.
 
     Raises:
-      UserError: a trial is there twice, its config has a mistake, or its folder is another run's.
+      UserError: A trial occurs twice, its config has a mistake, or its folder is another run's.
     """
     trials = {}
     for fields in sweep:
@@ -161,7 +161,9 @@ def make_trials(
         for override in overrides:
             field = override.lstrip("-").partition("=")[0].removeprefix("config.")
             if field in fields:
-                raise UserError(f"{override}: {field} is what the sweep varies; take one away.")
+                raise UserError(
+                    f"{override}: the sweep varies {field} as well; remove one of them."
+                )
         arguments = [_config_flag(config_file, fields.get("config", "")), *overrides]
         arguments += [f"--config.{key}={fields[key]}" for key in fields if key != "config"]
         trial = Trial(fields, workdir / name, _read_config(arguments, name, here=here), arguments)
@@ -180,7 +182,7 @@ def _config_flag(config_file: str, argument: str) -> str:
 
 
 def _read_config(arguments: list[str], name: str, *, here: bool) -> ConfigDict:
-    """Reads the flags as `vitcls.main` will, so that what is checked is what will run."""
+    """Reads the flags as `vitcls.main` will, so that the checked config is the one that runs."""
     parsed, argv = flags.FlagValues(), ["vitcls.main", *arguments]
     config_flags.DEFINE_config_file(
         "config", None, "", lock_config=False, accept_new_attributes=True,
@@ -191,13 +193,13 @@ def _read_config(arguments: list[str], name: str, *, here: bool) -> ConfigDict:
         config = parsed["config"].value
         drop_unused(config, given=parsed["config"].override_values)
         commands.check(config, here=here)
-    except Exception as error:  # also whatever running a config file raises
+    except Exception as error:  # a config file may raise anything
         raise UserError(f"Trial {name}: {cli.explain(error)}") from error
     return config
 
 
 def _name(fields: dict[str, Any]) -> str:
-    """Returns the folder's name: all that differs, in letters that shells and URLs leave alone."""
+    """Returns the folder's name: all fields, in characters that are safe in shells and URLs."""
     if not fields:
         return "as-configured"
     text = ",".join(f"{field}={value}" for field, value in fields.items())

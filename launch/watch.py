@@ -1,4 +1,4 @@
-"""What somebody who waits for trials sees: lines that are written over, or log lines."""
+"""Shows the progress of trials: lines that are overwritten on a terminal, or log lines."""
 
 import logging
 
@@ -12,7 +12,7 @@ log = logging.getLogger("vitcls")
 
 
 class Screen:
-    """Lines at the bottom of a terminal that are written over; nothing where there is none."""
+    """Lines at the bottom of a terminal that are overwritten; without a terminal nothing."""
 
     def __init__(self, num_lines: int):
         self._bars, self._redirect = [], None
@@ -36,7 +36,7 @@ class Screen:
 
 
 def line(trial: Trial) -> str:
-    """Returns how far a running trial is."""
+    """Returns the progress of a running trial."""
     metrics = trial.metrics()
     if not metrics:
         return f"  {trial.name}: starting"
@@ -48,7 +48,7 @@ def line(trial: Trial) -> str:
 
 
 def log_end(trial: Trial, state: str, code: int | None = None) -> None:
-    """Logs that a trial has ended, and how."""
+    """Logs that a trial has ended, its state and its last message."""
     with_code = "" if code in (None, 0) else f" with code {code}"
     level = logging.WARNING if state == "failed" else logging.INFO
     log.log(level, "%s: %s%s: %s", trial.name, state, with_code, trial.last_words())

@@ -312,7 +312,7 @@ def test_without_a_mistake_the_bound_is_exact():
 
 
 def test_too_many_probabilities_leave_metrics_of_all_of_them_without_intervals(monkeypatch):
-    monkeypatch.setattr(classification, "_MOST_PROBABILITIES", 200 * 7 * 100)
+    monkeypatch.setattr(classification, "_MAX_PROBABILITIES", 200 * 7 * 100)
     summary = classification.summarise(CASES["random"])
     assert np.isnan(summary["roc_auc"].low) and summary["roc_auc"].value > 0.5
     assert summary["accuracy"].low < summary["accuracy"].high

@@ -48,7 +48,7 @@ def make_run(workdir: Path, *, seed=0, lr=0.001, accuracy=0.9, num=N, ids="", st
 
 
 def read(*directories, split="test", metric="accuracy"):
-    return comparison.read(map(str, directories), split=split, metric=metric)
+    return comparison.compare_runs(map(str, directories), split=split, metric=metric)
 
 
 def all_texts(found) -> str:
@@ -67,20 +67,21 @@ def test_groups_are_by_all_that_differs_but_the_seed_and_run_fields():
 
     older = config(2, 0.01)
     del older["optim"]["weight_decay"]  # a version that had not this field
-    found = groups.group([config(1, 0.01), config(0, 0.002), config(0, 0.01), older])
+    found = groups.group_by_config([config(1, 0.01), config(0, 0.002), config(0, 0.01), older])
     assert [(one.name, one.fields, one.runs, one.seeds) for one in found] == [
         ("A", {"optim.lr": 0.002}, [1], [0]), ("B", {"optim.lr": 0.01}, [2, 0, 3], [0, 1, 2]),
     ]  # fmt: skip
     assert found[1].label == "B (optim.lr=0.01)"
-    ablation = groups.group([config(0, 1.0, name=name) for name in ("sgd", "adamw", "lion")])
+    named = [config(0, 1.0, name=name) for name in ("sgd", "adamw", "lion")]
+    ablation = groups.group_by_config(named)
     assert [one.fields for one in ablation] == [
         {"optim.name": "adamw"}, {"optim.name": "lion"}, {"optim.name": "sgd"}
     ]  # fmt: skip
-    two = groups.group([config(0, 1.0), config(0, 2.0), config(0, 1.0, weight_decay=0.5)])
+    two = groups.group_by_config([config(0, 1.0), config(0, 2.0), config(0, 1.0, weight_decay=0.5)])
     assert [one.label for one in two] == [
         "A (the usual values)", "B (optim.weight_decay=0.5)", "C (optim.lr=2.0)"
     ]  # fmt: skip
-    many = groups.group([config(0, float(lr)) for lr in range(1, 30)])
+    many = groups.group_by_config([config(0, float(lr)) for lr in range(1, 30)])
     assert [one.name for one in many[25:]] == ["Z", "AA", "AB", "AC"]
 
 
@@ -101,7 +102,7 @@ def test_a_sweep_is_compared_and_what_is_unfinished_is_listed(tmp_path):
     found = read(tmp_path)
     assert [one.seeds for one in found.groups] == [[0, 1, 2], [0, 1, 2]]
     assert found.left_out[stopped] == "at step 10 of 20"
-    begun = "there is no config.json, as of a run that has not begun"
+    begun = "there is no config.json: the run has not begun"
     assert found.left_out[failed] == f"{begun} (failed with exit code 87)"
     assert found.left_out[tmp_path / "optim.lr=0.1,train.seed=1"] == f"{begun} (waiting)"
     (pair,) = found.pairs
@@ -128,7 +129,7 @@ def test_one_seed_each_is_mcnemars_test(tmp_path):
     (pair,) = read(tmp_path / "a", tmp_path / "b").pairs
     only_a, only_b = (a & ~b).sum(), (b & ~a).sum()
     assert only_a and only_b  # paired by image: not the permutations of the files
-    assert pair.weighed.p == pytest.approx(stats.binomtest(only_a, only_a + only_b).pvalue)
+    assert pair.difference.p == pytest.approx(stats.binomtest(only_a, only_a + only_b).pvalue)
     assert "cannot be told apart" in pair.sentence and "a second seed" in pair.sentence
     assert "not seeds" in pair.modelled
 
@@ -153,7 +154,8 @@ def test_too_few_seeds_say_how_many_more(tmp_path):
         make_run(tmp_path / f"b{seed}", seed=seed, lr=0.01, accuracy=0.895)
     (pair,) = read(tmp_path).pairs
     assert "cannot be told apart" in pair.sentence
-    assert re.search(r"about \d+ more seeds? of each would|more seeds would not do", pair.sentence)
+    needed = r"about \d+ more seeds? of each would|more seeds would not help"
+    assert re.search(needed, pair.sentence)
 
 
 @pytest.mark.parametrize("metric", comparison.METRICS)
@@ -198,10 +200,11 @@ def test_other_images_are_refused_with_the_reason(tmp_path):
     make_run(tmp_path / "c", lr=0.02, num=N - 1)
     make_run(tmp_path / "d", lr=0.03)
     found = read(tmp_path)
-    assert found.pairs[0].weighed and {found.pairs[0].a.name, found.pairs[0].b.name} == {"A", "D"}
-    assert found.pairs[0].corrected == found.pairs[0].weighed.p  # the only test
-    for pair in found.pairs[1:]:
-        assert pair.weighed is None
+    first, *rest = found.pairs
+    assert first.difference and {first.a.name, first.b.name} == {"A", "D"}
+    assert first.corrected == first.difference.p  # the only test
+    for pair in rest:
+        assert pair.difference is None
         assert "not all of their runs were evaluated on the same images" in pair.sentence
     assert all_texts(found)
 
@@ -211,7 +214,7 @@ def test_a_seed_with_other_images_keeps_its_group_from_comparison(tmp_path):
     make_run(tmp_path / "a1", seed=1, lr=0.001, ids="other")
     make_run(tmp_path / "b", lr=0.01)
     found = read(tmp_path)
-    assert found.pairs[0].weighed is None and len(found.groups[0].runs) == 2
+    assert found.pairs[0].difference is None and len(found.groups[0].runs) == 2
     assert all_texts(found)
 
 
@@ -234,9 +237,9 @@ def test_damaged_and_missing_files_are_listed(tmp_path):
 
 
 def test_folders_without_runs_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is neither the workdir of a run nor a folder of them"):
+    with pytest.raises(UserError, match="is neither a workdir nor a folder of workdirs"):
         read(tmp_path)
-    with pytest.raises(UserError, match="missing is no folder; name a workdir"):
+    with pytest.raises(UserError, match="missing is not a folder; name a workdir"):
         read(tmp_path / "missing")
     make_run(tmp_path / "a", steps=3)
     with pytest.raises(UserError, match="None of the runs can be compared:\n.*at step 3 of 20"):
@@ -251,7 +254,8 @@ def test_the_split_that_chose_checkpoints_is_pointed_out(tmp_path):
     make_run(tmp_path / "b", eval__select_split="test", lr=0.01)
     (tmp_path / "a/manifest.json").write_text('{"git_commit": "abc"}')
     found = read(tmp_path)
-    assert "chose the checkpoints" in found.notes[0] and "several versions" in found.notes[1]
+    chosen, versions = found.notes
+    assert "chose their checkpoints on test" in chosen and "several versions" in versions
 
 
 def test_hostile_values_stay_text(tmp_path):

@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def explainer() -> explaining.Explainer:
-    return explaining.load(ASSET, num_images=2, batch_size=8)
+    return explaining.load_explainer(ASSET, num_images=2, batch_size=8)
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -44,7 +44,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 def test_pictures_are_the_networks_crop_beside_the_map_over_it(photos, explainer, tmp_path):
     paths = sorted(str(path) for path in photos.rglob("*.png"))
     output = tmp_path / "new" / "maps"
-    num_bad = explaining.write(
+    num_bad = explaining.write_pictures(
         explainer, explaining.file_sources([*paths, "gone.png"]), str(output), class_name="A"
     )
     assert num_bad == 2
@@ -65,7 +65,7 @@ def test_pictures_are_the_networks_crop_beside_the_map_over_it(photos, explainer
         picture = np.asarray(Image.open(output / row["picture"]), np.int32)
         assert picture.shape == (240, 480, 3)
         np.testing.assert_array_equal(picture[5::10, 5:240:10], one)  # enlarged ten times
-        drawn = np.asarray(overlay.draw(one, heat), np.int32)
+        drawn = np.asarray(overlay.draw_map(one, heat), np.int32)
         assert np.abs(picture[:, 240:] - drawn).mean() < 1
 
 
@@ -83,10 +83,10 @@ def test_maps_do_not_depend_on_batches(explainer):
 
 def test_brighter_is_more():
     heat = np.linspace(0, 1, 8, dtype=np.float32)[None].repeat(4, 0)
-    drawn = np.asarray(overlay.draw(np.full((4, 8, 3), 100, np.uint8), heat).convert("L"), int)
+    drawn = np.asarray(overlay.draw_map(np.full((4, 8, 3), 100, np.uint8), heat).convert("L"), int)
     assert drawn.shape == (112, 224) and (np.diff(drawn[50, 14::28]) > 0).all()
     large = np.zeros((300, 500, 3), np.uint8)
-    assert overlay.draw(large, np.zeros((300, 500), np.float32)).size == (500, 300)
+    assert overlay.draw_map(large, np.zeros((300, 500), np.float32)).size == (500, 300)
 
 
 def test_classes_are_named_or_numbered():
@@ -129,11 +129,11 @@ def test_mistakes_in_the_command(photos, tmp_path):
 
     assert "--checkpoint is missing" in said()
     here = [f"--checkpoint={ASSET}", f"--output={tmp_path}/maps"]
-    assert "by --images or by --data, one of the two" in said(*here)
-    assert "one of the two" in said(*here, "--data=digits", f"--images={photos}")
-    assert "--num_images is of --data" in said(*here, "--num_images=2", f"--images={photos}")
+    assert "with either --images or --data" in said(*here)
+    assert "either --images or --data" in said(*here, "--data=digits", f"--images={photos}")
+    assert "--num_images needs --data" in said(*here, "--num_images=2", f"--images={photos}")
     text = said(*here, "--class=A", "--method=rollout", f"--images={photos}")
-    assert "--class=A means nothing to --method=rollout" in text
+    assert "--class=A has no effect on --method=rollout" in text
     assert "names no images" in said(*here, f"--images={tmp_path}/none")
     assert "--method" in said(*here, "--method=lime")
     model = ResNet(resnet_config("resnet_mu", num_classes=2, image_size=(16, 16)))
@@ -143,14 +143,15 @@ def test_mistakes_in_the_command(photos, tmp_path):
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     pretrained.save(tmp_path / "resnet", model, variables, processor)
     text = said(*here, f"--checkpoint={tmp_path}/resnet", "--method=rollout", f"--images={photos}")
-    assert "--method=rollout follows attention, and a resnet has none" in text
+    assert "--method=rollout follows attention, but a resnet has none" in text
     assert not (tmp_path / "maps").exists()
 
 
 def test_mistakes_that_writing_finds_leave_nothing(photos, explainer, tmp_path):
     def failing(sources, **kwargs):
         with pytest.raises(errors.UserError) as error:
-            explaining.write(explainer, sources, str(tmp_path / "maps"), class_name="", **kwargs)
+            output = str(tmp_path / "maps")
+            explaining.write_pictures(explainer, sources, output, class_name="", **kwargs)
         return str(error.value)
 
     cut = explaining.file_sources([str(photos / "b" / "cut.png")])
@@ -163,10 +164,11 @@ def test_mistakes_that_writing_finds_leave_nothing(photos, explainer, tmp_path):
 
 
 def test_answers_that_are_not_finite_are_refused(photos, tmp_path):
-    bad = explaining.load(overflowing(ASSET, tmp_path / "bad"), num_images=2)
+    bad = explaining.load_explainer(overflowing(ASSET, tmp_path / "bad"), num_images=2)
     paths = sorted(str(path) for path in photos.rglob("*.png"))
     with pytest.raises(errors.NotFinite, match=MESSAGE.format("3 of 3", f"{photos}/a/one.png, ")):
-        explaining.write(bad, explaining.file_sources(paths), str(tmp_path / "maps"), class_name="")
+        sources = explaining.file_sources(paths)
+        explaining.write_pictures(bad, sources, str(tmp_path / "maps"), class_name="")
     assert not (tmp_path / "maps").exists()
 
 

@@ -134,7 +134,7 @@ def test_corrections_need_more_seeds_and_large_differences_fewer():
     larger = paired.Difference(0.02, 0.0, ((4e-4, 3),), 0.4)
     assert paired.seeds_needed(larger, num_tests=1) < more
     tiny = paired.Difference(1e-5, 0.0, ((4e-4, 3),), 0.4)
-    assert paired.seeds_needed(tiny, num_tests=1) == paired.MOST_SEEDS
+    assert paired.seeds_needed(tiny, num_tests=1) == paired.MAX_SEEDS
 
 
 def test_where_images_are_too_few_no_seeds_are_enough():

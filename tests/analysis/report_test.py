@@ -200,7 +200,7 @@ def test_degenerate_predictions(tmp_path):
     workdir = make_run(tmp_path / "run", ["only"], num=1)
     check_page(page.render(run.read_run(workdir)))
     workdir = make_run(tmp_path / "run", HOSTILE, num=1, mistakes=1.0)
-    assert "– is not defined" in check_page(page.render(run.read_run(workdir))).text
+    assert "– is undefined" in check_page(page.render(run.read_run(workdir))).text
 
 
 @pytest.fixture
@@ -307,12 +307,13 @@ def test_mistakes_in_the_command(tmp_path, monkeypatch):
     one = make_run(tmp_path / "run")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "is one page, and there are 2" in said(monkeypatch, f"--output={one}/a", f"{one}", "b")
-    assert "is a folder, or in none" in said(monkeypatch, f"{one}", f"--output={tmp_path}")
-    assert "nowhere is no folder" in said(monkeypatch, "--output=", f"{tmp_path}/nowhere")
-    assert "is no workdir of a run: it has none of config.json" in said(monkeypatch, f"{empty}")
+    assert "is one page, but there are 2" in said(monkeypatch, f"--output={one}/a", f"{one}", "b")
+    text = said(monkeypatch, f"{one}", f"--output={tmp_path}")
+    assert "is a folder, or in a missing folder" in text
+    assert "nowhere is not a folder" in said(monkeypatch, "--output=", f"{tmp_path}/nowhere")
+    assert "is not a workdir: it has none of config.json" in said(monkeypatch, f"{empty}")
     text = said(monkeypatch, f"{one}", "--split=train")
-    assert "--split=train has no predictions that can be read; there are: test, holdout." in text
+    assert "--split=train has no readable predictions; these have: test, holdout." in text
     assert "x.csv does not exist" in said(monkeypatch, f"{one}", "--split=", "--unknown=x.csv")
     assert list(empty.iterdir()) == [] and not (one / "report.html").exists()
     with pytest.raises(errors.UserError, match="DIR is missing"):
@@ -334,14 +335,14 @@ def test_predictions_that_cannot_be_used_say_why(tmp_path):
         (tmp_path / "predictions").mkdir(exist_ok=True)
         np.savez(tmp_path / "predictions/test.npz", **arrays)
         with pytest.raises(errors.UserError) as error:
-            predictions.read(tmp_path, "test")
+            predictions.read_predictions(tmp_path, "test")
         return str(error.value)
 
     with pytest.raises(errors.UserError, match="the run has not ended. Run its command again"):
-        predictions.read(tmp_path, "test")
+        predictions.read_predictions(tmp_path, "test")
     good = dict(labels=np.array([0, 1]), logits=np.zeros((2, 2)), ids=np.array(["a", "b"]))
-    assert "It holds labels, logits and ids" in read(labels=good["labels"])
-    assert "are not of the shapes" in read(**good | {"logits": np.zeros(2)})
+    assert "It should hold labels, logits and ids" in read(labels=good["labels"])
+    assert "must have the shapes" in read(**good | {"logits": np.zeros(2)})
     assert "has no examples" in read(
         labels=np.zeros(0, int), logits=np.zeros((0, 2)), ids=np.zeros(0, str)
     )
@@ -351,7 +352,7 @@ def test_predictions_that_cannot_be_used_say_why(tmp_path):
     )
     assert "cannot be read" in read(**good | {"ids": np.array([{}, {}], object)})
     with pytest.raises(errors.UserError, match="there are predictions for test"):
-        predictions.read(tmp_path, "other")
+        predictions.read_predictions(tmp_path, "other")
 
 
 def test_confidence_is_read_from_what_predict_writes(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitcls.analysis import expectation, kept
+from vitcls.analysis import expectation, kept_results
 from vitcls.config.fields import default_config
 from vitcls.errors import UserError
 from vitcls.recipes import Expected
@@ -38,7 +38,7 @@ def share_inside(expected_of, new_of, num_images, *, num=1500):
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(num):
-        low, high = expectation.interval(expected_of(rng), num_images)
+        low, high = expectation.prediction_interval(expected_of(rng), num_images)
         inside += low <= new_of(rng) <= high
     return inside / num
 
@@ -80,41 +80,42 @@ def test_seeds_and_other_images_add_up():
 def test_the_interval_is_that_of_the_textbook():
     values = (0.98, 0.99, 0.985, 0.975, 0.98)  # t of 4 degrees: 2.776 in every table
     half = 2.776445 * np.std(values, ddof=1) * np.sqrt(1 + 1 / 5)
-    low, high = expectation.interval(Expected(values, 360, ""), 360)
+    low, high = expectation.prediction_interval(Expected(values, 360, ""), 360)
     assert (low, high) == pytest.approx((0.982 - half, min(1, 0.982 + half)))
 
 
 def test_equal_runs_leave_room_for_an_image():
     expected = Expected((0.9, 0.9, 0.9), 100, "here")
-    assert [expectation.answer(expected, x, 100)[0] for x in (0.88, 0.89, 0.9, 0.91, 0.92)] == [
+    accuracies = (0.88, 0.89, 0.9, 0.91, 0.92)
+    assert [expectation.check_accuracy(expected, x, 100)[0] for x in accuracies] == [
         False, True, True, True, False,
     ]  # fmt: skip
-    assert expectation.interval(Expected((1.0,), 100, ""), 100)[1] == 1
+    assert expectation.prediction_interval(Expected((1.0,), 100, ""), 100)[1] == 1
 
 
 def test_the_answer_says_why():
     expected = Expected((0.5, 0.6, 0.7), 100, "measured by us")
-    is_inside, sentence = expectation.answer(expected, float("nan"), 100)
+    is_inside, sentence = expectation.check_accuracy(expected, float("nan"), 100)
     assert not is_inside and sentence.startswith("outside, below: ")
-    assert expectation.answer(expected, 0.65, 100) == (
+    assert expectation.check_accuracy(expected, 0.65, 100) == (
         True,
         "inside: test accuracy 0.6500 (100 images); 95 of 100 runs are expected between 0.1032 and "
         "1.0000, since 3 runs had 0.6000 (0.5000 to 0.7000): measured by us.",
     )
     one = Expected((0.9,), 100, "a paper", "validation")
     for accuracy, where in ((0.99, "above"), (0.8, "below")):
-        sentence = expectation.answer(one, accuracy, 100)[1]
+        sentence = expectation.check_accuracy(one, accuracy, 100)[1]
         assert sentence.startswith(f"outside, {where}: validation accuracy {accuracy:.4f} (100")
         assert sentence.endswith("since one run had 0.9000: a paper.")
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch):
-    config, expected = expectation.find("vit_b16:data=tfds:cifar10")
+    config, expected = expectation.find_expected("vit_b16:data=tfds:cifar10")
     assert (ROOT / config.split(":")[0]).resolve() == ROOT / "configs/vit_b16.py"
     assert config.endswith(".py:data=tfds:cifar10") and expected.accuracies == (0.9902,)
     (tmp_path / "mine.py").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
-    assert expectation.find("mine.py:other=1")[0] == "mine.py:other=1"
+    assert expectation.find_expected("mine.py:other=1")[0] == "mine.py:other=1"
 
 
 @pytest.mark.parametrize(
@@ -122,8 +123,8 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     [
         ("quickstrat", "Unknown recipe 'quickstrat'. Did you mean 'quickstart'?"),
         ("no/file.py", "no/file.py does not exist; name a config file, or one of configs/."),
-        ("resnet50", "resnet50.py has no accuracy .* it has none; its docstring says what is"),
-        ("vit_b16", "expected of vit_b16; it has those of vit_b16:data=tfds:cifar10, vit_b16:data"),
+        ("resnet50", "resnet50.py has no expected accuracy .* it has none: its docstring says"),
+        ("vit_b16", "accuracy for vit_b16; it has one for vit_b16:data=tfds:cifar10, vit_b16:data"),
         ("broken.py", "broken.py cannot be used: ZeroDivisionError: division by zero"),
     ],
 )
@@ -131,14 +132,14 @@ def test_recipes_of_which_nothing_is_known_are_refused(tmp_path, monkeypatch, na
     (tmp_path / "broken.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
-        expectation.find(name)
+        expectation.find_expected(name)
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_b32", "vit_l16"])
 def test_published_accuracies_are_those_of_the_docstring(name):
     text = (ROOT / f"configs/{name}.py").read_text().split('"""')[1]
     for data in ("cifar10", "cifar100", "imagenet2012"):
-        _, expected = expectation.find(f"{name}:data=tfds:{data}")
+        _, expected = expectation.find_expected(f"{name}:data=tfds:{data}")
         assert f"{100 * expected.accuracies[0]:.2f}" in text
 
 
@@ -251,7 +252,8 @@ def test_outside_has_an_exit_code_of_its_own(tmp_path):
 def test_a_split_that_was_not_measured_is_named(tmp_path):
     done = compare(make_config(tmp_path, "", steps=1), tmp_path / "run", {"validation": {}})
     assert done.returncode == 2
-    assert "The run has no test accuracy, which is what is known: have 'test' in" in done.stderr
+    message = "The run has no test accuracy, but that is the expected one: put 'test' in"
+    assert message in done.stderr
 
 
 def make_run(workdir: Path, *, seed: int, accuracy: float, step: int = 20) -> None:
@@ -285,6 +287,8 @@ def test_the_page_has_what_the_runs_had_and_nothing_of_the_machine(tmp_path):
     accuracies = {1: 0.8, 2: 0.9, 3: 0.7}
     for seed, accuracy in accuracies.items():
         make_run(tmp_path / f"runs/seed{seed}", seed=seed, accuracy=accuracy)
+    earlier = "# Results\n\nMade by `python -m vitcls.analysis.results docs/results` of the files"
+    (tmp_path / "kept.md").write_text(earlier)
     done = results(tmp_path / "kept", f"--add={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "kept.md").read_text()
@@ -294,30 +298,30 @@ def test_the_page_has_what_the_runs_had_and_nothing_of_the_machine(tmp_path):
         "0.1000 | 0.7000 to 0.9000 | 1, 2, 3 | 20 | 20 | 1 cpu, jax 0.10.2, 01234567 |"
     )
     assert str(tmp_path) not in (tmp_path / "kept/runs.json").read_text()
-    assert kept.to_markdown(tmp_path / "kept") == page  # which needs the runs no more
+    assert kept_results.to_markdown(tmp_path / "kept") == page  # which needs the runs no more
 
 
 def test_what_cannot_be_kept_is_said(tmp_path):
     make_run(tmp_path / "runs/a", seed=1, accuracy=0.5, step=10)
     with pytest.raises(UserError, match="runs/a cannot be kept: at step 10 of 20. Run its command"):
-        kept.extract(str(tmp_path / "runs"))
+        kept_results.read_results(str(tmp_path / "runs"))
     (tmp_path / "kept").mkdir()
     with pytest.raises(UserError, match="kept has no results; add some with --add=WORKDIR."):
-        kept.to_markdown(tmp_path / "kept")
+        kept_results.to_markdown(tmp_path / "kept")
     (tmp_path / "kept/a.json").write_text('{"runs": [{}]}')
-    with pytest.raises(UserError, match="a.json is not what vitcls.analysis.results wrote"):
-        kept.to_markdown(tmp_path / "kept")
+    with pytest.raises(UserError, match="a.json is not a file of vitcls.analysis.results"):
+        kept_results.to_markdown(tmp_path / "kept")
     done = results(tmp_path / "a", tmp_path / "b")
     assert done.returncode == 2 and "is one FOLDER too many" in done.stderr
 
 
 def test_the_committed_page_is_the_one_that_the_command_makes():
-    assert (ROOT / "docs/results.md").read_text() == kept.to_markdown(ROOT / "docs/results")
+    assert (ROOT / "docs/results.md").read_text() == kept_results.to_markdown(ROOT / "docs/results")
 
 
 @pytest.mark.parametrize("argument", ["", "init=pretrained", "init=scratch"])
 def test_what_is_expected_of_the_quick_start_is_what_was_measured(argument):
-    _, expected = expectation.find(f"quickstart:{argument}" if argument else "quickstart")
+    _, expected = expectation.find_expected(f"quickstart:{argument}" if argument else "quickstart")
     runs = json.loads((ROOT / "docs/results/pretraining.json").read_text())["runs"]
     which = f"quickstart.py:{argument or 'init=pretrained'}"
     splits = [run["results"]["splits"]["test"] for run in runs if run["command"].endswith(which)]

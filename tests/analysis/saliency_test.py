@@ -70,7 +70,7 @@ def relevances(model, variables, images, *, methods=tuple(saliency.METHODS)):
     """Method -> (relevance, logits), compiled together."""
     with jax.default_matmul_precision("highest"):
         return {
-            method: saliency.relevance(model, variables, images, CLASSES, method=method)
+            method: saliency.compute_relevance(model, variables, images, CLASSES, method=method)
             for method in methods
         }
 
@@ -216,7 +216,7 @@ def test_a_map_of_a_resnet_is_drawn_where_its_features_look():
 def maps(model, variables, images, classes):
     """Method -> maps, compiled together."""
     return {
-        method: saliency.maps(model, variables, images, classes, method=method)[0]
+        method: saliency.compute_maps(model, variables, images, classes, method=method)[0]
         for method in saliency.METHODS
     }
 
@@ -292,7 +292,7 @@ def test_methods_are_chosen_by_the_network():
     assert saliency.choose_method(network, "") == "gradient_rollout"
     assert saliency.choose_method(network, "rollout") == "rollout"
     assert saliency.choose_method(convolutions, "") == "gradcam"
-    with pytest.raises(errors.UserError, match="--method=rollout follows attention, and a resnet "):
+    with pytest.raises(errors.UserError, match="--method=rollout follows attention, but a resnet "):
         saliency.choose_method(convolutions, "rollout")
     flat = ViT(dataclasses.replace(network.config, depth=0))
     with pytest.raises(errors.UserError, match="has no layers"):

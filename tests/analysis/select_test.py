@@ -301,7 +301,7 @@ def vit_gflops(tokens: int, width: int, *, pooled: int) -> float:
 )
 def test_the_compilers_gflops_are_the_formulas(pool, expected):
     config = vit_config("vit_b16", num_classes=0, image_size=(224, 224))
-    counted = candidates.gflops(backbone_of(dataclasses.replace(config, pool=pool)))
+    counted = candidates.count_gflops(backbone_of(dataclasses.replace(config, pool=pool)))
     assert expected < counted < 1.02 * expected  # what is no product adds a little
     if pool == "mean":  # the published figure, where the last layer is whole
         assert expected == pytest.approx(105.4 / 3, rel=0.001)  # a third of a training step's
@@ -311,12 +311,12 @@ def test_the_compilers_gflops_are_the_formulas(pool, expected):
 def test_resnet50s_gflops_are_the_published_ones():
     """torchvision's table has 4.09e9 multiply-adds; XLA leaves out those with padding."""
     config = resnet_config("resnet50", num_classes=0, image_size=(224, 224))
-    assert 0.96 * 2 * 4.09 < candidates.gflops(backbone_of(config)) < 2 * 4.09
+    assert 0.96 * 2 * 4.09 < candidates.count_gflops(backbone_of(config)) < 2 * 4.09
 
 
 def test_costs_are_of_the_network_without_a_head(tmp_path):
     backbone = features.load_backbone(save_checkpoint(tmp_path / "checkpoint"))
-    costs = candidates.costs_of(backbone, num_images=20)
+    costs = candidates.measure_costs(backbone, num_images=20)
     params = jax.tree.leaves(backbone.variables["params"])
     assert costs.num_params == sum(leaf.size for leaf in params)
     assert not any("classifier" in name for name in backbone.variables["params"])
@@ -335,7 +335,7 @@ def test_heads_are_those_of_sklearn():
 
     parts = {"train": part(90), "validation": part(60), "test": part(400)}
     costs = candidates.Costs((8, 8), 1, 1.0, 1.0, 1)
-    found = candidates.fit("a", parts, costs, num_classes=3, num_epochs=100)
+    found = candidates.fit_heads("a", parts, costs, num_classes=3, num_epochs=100)
     knn = KNeighborsClassifier(
         found.chosen["k"], metric="cosine", weights=lambda distances: np.exp(-distances / 0.07)
     ).fit(*parts["train"])

@@ -48,7 +48,11 @@ def test_folders_are_stable_readable_and_distinct(tmp_path):
     ("sweep", "overrides", "message"),
     [
         ([{"optim.lr": 1}, {"optim.lr": 1}], [], "the same: optim.lr=1"),
-        ([{"optim.lr": 1}], ["--config.optim.lr=2"], "optim.lr is what the sweep varies"),
+        (
+            [{"optim.lr": 1}],
+            ["--config.optim.lr=2"],
+            "the sweep varies optim.lr as well; remove one",
+        ),
         ([{"optim.lrr": 1}], [], "Trial optim.lrr=1: Unknown field of config.optim 'lrr'"),
         ([{"optim.lr": 1}, {"optim.lr": -1}], [], "Trial optim.lr=-1: optim.lr=-1.0 is out of"),
         ([{"optim.lr": "fast"}], [], "fast"),

@@ -1,1 +1,1 @@
-"""What runs left, read and weighed: reports, comparisons. Reads workdirs and checkpoints only."""
+"""Reports and comparisons of runs, made from their workdirs and checkpoints."""

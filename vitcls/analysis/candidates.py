@@ -12,26 +12,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcls.probe import features as features_lib
 from vitcls.probe import fitting
-from vitcls.probe.features import Backbone, Features
+from vitcls.probe.features import Backbone, Features, compile_forward
 from vitcls.step import sharding
 
-_WINDOWS = 5  # the fastest is the speed: other work can only slow them down
+# The fastest window counts: other work on the machine can only slow one down.
+_WINDOWS = 5
 _WINDOW_SECS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What one image costs.
+    """The costs of one image.
 
     Attributes:
       image_size: (height, width) that the network sees.
-      num_params: Of the network without its head.
-      gflops: 1e9 operations for one image, forwards, a multiply-add being two; infinite
-        where the compiler does not say.
-      images_per_second: Forwards, decoded images in, on all devices.
-      batch_size: Images at a time then.
+      num_params: Parameters of the network without its head.
+      gflops: 1e9 operations of one forward pass; a multiply-add counts as two. Infinite if the
+        compiler does not say.
+      images_per_second: Speed of the forward pass on all devices, without decoding.
+      batch_size: Batch size at that speed.
     """
 
     image_size: tuple[int, int]
@@ -43,15 +43,15 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What is known of a checkpoint.
+    """The measurements of one checkpoint.
 
     Attributes:
       name: As the user wrote it.
-      probe: For how many seeds the linear probe is right, of each held-out image, int (N,).
+      probe: Number of seeds whose linear probe is right, for each held-out image, int (N,).
       num_seeds: S.
-      knn: Whether nearest neighbours are right, int (N,).
-      chosen: The hyper-parameters of both, by name.
-      costs: What it costs.
+      knn: 1 where nearest neighbours are right, else 0, int (N,).
+      chosen: The selected hyper-parameters of both heads, by name.
+      costs: Its costs.
     """
 
     name: str
@@ -62,17 +62,17 @@ class Candidate:
     costs: Costs
 
 
-def fit(
+def fit_heads(
     name: str, parts: dict[str, Features], costs: Costs, *, num_classes: int, num_epochs: int
 ) -> Candidate:
-    """Fits both heads on "train", chooses them on "validation" and asks them of "test".
+    """Fits both heads on "train", tunes them on "validation", evaluates them on "test".
 
     Args:
-      name: Of the checkpoint.
-      parts: Its features.
-      costs: What it costs.
-      num_classes: Of the data.
-      num_epochs: Of the linear probe.
+      name: The checkpoint, as the user wrote it.
+      parts: Its features, by split.
+      costs: Its costs.
+      num_classes: Classes of the data.
+      num_epochs: Epochs of the linear probe.
     """
     knn = fitting.neighbours(parts, num_classes=num_classes)
     _, scaled = fitting.standardise(parts)
@@ -87,28 +87,26 @@ def fit(
     )
 
 
-def costs_of(backbone: Backbone, *, num_images: int, batch_size: int = 0) -> Costs:
-    """Counts and measures what an image costs.
+def measure_costs(backbone: Backbone, *, num_images: int, batch_size: int = 0) -> Costs:
+    """Counts the operations of one image and measures the speed.
 
     Args:
       backbone: The network.
-      num_images: How many there are to see: batches are no larger than is of use for them.
+      num_images: Images to process; batches are not larger than these need.
       batch_size: See `features.compile_forward`.
     """
-    step, batch_size = features_lib.compile_forward(
-        backbone, num_images=num_images, batch_size=batch_size
-    )
+    step, batch_size = compile_forward(backbone, num_images=num_images, batch_size=batch_size)
     return Costs(
         image_size=backbone.processor.size,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(backbone.variables["params"])),
-        gflops=gflops(backbone),
+        gflops=count_gflops(backbone),
         images_per_second=_speed(backbone, step, batch_size),
         batch_size=batch_size,
     )
 
 
-def gflops(backbone: Backbone) -> float:
-    """Counts on the program before it is optimised, where it is the same for every device."""
+def count_gflops(backbone: Backbone) -> float:
+    """Counts on the program before optimisation, where it is the same on every device."""
     image = jax.ShapeDtypeStruct((1, *backbone.processor.size, 3), np.uint8)
     lowered = backbone.forward.lower(backbone.variables, image)
     return (lowered.cost_analysis() or {}).get("flops", math.inf) / 1e9

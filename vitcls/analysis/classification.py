@@ -15,17 +15,17 @@ from vitcls.analysis.predictions import Predictions
 
 NUM_RESAMPLES = 1000
 _LEVEL = 0.95
-# Metrics that look at all N * K probabilities: their resamples are limited to this many in all,
-# some 20 seconds, and below so many resamples an interval would say little.
-_MOST_PROBABILITIES = 1_000_000_000
-_FEWEST_RESAMPLES = 200
-_CHUNK = 4_000_000  # weights held at a time
+# Limits resamples x N * K for the metrics that read all probabilities: about 20 seconds.
+_MAX_PROBABILITIES = 1_000_000_000
+# With fewer resamples an interval would say little.
+_MIN_RESAMPLES = 200
+_CHUNK = 4_000_000  # weights in memory at once
 _TEMPERATURES = (0.05, 20.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A metric and the ends of its 95 % interval, NaN where there is none."""
+    """A metric and its 95 % interval, whose ends are NaN if there is none."""
 
     value: float
     low: float = float("nan")
@@ -37,9 +37,9 @@ def summarise(
 ) -> dict[str, Estimate]:
     """Returns every metric of `weighted` by its name.
 
-    Intervals are from the 2.5th to the 97.5th percentile over resamples of the images. Metrics
-    of all N * K probabilities (`roc_auc`, `average_precision`, `classwise_ece`) get fewer
-    resamples where these are very many, and no interval beyond.
+    Intervals span the 2.5th to the 97.5th percentile over resamples of the images. `roc_auc`,
+    `average_precision` and `classwise_ece` read all N * K probabilities: they get fewer resamples
+    if these are many, and no interval if they are too many.
     """
     labels, logits, probabilities = found.labels, found.logits, found.probabilities
     cheap = [
@@ -48,61 +48,62 @@ def summarise(
         weighted.calibration(labels, probabilities),
         weighted.selective(labels, probabilities),
     ]
-    dear = [
+    costly = [
         weighted.classwise_calibration(labels, probabilities),
         weighted.ranking(labels, probabilities),
     ]
-    affordable = min(num_resamples, _MOST_PROBABILITIES // probabilities.size)
-    if affordable < min(_FEWEST_RESAMPLES, num_resamples):
+    affordable = min(num_resamples, _MAX_PROBABILITIES // probabilities.size)
+    if affordable < min(_MIN_RESAMPLES, num_resamples):
         affordable = 0
     size = len(labels)
     return estimate(cheap, size, num_resamples=num_resamples, seed=seed) | estimate(
-        dear, size, num_resamples=affordable, seed=seed
+        costly, size, num_resamples=affordable, seed=seed
     )
 
 
 def estimate(
     families: Sequence[weighted.Family], num_images: int, *, num_resamples: int, seed: int
 ) -> dict[str, Estimate]:
-    """The metrics of `families`, each with its percentile interval over the same resamples."""
+    """Computes the metrics of `families`, with percentile intervals over the same resamples."""
     once = np.ones((1, num_images))
     values = {name: x[0] for compute in families for name, x in compute(once).items()}
-    drawn = {name: [] for name in values}
+    resampled = {name: [] for name in values}
     for weights in resamples(num_images, num_resamples, seed=seed):
         for compute in families:
             for name, x in compute(weights).items():
-                drawn[name].append(x)
+                resampled[name].append(x)
     return {
         name: Estimate(float(values[name]), *_interval(np.concatenate(x) if x else np.empty(0)))
-        for name, x in drawn.items()
+        for name, x in resampled.items()
     }
 
 
-def _interval(drawn: np.ndarray) -> tuple[float, float]:
-    drawn = drawn[~np.isnan(drawn)]  # resamples that a metric is not defined for
-    if not drawn.size:
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    # A metric may be undefined on some resamples, such as those without positives.
+    values = values[~np.isnan(values)]
+    if not values.size:
         return float("nan"), float("nan")
-    low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 
 def resamples(num_images: int, num: int, *, seed: int) -> Iterator[np.ndarray]:
-    """How often each image occurs in each of `num` resamples, float64 (R, N), some at a time."""
+    """Yields how often each image occurs in each of `num` resamples, float64 (R, N), in chunks."""
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // num_images)
     for start in range(0, num, chunk):
         rows = min(chunk, num - start)
-        drawn = rng.integers(0, num_images, (rows, num_images))
-        drawn += np.arange(rows)[:, None] * num_images
-        counts = np.bincount(drawn.ravel(), minlength=rows * num_images)
+        sampled = rng.integers(0, num_images, (rows, num_images))
+        sampled += np.arange(rows)[:, None] * num_images
+        counts = np.bincount(sampled.ravel(), minlength=rows * num_images)
         yield counts.reshape(rows, num_images).astype(np.float64)
 
 
 def surely_above(num_right: int, num: int) -> float:
-    """The accuracy that is exceeded with 95 % confidence, where `num_right` of `num` are right.
+    """Lower bound of the accuracy, with 95 % confidence, if `num_right` of `num` are right.
 
-    The exact binomial bound (Clopper and Pearson 1934), one-sided: resamples of data without a
-    mistake have none either, so that a bootstrap interval says nothing there.
+    The exact one-sided binomial bound (Clopper and Pearson 1934). A bootstrap interval says nothing
+    about data without a mistake: its resamples have none either.
     """
     test = stats.binomtest(num_right, num, alternative="greater")
     return float(test.proportion_ci(_LEVEL, method="exact").low)
@@ -116,7 +117,7 @@ def confusion(found: Predictions) -> np.ndarray:
 
 
 def confused_pairs(found: Predictions) -> list[tuple[int, int, int]]:
-    """(label, prediction, images) of every pair that is mistaken, the most frequent first."""
+    """(label, prediction, number of images) of every confused pair, the most frequent first."""
     predicted = found.logits.argmax(1)
     is_wrong = predicted != found.labels
     pairs, counts = np.unique(
@@ -129,8 +130,8 @@ def confused_pairs(found: Predictions) -> list[tuple[int, int, int]]:
 def per_class(found: Predictions) -> dict[str, np.ndarray]:
     """`images`, `precision`, `recall`, `f1`, `roc_auc` and `average_precision` of each class, (K,).
 
-    0 / 0 counts as 0, as in scikit-learn; the areas are NaN where they are not defined, and recall
-    and F1 of a class without images are NaN, too: nothing was measured.
+    0 / 0 counts as 0, as in scikit-learn. Undefined areas are NaN, and so are recall and F1 of a
+    class without images.
     """
     probabilities, predicted = found.probabilities, found.logits.argmax(1)
     hits, true, said = (
@@ -156,7 +157,7 @@ def per_class(found: Predictions) -> dict[str, np.ndarray]:
 
 
 def reliability(found: Predictions) -> dict[str, np.ndarray]:
-    """`images`, mean `confidence` and `accuracy` of every bin of equal width that has images."""
+    """`images`, mean `confidence` and `accuracy` of every bin that has images (equal widths)."""
     probabilities = found.probabilities
     confidence = probabilities.max(1)
     is_right = probabilities.argmax(1) == found.labels
@@ -171,11 +172,11 @@ def reliability(found: Predictions) -> dict[str, np.ndarray]:
 
 
 def fit_temperature(found: Predictions) -> float | None:
-    """What to divide logits by, between 0.05 and 20, for the least log-loss on these predictions.
+    """Returns the temperature, from 0.05 to 20, with the lowest log-loss on these predictions.
 
-    Guo et al. 2017 (arXiv:1706.04599), section 4.2. Fit it on the split that selected the
-    checkpoint, never on the one that is reported. The loss is convex in 1 / temperature. None
-    where every image is right: the lower, the better it would be.
+    Guo et al. 2017 (arXiv:1706.04599), section 4.2; logits are divided by it. Fit it on the split
+    that selected the checkpoint, never on the reported one. The loss is convex in 1 / temperature.
+    None if every image is right: the loss would fall with the temperature without end.
     """
     if (found.logits.argmax(1) == found.labels).all():
         return None
@@ -191,19 +192,19 @@ def fit_temperature(found: Predictions) -> float | None:
 
 
 def at_temperature(found: Predictions, temperature: float) -> Predictions:
-    """The same predictions with their logits divided."""
+    """Returns the predictions with their logits divided by `temperature`."""
     return dataclasses.replace(found, logits=found.logits / np.float32(temperature))
 
 
 def unknown_auroc(known: np.ndarray, unknown: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Area under the ROC curve of the confidence as a test of which images are of known classes.
+    """Area under the ROC curve of confidence as a test for images of known classes.
 
-    Hendrycks and Gimpel 2017 (arXiv:1610.02136). 0.5 is chance, 1 tells all apart.
+    Hendrycks and Gimpel 2017 (arXiv:1610.02136). 0.5 is chance, 1 is perfect.
 
     Args:
-      known: The largest probability for each image of the data set trained on, (N,).
+      known: Largest probability of each image from the data set trained on, (N,).
       unknown: The same for images of none of its classes, (M,).
-      seed: Of the resamples.
+      seed: Seed of the resamples.
     """
     is_known = np.arange(len(known) + len(unknown)) < len(known)
     scores = np.concatenate([known, unknown])

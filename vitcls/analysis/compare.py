@@ -1,14 +1,14 @@
-"""Compares runs: which group of them is better, by how much, and how sure that is.
+"""Compares runs: which group is better, by how much, and how certain that is.
 
   python -m vitcls.analysis.compare runs/sweep --output=runs/comparison
 
-Each DIR is the workdir of a run, or a folder of workdirs such as launch.sweep leaves. Runs are
-grouped by what differs in their configs beside the seed. For each group: mean, spread and 95 %
-interval over seeds; for each pair of groups a sentence, from tests that are paired by image and
-corrected for their number. Runs that have not finished are listed, and left out.
+Each DIR is the workdir of a run, or a folder of workdirs such as launch.sweep makes. Runs whose
+configs differ in nothing but the seed form a group. A group gets mean, spread and 95 % interval
+over seeds. A pair of groups gets a sentence, from tests that are paired by image and corrected for
+the number of pairs. Unfinished runs are listed and left out.
 
 The comparison is printed as Markdown. With --output the folder gets comparison.md, comparison.html
-with pictures, the first of them as groups.png, too, and groups.csv, pairs.csv, runs.csv. Needs
+with pictures, groups.png (the first picture), groups.csv, pairs.csv and runs.csv. Needs
 pip install -r requirements-analysis.txt.
 """
 
@@ -37,7 +37,7 @@ _OUTPUT = flags.DEFINE(
 )  # fmt: skip
 
 
-# The first one says whose folder it is.
+# The first one tells a comparison's folder from another folder.
 _FILES = (
     "comparison.html", "comparison.md", "groups.csv", "pairs.csv", "runs.csv", "groups.png",
 )  # fmt: skip
@@ -60,7 +60,7 @@ def main(directories: list[str]) -> None:
             is_own=lambda: has_text(output / _FILES[0], "vitcls comparison</title>"),
         )  # fmt: skip
         make_folder(output, flag="--output")
-    found = comparison.read(directories, split=split, metric=_METRIC.value)
+    found = comparison.compare_runs(directories, split=split, metric=_METRIC.value)
     markdown = comparison_page.to_markdown(found)
     print(markdown)
     if not _OUTPUT.value:

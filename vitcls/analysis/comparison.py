@@ -1,4 +1,4 @@
-"""Groups of runs against each other on the images of one split.
+"""Compares groups of runs on the images of one split.
 
 N images, S runs of a group, R resamples.
 """
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vitcls.analysis import classification, paired, predictions, weighted
-from vitcls.analysis import groups as grouping
-from vitcls.analysis.groups import Group
-from vitcls.analysis.predictions import Predictions
+from vitcls.analysis import classification, paired, weighted
+from vitcls.analysis.groups import Group, find_workdirs, group_by_config, why_unfinished
+from vitcls.analysis.predictions import Predictions, read_predictions
 from vitcls.analysis.run import read_run
 from vitcls.errors import UserError
 
@@ -26,7 +25,8 @@ METRICS = (
     "log_loss", "brier",
 )  # fmt: skip
 LOWER_IS_BETTER = ("log_loss", "brier")
-_RANKS = {"accuracy": 1, "top5_accuracy": 5}  # an image is right or wrong: McNemar's test
+# Under these metrics an image is right or wrong, as McNemar's test needs.
+_RANKS = {"accuracy": 1, "top5_accuracy": 5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Measured:
     """One run's predictions, reduced to what comparing needs.
 
     Attributes:
-      metric: Its metric on the images, each weighted, see `weighted`.
+      metric: The metric as a function of the images' weights, see `weighted`.
       is_right: bool (N,) for metrics that count right images, else None.
-      images: Stands for the ids and labels of the images.
+      images: Digest of the images' ids and labels.
       num_images: N.
     """
 
@@ -47,27 +47,27 @@ class Measured:
 
     @property
     def value(self) -> float:
-        """The metric."""
+        """The metric with every image counted once."""
         return float(self.metric(np.ones((1, self.num_images)))[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two groups against each other; differences are positive where `a` is better.
+    """Two compared groups; differences are positive if `a` is better.
 
     Attributes:
-      a: One group.
-      b: The other.
-      weighed: The difference; None: the two cannot be compared.
-      modelled: Which differences are weighed, or why there is no comparison.
-      mcnemar: p of the runs of one seed, by seed; of groups of a single run, of these.
-      corrected: p, corrected for all comparisons.
-      sentence: What it comes to.
+      a: The first group.
+      b: The second group.
+      difference: None if the two cannot be compared.
+      modelled: The sources of variation that count, or why there is no comparison.
+      mcnemar: p for the two runs of each seed, by seed; for single runs, p for these two.
+      corrected: p, corrected for the number of comparisons.
+      sentence: The conclusion.
     """
 
     a: Group
     b: Group
-    weighed: paired.Difference | None
+    difference: paired.Difference | None
     modelled: str
     mcnemar: dict[int, float]
     corrected: float = math.nan
@@ -76,18 +76,18 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What runs come to; lists are of the runs that are compared.
+    """The result; its lists hold the compared runs.
 
     Attributes:
       split: The split.
       metric: One of `METRICS`.
-      workdirs: Their folders.
-      groups: Their groups, one or more.
-      values: The metric of each.
-      histories: The lines of `metrics.jsonl` of each.
-      pairs: Each group against each other, the clearest difference first.
-      left_out: What is not compared, and why.
-      notes: What a reader should know besides, a sentence each.
+      workdirs: The folder of each run.
+      groups: The groups, one or more.
+      values: The metric of each run.
+      histories: The lines of each run's `metrics.jsonl`.
+      pairs: All pairs of groups, the clearest difference first.
+      left_out: Runs that are not compared, and why.
+      notes: Remarks for the reader, a sentence each.
     """
 
     split: str
@@ -101,46 +101,47 @@ class Comparison:
     notes: list[str]
 
 
-def read(directories: Iterable[str], *, split: str, metric: str) -> Comparison:
+def compare_runs(directories: Iterable[str], *, split: str, metric: str) -> Comparison:
     """Reads and compares all finished runs.
 
     Args:
-      directories: Workdirs, and folders of workdirs such as launch.sweep leaves.
+      directories: Workdirs, and folders of workdirs such as launch.sweep makes.
       split: The split whose images are compared.
       metric: One of `METRICS`.
 
     Raises:
-      UserError: A folder has no runs, or none of them can be compared.
+      UserError: A folder has no runs, or no run can be compared.
     """
     runs, measured, left_out = [], [], {}
-    found = grouping.find(directories)
+    found = find_workdirs(directories)
     for workdir, state in tqdm(found.items(), "Reading runs", disable=None, leave=False):
         try:
             if not (workdir / "config.json").is_file():
-                raise UserError("there is no config.json, as of a run that has not begun")
+                raise UserError("there is no config.json: the run has not begun")
             run = read_run(workdir)
-            if why := grouping.why_unfinished(run):
+            if why := why_unfinished(run):
                 raise UserError(why)
             of_split = (
-                run.splits[split] if split in run.splits else predictions.read(workdir, split)
+                run.splits[split] if split in run.splits else read_predictions(workdir, split)
             )
             measured.append(measure(of_split, metric))
-            runs.append(dataclasses.replace(run, splits={}))  # they are large
+            # Predictions are large, and from here on `measured` stands for them.
+            runs.append(dataclasses.replace(run, splits={}))
         except UserError as error:
             left_out[workdir] = f"{error} ({state})" if state else str(error)
     if not runs:
         listed = "\n".join(f"  {workdir}: {why}" for workdir, why in left_out.items())
         raise UserError(f"None of the runs can be compared:\n{listed}")
-    groups = grouping.group([run.config for run in runs])
+    groups = group_by_config([run.config for run in runs])
     kept = sorted(i for one in groups for i in one.runs)
     for i in set(range(len(runs))) - set(kept):
         left_out[runs[i].workdir] = "it has the config and the seed of another run"
     notes = []
     if split in {run.select_split for run in runs}:
-        notes.append(f"{split} chose the checkpoints of some of these runs: they look too good.")
+        notes.append(f"Some of these runs chose their checkpoints on {split}: they look too good.")
     commits = {str(run.manifest.get("git_commit")) for run in runs}
     if len(commits) > 1:
-        notes.append(f"The runs are of several versions of the code: {', '.join(sorted(commits))}.")
+        notes.append(f"The runs used several versions of the code: {', '.join(sorted(commits))}.")
     return Comparison(
         split=split,
         metric=metric,
@@ -148,14 +149,14 @@ def read(directories: Iterable[str], *, split: str, metric: str) -> Comparison:
         groups=groups,
         values=[one.value for one in measured],
         histories=[run.history for run in runs],
-        pairs=compare(groups, measured, metric),
+        pairs=compare_groups(groups, measured, metric),
         left_out=left_out,
         notes=notes,
     )
 
 
 def measure(found: Predictions, metric: str) -> Measured:
-    """Reduces predictions.
+    """Reduces predictions to what comparing needs.
 
     Raises:
       UserError: The metric does not exist for so few classes, or an image occurs twice.
@@ -176,23 +177,23 @@ def measure(found: Predictions, metric: str) -> Measured:
     return Measured(lambda weights: family(weights)[metric], is_right, digest, len(labels))
 
 
-def compare(groups: Sequence[Group], runs: Sequence[Measured], metric: str) -> list[Pair]:
-    """Compares each group with each other one; the clearest difference is first.
+def compare_groups(groups: Sequence[Group], runs: Sequence[Measured], metric: str) -> list[Pair]:
+    """Compares all pairs of groups; the clearest difference comes first.
 
     The p values are corrected for the number of pairs (Holm).
 
     Args:
-      groups: Their `runs` are positions in `runs`.
-      runs: All runs.
-      metric: One of `METRICS`, that of `runs`.
+      groups: The groups, whose `runs` are positions in `runs`.
+      runs: All runs, measured by `metric`.
+      metric: One of `METRICS`.
     """
     samples = _samples(groups, runs, sign=-1 if metric in LOWER_IS_BETTER else 1)
     pairs = [_weigh(a, b, samples, runs) for a, b in itertools.combinations(groups, 2)]
-    tested = [i for i, pair in enumerate(pairs) if pair.weighed]
-    p_values = paired.holm([pairs[i].weighed.p for i in tested])
+    tested = [i for i, pair in enumerate(pairs) if pair.difference]
+    p_values = paired.holm([pairs[i].difference.p for i in tested])
     for i, corrected in zip(tested, p_values, strict=True):
         pairs[i] = dataclasses.replace(pairs[i], corrected=corrected)
-    pairs.sort(key=lambda pair: (not pair.weighed, pair.corrected))
+    pairs.sort(key=lambda pair: (not pair.difference, pair.corrected))
     return [
         dataclasses.replace(pair, sentence=_sentence(pair, runs, metric, len(tested)))
         for pair in pairs
@@ -202,7 +203,7 @@ def compare(groups: Sequence[Group], runs: Sequence[Measured], metric: str) -> l
 def _samples(
     groups: Sequence[Group], runs: Sequence[Measured], *, sign: int
 ) -> dict[str, paired.Sample]:
-    """By name of the group, of those whose runs saw the same images."""
+    """Samples by group name, for groups whose runs were all evaluated on the same images."""
     samples = {}
     for images in dict.fromkeys(run.images for run in runs):
         same = [g for g in groups if {runs[i].images for i in g.runs} == {images}]
@@ -210,14 +211,16 @@ def _samples(
         if not columns:
             continue
         num_images = runs[columns[0]].num_images
-        drawn = {i: [] for i in columns}
+        resampled = {i: [] for i in columns}
         for weights in classification.resamples(num_images, classification.NUM_RESAMPLES, seed=0):
             for i in columns:
-                drawn[i].append(runs[i].metric(weights))
+                resampled[i].append(runs[i].metric(weights))
         for group in same:
-            resampled = np.stack([np.concatenate(drawn[i]) for i in group.runs], axis=1)
+            columns_of_group = [np.concatenate(resampled[i]) for i in group.runs]
             values = np.array([runs[i].value for i in group.runs])
-            samples[group.name] = paired.Sample(sign * values, sign * resampled)
+            samples[group.name] = paired.Sample(
+                sign * values, sign * np.stack(columns_of_group, axis=1)
+            )
     return samples
 
 
@@ -225,7 +228,7 @@ def _weigh(a: Group, b: Group, samples: dict[str, paired.Sample], runs: Sequence
     if len({runs[i].images for i in (*a.runs, *b.runs)}) > 1:
         return Pair(a, b, None, "not all of their runs were evaluated on the same images", {})
     same_seeds = a.seeds == b.seeds
-    weighed = paired.difference(samples[a.name], samples[b.name], same_seeds=same_seeds)
+    difference = paired.difference(samples[a.name], samples[b.name], same_seeds=same_seeds)
     is_single = len(a.runs) == len(b.runs) == 1
     matched = [
         (seed, i, j)
@@ -238,26 +241,27 @@ def _weigh(a: Group, b: Group, samples: dict[str, paired.Sample], runs: Sequence
         for seed, i, j in matched
         if runs[i].is_right is not None
     }
-    if is_single and mcnemar:  # exact, where the bootstrap's normal distribution is not
-        weighed = dataclasses.replace(weighed, p=mcnemar[a.seeds[0]])
-    if not weighed.seeds:
+    # McNemar's test is exact; the other one takes the bootstrap's distribution for normal.
+    if is_single and mcnemar:
+        difference = dataclasses.replace(difference, p=mcnemar[a.seeds[0]])
+    if not difference.seeds:
         modelled = "images, paired; not seeds, of which a group has only one"
     elif same_seeds:
         modelled = f"images and seeds, both paired ({len(a.seeds)} seeds in common)"
     else:
         modelled = f"images, paired, and seeds, unpaired ({len(a.seeds)} and {len(b.seeds)})"
-    return Pair(a, b, weighed, modelled, mcnemar)
+    return Pair(a, b, difference, modelled, mcnemar)
 
 
 def amount(value: float, metric: str, *, digits: int) -> str:
-    """A difference for people, in points of a share."""
+    """A difference as text; shares are in percentage points."""
     if metric not in LOWER_IS_BETTER:
         value = 100 * value
     return f"{round(value, digits) + 0:.{digits}f}"  # adding 0 turns -0.0 into 0.0
 
 
 def _sentence(pair: Pair, runs: Sequence[Measured], metric: str, num_tests: int) -> str:
-    a, b, found = pair.a, pair.b, pair.weighed
+    a, b, found = pair.a, pair.b, pair.difference
     if found is None:
         return f"{a.label} and {b.label} cannot be compared: {pair.modelled}."
     if found.value < 0:
@@ -300,8 +304,8 @@ def _needed(found: paired.Difference, num_images: int, num_tests: int) -> str:
     seeds = paired.seeds_needed(found, num_tests=num_tests)
     if seeds is None:
         return (
-            f"more seeds would not do: {images} images or more, not {num_images}, would be needed"
+            f"more seeds would not help: {images} images or more, not {num_images}, would be needed"
         )
-    if seeds == paired.MOST_SEEDS:
+    if seeds == paired.MAX_SEEDS:
         return f"{seeds} or more seeds of each would be needed"
     return f"about {seeds} more seed{'s' * (seeds > 1)} of each would be needed"

@@ -1,4 +1,4 @@
-"""A comparison for people and for programs: Markdown, CSV, one HTML page."""
+"""Writes a comparison as Markdown, CSV, PNG and one HTML page."""
 
 import re
 import textwrap
@@ -14,28 +14,28 @@ from vitcls.analysis.comparison import LOWER_IS_BETTER, Comparison, Pair
 from vitcls.analysis.groups import Group, describe
 from vitcls.analysis.page import environment, shorten, visible
 
-_MOST_LINES = 6  # of curves, as there are colours
-_MOST_CURVES = 4
-_MOST_DOTS = 40  # pairs of a picture
+_MAX_LINES = 6  # groups in one plot, one for each colour
+_MAX_CURVES = 4  # plots
+_MAX_DOTS = 40  # pairs in one picture
 _GROUPS = ("group", "differs in", "seeds", "mean", "spread", "95 % interval over seeds")
 _PAIRS = ("pair", "difference", "95 % interval", "p", "p, Holm", "McNemar, by seed", "weighed")
 _NOTHING = "The runs differ in nothing but the seed: there is one group."
 
 MODELLED = (
-    "Differences between groups: 95 % intervals and tests, paired by image over "
-    f"{classification.NUM_RESAMPLES} resamples of the images. Where both groups have two or more "
-    "seeds they also weigh what seeds change, with Student's t: by the differences of runs of the "
-    "same seed where both groups have the same seeds, else by the spread in each group. Where a "
-    "group has one seed they say nothing of other seeds. A group of one run against another has "
-    "the exact McNemar test, for metrics that count right images. p values are corrected for the "
-    "number of comparisons (Holm); intervals are not. What is needed besides is for finding the "
-    "difference as it was observed, with 80 % power. The choice of training images, which all "
-    "runs share, is not weighed."
+    "Intervals (95 %) and tests of differences between groups are paired by image, over "
+    f"{classification.NUM_RESAMPLES} resamples of the images. If both groups have two or more "
+    "seeds, they also count the variation between seeds, with Student's t. It comes from the "
+    "differences between runs of the same seed if both groups have the same seeds, otherwise from "
+    "the spread in each group. If a group has one seed, they say nothing about other seeds. Two "
+    "groups of one run each get the exact McNemar test, for metrics that count right images. p "
+    "values are corrected for the number of comparisons (Holm); intervals are not. The seeds and "
+    "images needed are those that would show the observed difference with 80 % power. The choice "
+    "of training images, which all runs share, does not count."
 )
 
 
 def summaries(found: Comparison) -> list[dict[str, Any]]:
-    """By group: `group`, `values`, and `mean`, `spread`, `low`, `high` over seeds."""
+    """A dict per group: `group`, `values`, and `mean`, `spread`, `low`, `high` over seeds."""
     rows = []
     for group in found.groups:
         values = [found.values[i] for i in group.runs]
@@ -48,7 +48,7 @@ def summaries(found: Comparison) -> list[dict[str, Any]]:
 
 
 def to_markdown(found: Comparison) -> str:
-    """The comparison as it is printed, too."""
+    """The comparison as it is printed."""
     lines = [f"# {title(found)}", ""]
     lines += [f"- {tables.plain(pair.sentence)}" for pair in found.pairs] or [_NOTHING, ""]
     lines += ["", *(tables.plain(note) for note in found.notes)]
@@ -58,16 +58,7 @@ def to_markdown(found: Comparison) -> str:
     ]
     lines += tables.markdown(_GROUPS, rows)
     if found.pairs:
-        head = [
-            "pair",
-            "difference",
-            "95 % interval",
-            "p",
-            "p, Holm",
-            "McNemar, by seed",
-            "weighed",
-        ]
-        lines += [*tables.markdown(head, [_cells(pair) for pair in found.pairs]), MODELLED]
+        lines += [*tables.markdown(_PAIRS, [_cells(pair) for pair in found.pairs]), MODELLED]
     if found.left_out:
         lines += ["", "Not compared:", ""]
         lines += [f"- {tables.plain(f'{path}: {why}')}" for path, why in found.left_out.items()]
@@ -75,7 +66,7 @@ def to_markdown(found: Comparison) -> str:
 
 
 def title(found: Comparison) -> str:
-    """What is compared, in a line."""
+    """The metric, the split, and the numbers of runs and groups, in one line."""
     num = sum(len(group.runs) for group in found.groups)
     lower = ", lower is better" if found.metric in LOWER_IS_BETTER else ""
     return (
@@ -93,12 +84,12 @@ def _numbers(row: dict[str, Any]) -> list[str]:
 
 def _cells(pair: Pair) -> list[str]:
     name = f"{pair.a.name} - {pair.b.name}"
-    if pair.weighed is None:
+    if pair.difference is None:
         return [name, "–", "–", "–", "–", "–", pair.modelled]
-    low, high = pair.weighed.interval()
+    low, high = pair.difference.interval()
     by_seed = [f"{seed}: {_p(p)}" for seed, p in pair.mcnemar.items()]
     return [
-        name, f"{pair.weighed.value:+.4f}", f"{low:.4f} to {high:.4f}", _p(pair.weighed.p),
+        name, f"{pair.difference.value:+.4f}", f"{low:.4f} to {high:.4f}", _p(pair.difference.p),
         _p(pair.corrected), "; ".join(by_seed) or "–", pair.modelled,
     ]  # fmt: skip
 
@@ -120,7 +111,7 @@ def to_csv(found: Comparison) -> dict[str, str]:
         groups.append([group.name, *group.fields.values(), len(group.seeds), *numbers])
     pairs = [["a", "b", "difference", "low", "high", "p", "p_holm", "weighed", "sentence"]]
     for pair in found.pairs:
-        one = pair.weighed
+        one = pair.difference
         numbers = [one.value, *one.interval(), one.p, pair.corrected] if one else [np.nan] * 5
         pairs.append([pair.a.name, pair.b.name, *numbers, pair.modelled, pair.sentence])
     return {f"{name}.csv": tables.to_csv(rows) for name, rows in
@@ -128,11 +119,11 @@ def to_csv(found: Comparison) -> dict[str, str]:
 
 
 def to_html(found: Comparison) -> str:
-    """The page; everything is in it, and no script."""
+    """The page, self-contained and without scripts."""
     rows = summaries(found)
-    drawn = [pair for pair in found.pairs if pair.weighed][:_MOST_DOTS]
+    drawn = [pair for pair in found.pairs if pair.difference][:_MAX_DOTS]
     differences = [
-        (f"{pair.a.name} - {pair.b.name}", [], pair.weighed.value, *pair.weighed.interval())
+        (f"{pair.a.name} - {pair.b.name}", [], pair.difference.value, *pair.difference.interval())
         for pair in drawn
     ]
     return environment().get_template("compare.html.jinja").render(
@@ -156,16 +147,16 @@ def to_html(found: Comparison) -> str:
             figures.intervals("pairs", differences, zero=True,
                               xlabel=f"difference of {found.metric}, above 0: the first is better")
         ) if drawn else "",
-        num_undrawn=len([pair for pair in found.pairs if pair.weighed]) - len(drawn),
+        num_undrawn=len([pair for pair in found.pairs if pair.difference]) - len(drawn),
         curves=_curves(found),
-        most_lines=_MOST_LINES,
+        max_lines=_MAX_LINES,
         modelled=MODELLED,
         style=Markup(Path(__file__).with_name("report.css").read_text()),
     )  # fmt: skip
 
 
 def to_png(found: Comparison) -> bytes:
-    """The page's first picture: each run, and the mean of each group in its interval."""
+    """The page's first picture: each run, and the mean of each group with its interval."""
     return figures.intervals_png(_dots(summaries(found)), xlabel=_xlabel(found))
 
 
@@ -181,10 +172,10 @@ def _xlabel(found: Comparison) -> str:
 
 
 def _curves(found: Comparison) -> list[tuple[str, Markup]]:
-    """(title, SVG) of what was measured over the steps, a line of each group's mean over seeds."""
+    """(title, SVG) of metrics over steps; a group's line is the mean over its seeds."""
     sign = -1 if found.metric in LOWER_IS_BETTER else 1
     means = {g.name: sign * np.mean([found.values[i] for i in g.runs]) for g in found.groups}
-    best = sorted(means, key=means.get, reverse=True)[:_MOST_LINES]
+    best = sorted(means, key=means.get, reverse=True)[:_MAX_LINES]
     names = {name for lines in found.histories for line in lines for name in line}
     names = sorted(
         (name for name in names if name.endswith(("/loss", "/accuracy"))),
@@ -203,11 +194,11 @@ def _curves(found: Comparison) -> list[tuple[str, Markup]]:
                 f"curve{len(drawn)}", series, ylabel=shorten(visible(name), 40), log=is_log
             )
             drawn.append((name, Markup(svg)))
-    return drawn[:_MOST_CURVES]
+    return drawn[:_MAX_CURVES]
 
 
 def _mean_curve(histories: Sequence[list[dict[str, Any]]], name: str) -> np.ndarray:
-    """float64 (points, 2): steps that all runs have, and the mean of their values there."""
+    """float64 (points, 2): the steps that all runs logged, and their mean values there."""
     by_step = [
         {line["step"]: line[name] for line in history if _is_finite(line.get(name))}
         for history in histories

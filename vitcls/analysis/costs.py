@@ -1,4 +1,4 @@
-"""How fast a run was and what it takes: time, speed, memory, disk."""
+"""Time, speed, memory and disk space of a run."""
 
 import math
 from pathlib import Path
@@ -10,8 +10,8 @@ from vitcls.analysis.run import Run
 from vitcls.errors import UserError
 
 
-def costs(run: Run) -> dict[str, str]:
-    """Returns what is known, each with its name, for people."""
+def describe_costs(run: Run) -> dict[str, str]:
+    """Returns the known costs by name, formatted for the page."""
     found = {}
     for name, value in _flatten({k: v for k, v in run.results.items() if k != "splits"}):
         if isinstance(value, int | float) and math.isfinite(value):
@@ -54,7 +54,8 @@ def _over_time(run: Run, name: str) -> np.ndarray:
 
 def _network(folder: Path) -> dict[str, str]:
     """Counts parameters from the shapes alone: no weights are read."""
-    import jax  # seconds, which nothing else here needs
+    # jax takes seconds to import, and nothing else here needs it.
+    import jax
     import jax.numpy as jnp
 
     from vitcls import pretrained
@@ -65,7 +66,8 @@ def _network(folder: Path) -> dict[str, str]:
         config, processor = pretrained.read_json(folder, tensors=None)
         model = pretrained.make_model(config, dtype=jnp.float32)
     except UserError:
-        return {}  # what is wrong with the folder is said where its class names are read
+        # `run.read_run` reports what is wrong with the folder.
+        return {}
     shapes = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, *processor.size, 3)), train=False)
     )

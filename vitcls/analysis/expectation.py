@@ -1,4 +1,4 @@
-"""What a config file says that its recipe gives, and whether a run gave it."""
+"""The accuracy that a config file expects of its recipe, and whether a run reached it."""
 
 import os
 import runpy
@@ -13,15 +13,14 @@ from vitcls.recipes import Expected
 _CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def find(name: str) -> tuple[str, Expected]:
-    """Returns what `--config` takes, and what is expected of it.
+def find_expected(name: str) -> tuple[str, Expected]:
+    """Returns the value for `--config`, and the result that the file expects.
 
     Args:
-      name: A file of configs/, `quickstart`, or the path of one, both with `:ARGUMENTS` if there
-        are any.
+      name: A file of configs/, such as `quickstart`, or a path; `:ARGUMENTS` may follow.
 
     Raises:
-      UserError: There is no such file, or it says nothing of these arguments.
+      UserError: There is no such file, or it expects nothing for these arguments.
     """
     stem, _, argument = name.partition(":")
     path = Path(stem if stem.endswith(".py") else _CONFIGS / f"{stem}.py")
@@ -36,38 +35,39 @@ def find(name: str) -> tuple[str, Expected]:
     if argument not in expected:
         listed = ", ".join(f"{stem}:{known}" if known else stem for known in expected)
         raise UserError(
-            f"{path.name} has no accuracy that is expected of {name}; it has "
-            + (f"those of {listed}." if listed else "none; its docstring says what is known.")
+            f"{path.name} has no expected accuracy for {name}; it has "
+            + (f"one for {listed}." if listed else "none: its docstring says what is known.")
         )
     return os.path.relpath(path) + (f":{argument}" if argument else ""), expected[argument]
 
 
-def interval(expected: Expected, num_images: int) -> tuple[float, float]:
-    """The accuracies that 95 of 100 further runs of the recipe have.
+def prediction_interval(expected: Expected, num_images: int) -> tuple[float, float]:
+    """The range of accuracies that 95 of 100 further runs of the recipe have.
 
-    Of two or more runs: Student's t prediction interval of one more. Of one run nothing says how
-    much seeds differ: what two tests on other images would, each binomial; this is also added where
-    the images are others. At least one image on either side.
+    With two or more known runs this is Student's t prediction interval of one more run. One run
+    does not show how much seeds differ: its interval is that of two binomial tests on different
+    images. This variance is also added if the number of images differs. The interval is at least
+    one image wide on either side.
 
     Args:
-      expected: What is known.
-      num_images: Images of the new run's split.
+      expected: The known runs.
+      num_images: Number of images in the new run's split.
     """
     values = np.array(expected.accuracies)
     num, mean = len(values), float(values.mean())
     images, seeds = 0.0, ()
     if num == 1 or num_images != expected.num_images:
         images = mean * (1 - mean) * (1 / expected.num_images + 1 / num_images)
-    if num > 1:  # of the mean, and of the new run beside it: s^2 / num + s^2
+    if num > 1:  # the variance of the mean plus that of the new run: s^2 / num + s^2
         seeds = (((1 + num) * float(values.var(ddof=1)), num),)
     low, high = paired.Difference(mean, images, seeds, p=1.0).interval()
     one = 1 / num_images + 1e-9  # rounding
     return max(0.0, min(low, mean - one)), min(1.0, max(high, mean + one))
 
 
-def answer(expected: Expected, accuracy: float, num_images: int) -> tuple[bool, str]:
-    """Whether a run's accuracy is inside, and that as a sentence."""
-    low, high = interval(expected, num_images)
+def check_accuracy(expected: Expected, accuracy: float, num_images: int) -> tuple[bool, str]:
+    """Returns whether a run's accuracy is inside the interval, and a sentence that says so."""
+    low, high = prediction_interval(expected, num_images)
     is_inside = bool(low <= accuracy <= high)
     values = expected.accuracies
     known = f"one run had {values[0]:.4f}"

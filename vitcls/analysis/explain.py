@@ -1,17 +1,17 @@
-"""Shows where a network looks: maps over images, as pictures.
+"""Shows where a network looks: pictures of images under a map.
 
   python -m vitcls.analysis.explain --checkpoint=runs/quickstart --images=photos --output=maps
   python -m vitcls.analysis.explain --checkpoint=runs/quickstart --data=digits --num_images=20 \
       --output=maps
 
-A picture has what the network saw of an image, cropped and resized, and beside it the same under
-the map: the brighter, the more a place has to do with the class. maps/explained.csv names for each
-picture its image, the likeliest class with its probability, and the class that is explained.
+A picture shows the part of an image that the network saw, and beside it the same part under the
+map: the brighter a place, the more it contributed to the class. maps/explained.csv lists the image
+of each picture, the likeliest class with its probability, and the explained class.
 
-  rollout           where the pooled tokens' attention comes from, through all layers; ViT only, and
-                    the same for every class
-  gradient_rollout  the same, of attention that speaks for the class; what a ViT gets by default
-  gradcam           Grad-CAM of the last features that have a place; what a ResNet gets
+  rollout           where the pooled tokens' attention comes from, through all layers; ViT only, the
+                    same for every class
+  gradient_rollout  the same for attention that supports the class; the default for a ViT
+  gradcam           Grad-CAM of the last features that have a place; the default for a ResNet
 
 The checkpoint is the workdir of a run (DIR, DIR@best, DIR@last or DIR@STEP), a folder in Hugging
 Face format, or a hub id, optionally with @REVISION. Needs pip install -r requirements-analysis.txt.
@@ -45,15 +45,15 @@ def main() -> None:
     """Checks the flags, then explains."""
     checkpoint, output = map(cli.required, (_CHECKPOINT, _OUTPUT))
     if bool(_IMAGES.value) == bool(_DATA.value):
-        raise UserError("Name the images by --images or by --data, one of the two.")
+        raise UserError("Name the images with either --images or --data.")
     if _NUM_IMAGES.value and not _DATA.value:
-        raise UserError("--num_images is of --data; of files, --images names those to take.")
+        raise UserError("--num_images needs --data; with --images, name the files to take.")
     if _CLASS.value and _METHOD.value == "rollout":
         raise UserError(
-            f"--class={_CLASS.value} means nothing to --method=rollout, which is the same for "
+            f"--class={_CLASS.value} has no effect on --method=rollout, which is the same for "
             "every class; use --method=gradient_rollout."
         )
-    # These import jax: only once the flags are known to be right.
+    # These import jax, which takes seconds: a wrong flag should fail before.
     try:
         from vitcls.analysis import explaining
     except ModuleNotFoundError as error:
@@ -71,10 +71,10 @@ def main() -> None:
     else:
         found = explaining.file_sources(rows.find_images(_IMAGES.value))
     cli.prepare_jax()
-    explainer = explaining.load(
+    explainer = explaining.load_explainer(
         checkpoint, num_images=len(found), method=_METHOD.value, batch_size=_BATCH_SIZE.value
     )
-    num_bad = explaining.write(explainer, found, output, class_name=_CLASS.value)
+    num_bad = explaining.write_pictures(explainer, found, output, class_name=_CLASS.value)
     bad = f", {num_bad} of them unreadable" if num_bad else ""
     print(f"{len(found)} images{bad}, {explainer.method} -> {output}")
 

@@ -1,4 +1,4 @@
-"""Maps of where a checkpoint's network looks, for images from files, data sets and reports.
+"""Computes and writes maps of where a checkpoint's network looks.
 
 B batch, H W pixels, K classes.
 """
@@ -19,7 +19,7 @@ from PIL import Image
 
 from vitcls import inference
 from vitcls.analysis import gallery, overlay, saliency
-from vitcls.data import images as pixels_of
+from vitcls.data.images import ImageError, decode
 from vitcls.data.sources.split import Split
 from vitcls.errors import UserError, unknown
 from vitcls.files import folder_aside
@@ -30,22 +30,22 @@ from vitcls.step.eval_step import probabilities
 
 log = logging.getLogger("vitcls")
 
-# The name of an image, and what returns its encoded bytes.
+# The name of an image, and a function that returns its encoded bytes.
 Source = tuple[str, Callable[[], bytes]]
 
 _CAPTIONS = {
-    "rollout": "where attention comes from (attention rollout, whatever the class)",
+    "rollout": "where attention comes from (attention rollout, the same for every class)",
     "gradient_rollout": "where it looked for the class it predicted (gradient-weighted attention "
     "rollout)",
     "gradcam": "where it looked for the class it predicted (Grad-CAM)",
 }
 _COLUMNS = ("image", "label", "probability", "explained", "picture", "error")
-_NUM_LOGGED = 10  # unreadable images; the table has them all
+_NUM_LOGGED = 10  # unreadable images in the log; the table lists all
 
 
 @dataclasses.dataclass(frozen=True)
 class Explainer:
-    """A network, on all devices, with one way to explain what it says."""
+    """A network on all devices, with a method that explains its answers."""
 
     method: str
     processor: Processor
@@ -57,11 +57,11 @@ class Explainer:
     def __call__(
         self, pixels: Sequence[np.ndarray], classes: Sequence[int]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields of each image its map, float32 (H, W) as `saliency.maps`, and probabilities (K,).
+        """Yields the map of each image, float32 (H, W), and its probabilities (K,).
 
         Args:
           pixels: uint8 (H, W, 3) each, as the processor makes them.
-          classes: The class to explain of each; negative: the likeliest.
+          classes: The class to explain for each image; negative: the likeliest.
         """
         size = self.batch_size
         for first in range(0, len(pixels), size):
@@ -75,26 +75,28 @@ class Explainer:
             yield from zip(*(np.asarray(part)[: len(rows)] for part in found), strict=True)
 
 
-def load(
+def load_explainer(
     checkpoint: str | Path, *, num_images: int, method: str = "", batch_size: int = 0
 ) -> Explainer:
-    """Loads and compiles.
+    """Loads a checkpoint and compiles its explanation step.
 
     Args:
       checkpoint: As `pretrained.load` takes it.
-      num_images: How many there will be in all.
-      method: A name of `saliency.METHODS`; "": the one for this network.
+      num_images: Number of images to explain.
+      method: A key of `saliency.METHODS`; "": the default for this network.
       batch_size: Images at a time over all devices; 0: chosen by their memory.
 
     Raises:
-      UserError: no such checkpoint, one without classes, or a method that it has no use for.
+      UserError: The checkpoint does not exist or has no classes, or the method does not fit.
     """
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
     method = saliency.choose_method(model, method)
 
     def step(variables, batch):
         images = processor.normalise(batch["image"])
-        found, logits = saliency.maps(model, variables, images, batch["class"], method=method)
+        found, logits = saliency.compute_maps(
+            model, variables, images, batch["class"], method=method
+        )
         return found, probabilities(logits)
 
     compiled, batch_size = inference.compile_step(
@@ -112,22 +114,22 @@ def load(
 
 
 def for_gallery(checkpoint: str | Path) -> gallery.Explain:
-    """Returns what shows of each image the part that the network saw, and where it looked."""
+    """Returns a function that shows what the network saw of each image, and where it looked."""
 
     def explain(
         images: Sequence[Image.Image], classes: Sequence[int]
     ) -> tuple[list[list[Image.Image]], str]:
-        explainer = load(checkpoint, num_images=len(images))
+        explainer = load_explainer(checkpoint, num_images=len(images))
         pixels = [explainer.processor.pixels(image) for image in images]
         ids = [f"picture {number}" for number in range(1, len(images) + 1)]
         shown = [
-            [Image.fromarray(one), overlay.draw(one, heat)]
+            [Image.fromarray(one), overlay.draw_map(one, heat)]
             for one, (heat, _) in zip(
                 pixels, _explain(explainer, pixels, classes, ids=ids), strict=True
             )
         ]
         what = _CAPTIONS[explainer.method]
-        return shown, f"Images as the network saw them; beside each, the brighter the more, {what}."
+        return shown, f"Images as the network saw them. The bright places beside them show {what}."
 
     return explain
 
@@ -139,7 +141,7 @@ def _explain(
     *,
     ids: Sequence[str],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """All that `explainer` yields; raises `NotFinite`, naming images by `ids`, if any is not."""
+    """All that `explainer` yields; raises `NotFinite`, which names images by `ids`."""
     found = list(explainer(pixels, classes))
     for part in zip(*found, strict=True):
         inference.check_answers(np.stack(part), ids.__getitem__)
@@ -147,12 +149,12 @@ def _explain(
 
 
 def file_sources(paths: Sequence[str]) -> list[Source]:
-    """Image files."""
+    """One source per file."""
     return [(path, Path(path).read_bytes) for path in paths]
 
 
 def split_sources(split: Split, *, num: int) -> list[Source]:
-    """The first `num` images of a split; 0: all."""
+    """Sources of the first `num` images of a split; 0: all."""
 
     def reader(index: int) -> Callable[[], bytes]:
         return lambda: split.read(index)[0]
@@ -161,10 +163,10 @@ def split_sources(split: Split, *, num: int) -> list[Source]:
 
 
 def class_index(name: str, names: Sequence[str]) -> int:
-    """The class that `--class` names, by its name or else its number; -1 for "".
+    """Returns the class that `--class` gives by name, or else by number; -1 for "".
 
     Raises:
-      UserError: there is none.
+      UserError: There is no such class.
     """
     if not name:
         return -1
@@ -175,23 +177,25 @@ def class_index(name: str, names: Sequence[str]) -> int:
     raise unknown("--class", name, names)
 
 
-def write(explainer: Explainer, sources: Sequence[Source], output: str, *, class_name: str) -> int:
-    """Writes a picture for each image, and `explained.csv` that says what is in them.
+def write_pictures(
+    explainer: Explainer, sources: Sequence[Source], output: str, *, class_name: str
+) -> int:
+    """Writes a picture for each image, and `explained.csv`, which describes the pictures.
 
-    A picture has the part of the image that the network saw, and beside it the same under the map.
-    The folder appears when it is complete.
+    A picture shows what the network saw of the image, and beside it the same under the map. The
+    folder appears once it is complete.
 
     Args:
       explainer: The network.
       sources: The images.
-      output: The folder: new, or empty.
-      class_name: The class to explain; "": each image's likeliest.
+      output: A new or empty folder.
+      class_name: The class to explain; "": the likeliest of each image.
 
     Returns:
       The number of images that cannot be read.
 
     Raises:
-      UserError: the folder is in use, there is no such class, no image can be read, or an answer
+      UserError: The folder is in use, there is no such class, no image can be read, or an answer
         is not finite.
     """
     names = explainer.processor.class_names
@@ -224,7 +228,7 @@ def write(explainer: Explainer, sources: Sequence[Source], output: str, *, class
                     continue
                 heat, probabilities = next(found)
                 picture = f"{number:05}_{_file_name(name)}.png"
-                overlay.beside(pixels, overlay.draw(pixels, heat)).save(folder / picture)
+                overlay.side_by_side(pixels, overlay.draw_map(pixels, heat)).save(folder / picture)
                 likeliest = int(probabilities.argmax())
                 table.writerow({
                     "image": name, "label": names[likeliest],
@@ -238,15 +242,15 @@ def write(explainer: Explainer, sources: Sequence[Source], output: str, *, class
 
 
 def _read(explainer: Explainer, source: Source) -> tuple[np.ndarray | None, str]:
-    """The pixels that the network sees, or None and why there are none."""
+    """The pixels that the network sees, or None and the reason."""
     try:
-        return explainer.processor.pixels(pixels_of.decode(source[1]())), ""
-    except pixels_of.ImageError as error:
+        return explainer.processor.pixels(decode(source[1]())), ""
+    except ImageError as error:
         return None, str(error)
     except OSError as error:
         return None, f"Cannot be read: {error.strerror}."
 
 
 def _file_name(name: str) -> str:
-    """The last part of an image's name, of letters that every file system has."""
+    """The last part of an image's name, in characters that every file system allows."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", Path(name).name)[-60:]

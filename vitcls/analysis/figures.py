@@ -1,25 +1,30 @@
-"""Figures as text of an HTML page: SVG that takes the page's colours, and PNG where that is less.
+"""Figures of the pages: SVG in the page's colours, or images as data URIs.
 
-Text in a figure is escaped by matplotlib and never read as mathematics, whatever its names.
+Matplotlib escapes the text of a figure, and reads none of it as mathematics.
 """
 
 import base64
+import functools
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
+from matplotlib import font_manager, ticker
 from matplotlib.figure import Figure
 from PIL import Image
 
 from vitcls.analysis.classification import Estimate
+from vitcls.check_data import fonts
 
-# Drawn in this colour, and then given the page's colour of text.
+# Drawn in this colour, which SVG then replaces with the page's text colour.
 _INK = "#010203"
-# Okabe and Ito's colours that stand out from white and from black.
+# Those of Okabe and Ito's colours that stand out on white and on black.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a07800", "#56b4e9")
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "vitcls", "text.parse_math": False,
@@ -30,8 +35,31 @@ _STYLE = {
     ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
      "ytick.color", "grid.color"), _INK,
 )  # fmt: skip
-_MOST_POINTS = 400  # of a curve
-_MARGIN = 1.5  # by which an axis of costs is longer than they are, at both ends
+_MAX_POINTS = 400  # of a curve
+_MARGIN = 1.5  # factor by which an axis of costs exceeds the costs at both ends
+
+
+def _style(texts: Iterable[str]) -> dict[str, Any]:
+    """The style of a figure, with fonts for those of its texts that matplotlib's own font lacks."""
+    own = Path(font_manager.findfont(font_manager.FontProperties()))
+    wanted = fonts.visible_characters("".join(texts))
+    files, missing = fonts.files_for({c for c in wanted if not fonts.has(own, c)})
+    fonts.warn_missing(missing)
+    return _STYLE | {"font.family": ["sans-serif", *map(_add_font, files)]}
+
+
+@functools.cache
+def _add_font(path: Path) -> str:
+    """Makes a font file known to matplotlib; returns its family."""
+    font_manager.fontManager.addfont(path)
+    return font_manager.get_font(path).family_name
+
+
+def _save(figure: Figure, file: io.IOBase, **options: Any) -> None:
+    with warnings.catch_warnings():
+        # `fonts.warn_missing` has said so already, and what to do.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, **options)
 
 
 def _figure(width: float = 4.4, height: float = 3.0, rows: Sequence[int] = (1,)):
@@ -43,21 +71,21 @@ def _figure(width: float = 4.4, height: float = 3.0, rows: Sequence[int] = (1,))
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an element of an HTML page, without ids that other figures have, too."""
+    """The figure as an element of an HTML page, with ids that are unique in the page."""
     file = io.StringIO()
     unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
+    _save(figure, file, format="svg", transparent=True, metadata=unsaid)
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    # The caption of the figure says what there is to see.
+    # The caption describes the figure, so that screen readers skip the drawing.
     return re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>',
                   r'<svg \1 aria-hidden="true" xmlns="http://www.w3.org/2000/svg" '
                   r'xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)  # fmt: skip
 
 
 class _PlainNumbers(ticker.LogFormatter):
-    """Numbers at the ticks that matplotlib chooses; its own are mathematics, which is off."""
+    """Plain numbers at matplotlib's ticks: its own format is mathematics, which is off."""
 
     def __call__(self, x, pos=None):
         return f"{x:g}" if super().__call__(x, pos) else ""
@@ -73,11 +101,11 @@ def _scale_log(axes, which: str = "y") -> None:
 def curves(
     name: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, log: bool
 ) -> str:
-    """SVG of values over steps, a line each; single points, as of a last evaluation, as dots."""
-    with matplotlib.rc_context(_STYLE):
+    """SVG of values over steps, one line each; short series also show their points."""
+    with matplotlib.rc_context(_style([*series, ylabel])):
         figure, (axes,) = _figure()
         for label, (steps, values) in series.items():
-            kept = np.unique(np.linspace(0, len(steps) - 1, _MOST_POINTS).astype(int))
+            kept = np.unique(np.linspace(0, len(steps) - 1, _MAX_POINTS).astype(int))
             marker = "o" if len(steps) < 12 else None
             axes.plot(steps[kept], values[kept], marker=marker, markersize=3, label=label)
         if log:
@@ -89,7 +117,7 @@ def curves(
 
 
 def reliability(name: str, bins: Mapping[str, np.ndarray]) -> str:
-    """SVG of accuracy over confidence, see `classification.reliability`, and of how many images."""
+    """SVG of accuracy and number of images by confidence, see `classification.reliability`."""
     with matplotlib.rc_context(_STYLE):
         figure, (above, below) = _figure(4.4, 4.0, rows=(3, 1))
         above.plot([0, 1], [0, 1], color=_INK, linestyle=":", linewidth=1, label="calibrated")
@@ -104,38 +132,39 @@ def reliability(name: str, bins: Mapping[str, np.ndarray]) -> str:
 
 
 def risk_coverage(name: str, coverage: np.ndarray, risk: np.ndarray) -> str:
-    """SVG of the share of mistakes among the images that are answered."""
+    """SVG of the share of mistakes among the answered images."""
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure()
-        kept = np.unique(np.linspace(0, len(risk) - 1, _MOST_POINTS).astype(int))
+        kept = np.unique(np.linspace(0, len(risk) - 1, _MAX_POINTS).astype(int))
         axes.plot(100 * coverage[kept], 100 * risk[kept])
         axes.set(xlabel="answered, % of images", ylabel="mistakes among them, %")
         axes.set(xlim=(0, 100), ylim=(0, max(1.0, 110 * risk.max())))
         return _svg(figure, name)
 
 
-# (label, single values, mean, low, high); low and high are NaN where there is no interval.
+# (label, single values, mean, low, high); low and high are NaN if there is no interval.
 Interval = tuple[str, Sequence[float], float, float, float]
 
 
 def intervals(name: str, rows: Sequence[Interval], *, xlabel: str, zero: bool = False) -> str:
-    """SVG of a line for each row, downwards: single values as rings, a dot within its interval.
+    """SVG with a line per row, from the top: single values as rings, the mean with its interval.
 
     Args:
-      name: Of the figure in the page.
-      rows: See above.
-      xlabel: What the values are.
+      name: Name of the figure in the page.
+      rows: See `Interval`.
+      xlabel: Name of the values.
       zero: Whether to mark 0.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_style([xlabel, *(row[0] for row in rows)])):
         return _svg(_draw_intervals(rows, xlabel=xlabel, zero=zero), name)
 
 
 def intervals_png(rows: Sequence[Interval], *, xlabel: str) -> bytes:
-    """The same as a PNG file, black on white, for pages that are no HTML."""
+    """The same as a PNG file, black on white, for pages other than HTML."""
     file = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        _draw_intervals(rows, xlabel=xlabel, zero=False).savefig(file, format="png", dpi=150)
+    with matplotlib.rc_context(_style([xlabel, *(row[0] for row in rows)])):
+        figure = _draw_intervals(rows, xlabel=xlabel, zero=False)
+        _save(figure, file, format="png", dpi=150)
     return file.getvalue()
 
 
@@ -156,15 +185,15 @@ def _draw_intervals(rows: Sequence[Interval], *, xlabel: str, zero: bool) -> Fig
 def accuracy_against_cost(
     rows: Sequence[tuple[str, float, Estimate, bool]], *, xlabel: str, ylabel: str
 ) -> dict[str, bytes]:
-    """A picture of candidates as dots within their intervals, as "png" and as "svg" files.
+    """A picture of candidates as dots with intervals, as the contents of "png" and "svg" files.
 
     Args:
-      rows: (label, cost, accuracy, whether it is worse than the first), the first being the choice;
-        one of unknown cost, infinite, is not drawn.
-      xlabel: What the costs are; their axis is logarithmic.
-      ylabel: What the accuracies are.
+      rows: (label, cost, accuracy, whether it is worse than the choice); the choice comes first.
+        A candidate of unknown cost (infinite) is listed but not drawn.
+      xlabel: Name of the costs; their axis is logarithmic.
+      ylabel: Name of the accuracies.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_style([xlabel, ylabel, *(row[0] for row in rows)])):
         figure, (axes,) = _figure(6.4, 3.6 + 0.19 * len(rows))
         styles = {
             "the choice": dict(color=_COLORS[1], marker="D"),
@@ -196,7 +225,7 @@ def accuracy_against_cost(
 
 
 def _side_by_side(costs: Sequence[float]) -> list[float]:
-    """The costs, those that are equal moved apart by a little on a logarithmic axis."""
+    """The costs, with equal ones moved slightly apart on a logarithmic axis."""
     known = [cost for cost in costs if math.isfinite(cost)] or [1.0]
     span = math.log(max(known) / min(known)) + 2 * math.log(_MARGIN)
     moved = []
@@ -210,33 +239,33 @@ def _side_by_side(costs: Sequence[float]) -> list[float]:
 def _file(figure: Figure, suffix: str) -> bytes:
     file = io.BytesIO()
     metadata = {"Date": None} if suffix == "svg" else {}
-    figure.savefig(file, format=suffix, dpi=150, metadata=metadata)
+    _save(figure, file, format=suffix, dpi=150, metadata=metadata)
     return file.getvalue()
 
 
 def heat_map(matrix: np.ndarray) -> str:
-    """Data URI of a confusion matrix, rows as shares of their sum; white is none, black is all."""
+    """Data URI of a confusion matrix, rows as shares of their sum: white is 0, black is 1."""
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = len(matrix)
-    # Seldom mistakes are what one looks for: the root makes one in a hundred a tenth of black.
+    # Rare mistakes should be visible: the root turns a share of 1 % into 10 % of black.
     grey = (255 * (1 - np.sqrt(shares))).round().astype(np.uint8)
     scale = max(1, round(600 / side))
     return data_uri(Image.fromarray(grey).resize((side * scale,) * 2, Image.Resampling.NEAREST))
 
 
 def data_uri(image: Image.Image, *, size: int | None = None) -> str:
-    """An image encoded anew, so that nothing but its pixels is passed on.
+    """Encodes an image anew, so that the page gets its pixels and no metadata.
 
     Args:
-      image: Of any mode that PNG and JPEG have.
-      size: The longer side at most, in pixels; smaller images stay as they are.
+      image: An image in a mode that PNG and JPEG have.
+      size: Limit of the longer side, in pixels; smaller images stay as they are.
     """
     if size and max(image.size) > size:
         scale = size / max(image.size)
         image = image.resize(
             [max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS
         )
-    # JPEG blurs the few pixels of tiny images, and is no smaller there; nor of two colours.
+    # JPEG would blur the few pixels of a tiny image without making it smaller.
     is_photo = image.mode == "RGB" and max(image.size) > 64
     file = io.BytesIO()
     image.save(file, **(dict(format="JPEG", quality=82) if is_photo else dict(format="PNG")))

@@ -1,4 +1,4 @@
-"""Images of a run to look at: its mistakes, its doubts, and what training showed it."""
+"""Images of a run: its mistakes, its least certain answers, its training images."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger("vitcls")
 NUM_SHOWN = 24
 _SIZE = 144  # pixels
 
-# RGB images and the class to explain of each -> the pictures to show of each, and what they are.
+# RGB images and the class to explain of each -> the pictures of each image, and their caption.
 Explain = Callable[
     [Sequence[Image.Image], Sequence[int]], tuple[Sequence[Sequence[Image.Image]], str]
 ]
@@ -28,11 +28,11 @@ class Tile:
     """One image of the page.
 
     Attributes:
-      pictures: Data URIs: the image, and what explains it; empty where it cannot be read.
-      id: Its id; of augmented images empty.
+      pictures: Data URIs of the image and its explanation; empty if it cannot be read.
+      id: Its id; empty for augmented images.
       label: Its class, or its target.
-      predicted: The likeliest class; of augmented images empty.
-      confidence: Its probability.
+      predicted: The likeliest class; empty for augmented images.
+      confidence: Probability of the likeliest class.
     """
 
     pictures: list[str]
@@ -43,26 +43,26 @@ class Tile:
 
 
 def worst_mistakes(found: Predictions) -> np.ndarray:
-    """Positions of the mistakes that the network was most sure of, those first."""
+    """Positions of the mistakes, the most confident first."""
     confidence, is_wrong = found.probabilities.max(1), found.logits.argmax(1) != found.labels
     order = np.argsort(-confidence, kind="stable")
     return order[is_wrong[order]][:NUM_SHOWN]
 
 
 def least_certain(found: Predictions) -> np.ndarray:
-    """Positions of the images with the smallest largest probability, those first."""
+    """Positions of the images, the least confident first."""
     return np.argsort(found.probabilities.max(1), kind="stable")[:NUM_SHOWN]
 
 
-def explained(
+def explain_images(
     found: Predictions,
     positions: np.ndarray,
     images: Sequence[Image.Image | None],
     explain: Explain | None,
 ) -> tuple[list[Sequence[Image.Image]], str]:
-    """The pictures of each image at `positions`, none of None, and what they are.
+    """The pictures of each image at `positions`, none for None, and their caption.
 
-    Whatever goes wrong, the images are worth showing without maps: it is only said.
+    If explaining fails, the images are shown without maps, and the caption says why.
     """
     plain = [[] if image is None else [image] for image in images]
     rows = [row for row, image in enumerate(images) if image is not None]
@@ -78,13 +78,13 @@ def explained(
     return [shown.get(row, []) for row in range(len(images))], said
 
 
-def tiles(
+def make_tiles(
     found: Predictions,
     positions: np.ndarray,
     pictures: Sequence[Sequence[Image.Image]],
     class_names: Sequence[str],
 ) -> list[Tile]:
-    """What to show of the images at `positions`, of which there are these pictures, if any."""
+    """A tile for each image at `positions`, with its pictures, if any."""
     probabilities = found.probabilities
     shown = []
     for position, own in zip(positions.tolist(), pictures, strict=True):
@@ -104,15 +104,16 @@ def tiles(
 def open_images(
     run: Run, split_name: str, ids: Sequence[str]
 ) -> tuple[list[Image.Image | None], str]:
-    """The images with these ids, None for what cannot be read, and why there are none, or "".
+    """The images with these ids, None for unreadable ones, and why there are none, or "".
 
-    Whatever the data source raises, the numbers are worth a page: it is only said.
+    If the data source fails, the page still shows the numbers, and says why there are no images.
     """
-    from vitcls.run import splits  # imports jax, the data libraries: only where images are shown
+    # Imported here: it brings jax and the data libraries.
+    from vitcls.run import splits
 
     nothing = [None] * len(ids)
     if not run.config:
-        return nothing, "The images cannot be shown: config.json, which names them, is missing."
+        return nothing, "The images cannot be shown: config.json, which names the data, is missing."
     try:
         _, evaluated = splits.open_splits(restored_config(run.config), is_continued=True)
         if split_name not in evaluated:
@@ -138,16 +139,16 @@ def _read(split, index: int | None) -> Image.Image | None:
         return None
 
 
-def augmented(run: Run) -> tuple[list[Tile], str]:
-    """The first training images as the network saw them, and why there are none, or ""."""
+def augmented_tiles(run: Run) -> tuple[list[Tile], str]:
+    """Tiles of the first training images as the network saw them, and why there are none, or ""."""
     from vitcls.check_data import checks
     from vitcls.run.opened import Begun
 
     if not run.config:
-        return [], "Training images cannot be shown: config.json, which names them, is missing."
+        return [], "Training images cannot be shown: config.json, which names the data, is missing."
     try:
         config = restored_config(run.config)
-        # The first rows of a batch are the same whatever its size: the rest need not be made.
+        # The first rows of a batch do not depend on its size, so that a small one will do.
         config.train.global_batch_size = min(config.train.global_batch_size, 2 * NUM_SHOWN)
         model = Workdir(run.workdir).model
         begun = Begun(config, model) if (model / "config.json").is_file() else None

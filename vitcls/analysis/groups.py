@@ -1,4 +1,4 @@
-"""Runs found in folders, and grouped by what differs in their configs beside the seed."""
+"""Finds runs in folders, and groups those whose configs differ in nothing but the seed."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from vitcls.config.parse import flatten
 from vitcls.errors import UserError
 
 _SEED = "train.seed"
-# One of these says that a folder is, or was to be, a run's; the last is a sweep's wish.
+# A folder with one of these is a run's. launch.sweep writes the last one before a run begins.
 _FILES = ("config.json", "results.json", "asked.json")
 
 
@@ -24,10 +24,10 @@ class Group:
 
     Attributes:
       name: A letter.
-      fields: What makes it this group: config fields and their values.
-      unusual: Those of the fields whose value is not that of most groups.
-      runs: Positions of its runs, by seed.
-      seeds: Theirs.
+      fields: The config fields that differ between groups, with the values of this one.
+      unusual: Those of the fields whose value most groups do not share.
+      runs: Positions of its runs, ordered by seed.
+      seeds: The seeds of the runs.
     """
 
     name: str
@@ -49,11 +49,11 @@ def describe(fields: Mapping[str, Any]) -> str:
     return ", ".join(f"{field}={_short(value)}" for field, value in fields.items())
 
 
-def find(directories: Iterable[str]) -> dict[Path, str]:
-    """Returns the workdirs in folders, each with what its sweep says of it, or "".
+def find_workdirs(directories: Iterable[str]) -> dict[Path, str]:
+    """Returns the workdirs in folders, each with its state in the sweep, or "".
 
     Args:
-      directories: Workdirs, and folders of workdirs such as launch.sweep leaves.
+      directories: Workdirs, and folders of workdirs such as launch.sweep makes.
 
     Raises:
       UserError: One of them is neither.
@@ -61,7 +61,7 @@ def find(directories: Iterable[str]) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for directory in map(Path, directories):
         if not directory.is_dir():
-            raise UserError(f"{directory} is no folder; name a workdir, or a folder of workdirs.")
+            raise UserError(f"{directory} is not a folder; name a workdir or a folder of workdirs.")
         if _is_run(directory):
             workdirs = {directory: ""}
         else:
@@ -70,7 +70,7 @@ def find(directories: Iterable[str]) -> dict[Path, str]:
             workdirs = {directory / name: states.get(name, "") for name in sorted(names)}
         if not workdirs:
             raise UserError(
-                f"{directory} is neither the workdir of a run nor a folder of them: there is no "
+                f"{directory} is neither a workdir nor a folder of workdirs: there is no "
                 "config.json in it, nor in a folder in it."
             )
         known = {path.resolve() for path in found}
@@ -83,7 +83,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _states(directory: Path) -> dict[str, str]:
-    """By trial of a sweep: `failed with exit code 87`, for example."""
+    """The state of each trial of a sweep, such as `failed with exit code 87`."""
     try:
         trials = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))["trials"]
         return {
@@ -96,7 +96,7 @@ def _states(directory: Path) -> dict[str, str]:
 
 
 def why_unfinished(run: Run) -> str:
-    """Says what a run lacks to be compared, "" if nothing."""
+    """Returns what a run lacks to be compared, "" if nothing."""
     train = run.config.get("train")
     if not isinstance(train, dict) or not isinstance(train.get("seed"), int):
         return "config.json is damaged"
@@ -107,15 +107,15 @@ def why_unfinished(run: Run) -> str:
     return ""
 
 
-def group(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Groups runs by all fields of their configs but the seed and `config.RUN_FIELDS`.
+def group_by_config(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """Groups runs by all fields of their configs except the seed and `config.RUN_FIELDS`.
 
-    A field that a config of an earlier version lacks has its default. Groups are in the order of
-    what makes them, numbers by size. Of runs with the same seed, which are no two samples of
-    anything, a group has the first.
+    A field that an older config lacks has its default. Groups are sorted by the values of their
+    fields, numbers by size. A group has one run per seed, the first: two runs with one seed are not
+    independent samples.
 
     Args:
-      configs: As `config.json` has them.
+      configs: The contents of `config.json`.
     """
     defaults = _flat(default_config().to_dict())
     flat = [defaults | _flat(config) for config in configs]

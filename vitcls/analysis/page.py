@@ -1,7 +1,7 @@
-"""The report of one run as an HTML page: everything in it, nothing loaded from elsewhere.
+"""The report of one run as a self-contained HTML page.
 
-Whatever comes out of a workdir is text to the page: Jinja escapes it, characters that cannot be
-seen are taken out, and the page's policy lets no script run but its own, known by its hash.
+The page shows the contents of a workdir as text only. Jinja escapes them, invisible characters are
+removed, and the page's policy allows no script but its own, identified by its hash.
 """
 
 import base64
@@ -22,13 +22,13 @@ from vitcls.analysis.run import Run, changed_fields
 from vitcls.errors import UserError
 
 _HERE = Path(__file__).parent
-_MOST_CELLS = 20  # classes of a confusion matrix that is a table
-_MOST_PIXELS = 2000  # classes of one that is a picture
-_MOST_ROWS = 2000  # of the table of classes
-_MOST_PAIRS = 15
-_LONGEST_NAME, _LONGEST_VALUE, _LONGEST_JSON = 80, 300, 100_000  # characters
+_MAX_TABLE_CLASSES = 20  # of a confusion matrix that is a table
+_MAX_PICTURE_CLASSES = 2000  # of a confusion matrix that is a picture
+_MAX_ROWS = 2000  # of the table of classes
+_MAX_PAIRS = 15
+_MAX_NAME, _MAX_VALUE, _MAX_JSON = 80, 300, 100_000  # characters
 
-# name -> (title, what it is)
+# name -> (title, meaning)
 _METRICS = {
     "accuracy": ("Accuracy", "share of images whose likeliest class is the label"),
     "top5_accuracy": ("Top-5 accuracy", "label among the five likeliest classes"),
@@ -39,15 +39,15 @@ _METRICS = {
     "weighted_precision": ("Precision, weighted", "classes by their number of images"),
     "weighted_recall": ("Recall, weighted", "classes by their number of images"),
     "weighted_f1": ("F1, weighted", "classes by their number of images"),
-    "micro_f1": ("F1, precision and recall, micro", "of one label per image, the accuracy"),
+    "micro_f1": ("F1, precision and recall, micro", "with one label per image, the accuracy"),
     "roc_auc": ("ROC-AUC", "each class against the rest, mean over classes"),
     "average_precision": ("Average precision", "each class against the rest, mean over classes"),
     "log_loss": ("Log-loss", "natural logarithm; lower is better"),
     "brier": ("Brier score", "summed over classes, 0 to 2; lower is better"),
     "ece": ("Calibration error", "confidence, bins of equal width; lower is better"),
-    "ece_equal_mass": ("Calibration error, equal mass", "bins of as many images; lower is better"),
+    "ece_equal_mass": ("Calibration error, equal mass", "bins of equal size; lower is better"),
     "classwise_ece": ("Calibration error, class-wise", "mean over classes; lower is better"),
-    "aurc": ("Risk-coverage area", "mistakes when the unsure are left out; lower is better"),
+    "aurc": ("Risk-coverage area", "mistakes without the unsure images; lower is better"),
 }
 
 
@@ -61,17 +61,17 @@ def render(
     """Returns the page.
 
     Args:
-      run: What there is to report.
-      split: The split that the details are of; empty: the first there is.
-      unknown: Confidence for images of none of the classes, float64 (M,).
-      explain: Makes the pictures of each image of the galleries; None: the image itself.
+      run: The run to report.
+      split: The split to show in detail; empty: the first one.
+      unknown: Confidence for images of unknown classes, float64 (M,).
+      explain: Makes the pictures of each image in the galleries; None: the image itself.
 
     Raises:
-      UserError: There are predictions, but none for `split`.
+      UserError: There are no predictions for `split`.
     """
     if split and split not in run.splits:
         known = ", ".join(run.splits) or "none"
-        raise UserError(f"--split={split} has no predictions that can be read; there are: {known}.")
+        raise UserError(f"--split={split} has no readable predictions; these have: {known}.")
     split = split or next(iter(run.splits), "")
     context: dict[str, Any] = {
         "run": run,
@@ -83,7 +83,7 @@ def render(
         "command": _command(run.manifest),
         "commit": str(run.manifest.get("git_commit") or ""),
         "curves": _curves(run.history),
-        "costs": costs.costs(run),
+        "costs": costs.describe_costs(run),
         "resamples": classification.NUM_RESAMPLES,
         "bins": weighted.NUM_BINS,
         "script": Markup((_HERE / "report.js").read_text()),
@@ -95,12 +95,12 @@ def render(
     if split:
         context |= _details(run, run.splits[split], split, explain=explain)
         context |= _confidence(run, split, unknown)
-    context["augmented"], context["augmented_note"] = gallery.augmented(run)
+    context["augmented"], context["augmented_note"] = gallery.augmented_tiles(run)
     return environment().get_template("report.html.jinja").render(context)
 
 
 def environment() -> jinja2.Environment:
-    """Templates of this folder, whose values are escaped, of this module's filters."""
+    """Templates of this folder, with escaped values and the filters of this module."""
     environment = jinja2.Environment(
         autoescape=True,
         finalize=visible,
@@ -114,15 +114,15 @@ def environment() -> jinja2.Environment:
 
 
 def visible(value: Any) -> Any:
-    """Text without control characters, such as those that turn the direction of writing."""
+    """Text without control characters, such as those that reverse the direction of writing."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return "".join(c if c.isprintable() or c == "\n" else " " for c in value)
 
 
-def shorten(text: str, longest: int = _LONGEST_NAME) -> str:
-    """The text, cut where it is longer."""
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def shorten(text: str, max_chars: int = _MAX_NAME) -> str:
+    """The text, cut to `max_chars` characters."""
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
 def _number(value: float, digits: int = 4) -> str:
@@ -136,15 +136,15 @@ def _range(one: classification.Estimate) -> str:
 def _value(value: Any) -> str:
     """A field of a config or a manifest, on one line."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return shorten(text or '""', _LONGEST_VALUE)
+    return shorten(text or '""', _MAX_VALUE)
 
 
 def _json(content: Any) -> str:
-    return shorten(json.dumps(content, indent=2, default=str), _LONGEST_JSON)
+    return shorten(json.dumps(content, indent=2, default=str), _MAX_JSON)
 
 
 def _command(manifest: dict[str, Any]) -> str:
-    """What was typed, without where Python is on that machine."""
+    """The command of the run, without the path of Python on that machine."""
     parts = manifest.get("command")
     if not (isinstance(parts, list) and parts):
         return ""
@@ -152,7 +152,7 @@ def _command(manifest: dict[str, Any]) -> str:
 
 
 def _curves(history: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
-    """(title, SVG) of what is measured over the steps."""
+    """(title, SVG) of metrics over steps."""
     drawn = []
     for key, title, unit in (
         ("loss", "Loss", "loss"),
@@ -180,7 +180,7 @@ def _is_finite(value: Any) -> bool:
 def _details(
     run: Run, found: Predictions, split: str, *, explain: gallery.Explain | None
 ) -> dict[str, Any]:
-    """What is shown of the classes and of the images of one split."""
+    """The template's values for the classes and images of one split."""
     num_classes = found.logits.shape[1]
     names = [shorten(name) for name in run.class_names] or [f"{k}" for k in range(num_classes)]
     pairs = classification.confused_pairs(found)
@@ -188,22 +188,24 @@ def _details(
     for label, predicted, _ in pairs:
         most_confused.setdefault(label, names[predicted])
     table = classification.per_class(found)
-    order = np.lexsort((-table["images"], np.nan_to_num(table["f1"], nan=2)))[:_MOST_ROWS]
+    order = np.lexsort((-table["images"], np.nan_to_num(table["f1"], nan=2)))[:_MAX_ROWS]
     mistakes, unsure = gallery.worst_mistakes(found), gallery.least_certain(found)
     positions = np.concatenate([mistakes, unsure])
     images, note = gallery.open_images(run, split, found.ids[positions].tolist())
-    pictures, maps_note = gallery.explained(found, positions, images, explain)
-    tiles = gallery.tiles(found, positions, pictures, names)
-    is_drawn = _MOST_CELLS < num_classes <= _MOST_PIXELS
+    pictures, maps_note = gallery.explain_images(found, positions, images, explain)
+    tiles = gallery.make_tiles(found, positions, pictures, names)
+    is_drawn = _MAX_TABLE_CLASSES < num_classes <= _MAX_PICTURE_CLASSES
     return {
         "num_images": len(found.labels),
         "num_right": int((found.logits.argmax(1) == found.labels).sum()),
         "surely_above": classification.surely_above(len(found.labels), len(found.labels)),
         "names": names,
-        "confusion": classification.confusion(found) if num_classes <= _MOST_CELLS else None,
+        "confusion": (
+            classification.confusion(found) if num_classes <= _MAX_TABLE_CLASSES else None
+        ),
         "heat_map": figures.heat_map(classification.confusion(found)) if is_drawn else "",
         "pairs": [
-            (names[label], names[predicted], num) for label, predicted, num in pairs[:_MOST_PAIRS]
+            (names[label], names[predicted], num) for label, predicted, num in pairs[:_MAX_PAIRS]
         ],
         "num_pairs": len(pairs),
         "classes": [
@@ -218,7 +220,7 @@ def _details(
 
 
 def _confidence(run: Run, split: str, unknown: np.ndarray | None) -> dict[str, Any]:
-    """What is shown of how far the probabilities can be trusted."""
+    """The template's values for how far the probabilities can be trusted."""
     found = run.splits[split]
     probabilities = found.probabilities
     is_wrong = probabilities.argmax(1) != found.labels

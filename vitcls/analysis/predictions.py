@@ -1,4 +1,4 @@
-"""What a run said of every image of a split, as it left it in `predictions/SPLIT.npz`.
+"""Predictions of a run for every image of a split, from `predictions/SPLIT.npz`.
 
 N images, K classes.
 """
@@ -16,7 +16,7 @@ from vitcls.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """One split.
+    """The predictions for one split.
 
     Attributes:
       labels: int32 (N,), from 0 to K - 1.
@@ -35,19 +35,19 @@ class Predictions:
 
 
 def split_names(workdir: Path) -> list[str]:
-    """The splits that have predictions, sorted; of a run that did not end, none."""
+    """The splits that have predictions, sorted; none before the run has ended."""
     return sorted(path.stem for path in (workdir / "predictions").glob("*.npz"))
 
 
-def read(workdir: Path, split: str) -> Predictions:
+def read_predictions(workdir: Path, split: str) -> Predictions:
     """Reads the predictions for a split.
 
     Args:
-      workdir: A run's, or what `vitcls.evaluate --output` made.
-      split: Its name, such as "test".
+      workdir: Folder of a run, or of `vitcls.evaluate --output`.
+      split: Name of the split, such as "test".
 
     Raises:
-      UserError: There are none, or they are no predictions; says what to do.
+      UserError: There are no predictions, or they are damaged.
     """
     path = workdir / "predictions" / f"{split}.npz"
     if not path.is_file():
@@ -66,8 +66,8 @@ def read(workdir: Path, split: str) -> Predictions:
             found = Predictions(*(arrays[name] for name in ("labels", "logits", "ids")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} cannot be read: {error}. It holds labels, logits and ids; delete it and run "
-            "the command that made it again."
+            f"{path} cannot be read: {error}. It should hold labels, logits and ids; delete it and "
+            "run the command that made it again."
         ) from error
     _check(path, found)
     return found
@@ -77,8 +77,8 @@ def _check(path: Path, found: Predictions) -> None:
     labels, logits, ids = found.labels, found.logits, found.ids
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or ids.shape != labels.shape:
         raise UserError(
-            f"{path}: labels {labels.shape}, logits {logits.shape} and ids {ids.shape} are not of "
-            "the shapes (N,), (N, K) and (N,). Make it again with vitcls.evaluate --output."
+            f"{path}: labels {labels.shape}, logits {logits.shape} and ids {ids.shape} must "
+            "have the shapes (N,), (N, K) and (N,). Make it again with vitcls.evaluate --output."
         )
     if not logits.size:
         raise UserError(f"{path} has no examples: nothing can be measured.")
@@ -97,13 +97,13 @@ def _check(path: Path, found: Predictions) -> None:
 
 
 def read_confidence(path: Path) -> np.ndarray:
-    """The largest probability for each image, float64 (N,), of images whose labels do not matter.
+    """The largest probability for each image, float64 (N,); labels do not matter.
 
     Args:
-      path: What `vitcls.predict --output` wrote as CSV, or an npz file with `logits` (N, K).
+      path: CSV of `vitcls.predict --output`, or an npz file with `logits` (N, K).
 
     Raises:
-      UserError: It is neither.
+      UserError: The file is neither.
     """
     try:
         if path.suffix == ".npz":
@@ -115,12 +115,12 @@ def read_confidence(path: Path) -> np.ndarray:
             name = "probability" if rows and "probability" in rows[0] else "probability_1"
             confidence = np.array([float(row[name]) for row in rows if not row["error"]])
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; it names a file.") from error
+        raise UserError(f"{path} does not exist; name a file.") from error
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is neither CSV of vitcls.predict nor an npz file with logits (N, K): "
             f"{type(error).__name__}: {error}."
         ) from error
     if not (confidence.size and np.isfinite(confidence).all()):
-        raise UserError(f"{path} has no images, or some whose probabilities are not finite.")
+        raise UserError(f"{path} has no images, or probabilities that are not finite.")
     return confidence

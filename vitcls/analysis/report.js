@@ -1,5 +1,5 @@
 "use strict";
-// Tables of the class "sorts": a click on a column's head sorts by it, another one the other way.
+// In tables of class "sorts" a click on a column's head sorts by it; a second click reverses.
 for (const table of document.querySelectorAll("table.sorts")) {
   const body = table.tBodies[0];
   Array.from(table.tHead.rows[0].cells).forEach((head, column) => {
@@ -18,7 +18,7 @@ for (const table of document.querySelectorAll("table.sorts")) {
       });
       const compare = (a, b) => {
         if (!isNumber) return sign * a.key.localeCompare(b.key);
-        if (Number.isNaN(a.key) || Number.isNaN(b.key)) {  // unknown values stay at the end
+        if (Number.isNaN(a.key) || Number.isNaN(b.key)) {  // undefined values stay last
           return Number.isNaN(a.key) - Number.isNaN(b.key);
         }
         return sign * (a.key - b.key);

@@ -1,13 +1,13 @@
-"""Writes a report of each run: one HTML page that needs no other file and no network.
+"""Writes a report of each run: one self-contained HTML page.
 
   python -m vitcls.analysis.report runs/quickstart
 
-writes runs/quickstart/report.html: metrics with 95 % intervals, recipe and how to reproduce it,
-learning curves, confusion matrix, classes, calibration, mistakes and doubts with their images and
-where the network looked, augmented training images, speed, manifest. Of a run that was killed it
-shows what there is.
+writes runs/quickstart/report.html: metrics with 95 % intervals, recipe and command, learning
+curves, confusion matrix, classes, calibration, mistakes and least certain images with maps of where
+the network looked, augmented training images, speed, manifest. The page of a run that was killed
+shows what the run had written.
 
-DIR is the workdir of a run, or a folder that vitcls.evaluate --output made. Needs
+DIR is the workdir of a run, or the --output folder of vitcls.evaluate. Needs
 pip install -r requirements-analysis.txt.
 """
 
@@ -41,21 +41,21 @@ def main(directories: list[str]) -> None:
     """Checks the flags, then writes the pages."""
     if _OUTPUT.value and len(directories) > 1:
         raise UserError(
-            f"--output={_OUTPUT.value} is one page, and there are {len(directories)} folders; "
-            "leave it out, or name one of them."
+            f"--output={_OUTPUT.value} is one page, but there are {len(directories)} folders; "
+            "omit --output, or name one folder."
         )
     workdirs = [Path(directory) for directory in directories]
     for workdir in workdirs:
         if not workdir.is_dir():
-            raise UserError(f"{workdir} is no folder; name the workdir of a run.")
+            raise UserError(f"{workdir} is not a folder; name the workdir of a run.")
     output = Path(_OUTPUT.value or workdirs[0] / "report.html")
     if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UserError(f"--output={output} is a folder, or in none that exists; name a file.")
+        raise UserError(f"--output={output} is a folder, or in a missing folder; name a file.")
     outputs = [Path(_OUTPUT.value or workdir / "report.html") for workdir in workdirs]
     for output in outputs:
         own = functools.partial(ownership.has_text, output, "vitcls report</title>")
         ownership.check_file("--output", output, is_own=own)
-    # These import much: only once the flags are known to be right.
+    # These import much, which takes seconds: a wrong flag should fail before.
     try:
         from vitcls.analysis import explaining, page, predictions, run
     except ModuleNotFoundError as error:

@@ -1,20 +1,20 @@
-"""Trains a recipe and says whether it gives what it is expected to.
+"""Trains a recipe and says whether its accuracy is the expected one.
 
   python -m vitcls.analysis.reproduce quickstart
 
-NAME is a file of configs/, or the path of another one, with its arguments if it takes any:
-quickstart:init=scratch. The file's EXPECTED says what was measured or published, and by whom.
-vitcls.main does the run; the same command continues it where it was interrupted. Any field can be
-set, for what a change does to the result:
+NAME is a file of configs/ or a path; arguments may follow, as in quickstart:init=scratch. The
+file's EXPECTED holds the accuracies that were measured or published, with their source. vitcls.main
+does the run; the same command resumes it after an interruption. --set changes a field, to see what
+that does to the result:
 
   python -m vitcls.analysis.reproduce quickstart --set=optim.lr=1.0 --workdir=runs/spoilt
 
-The answer is printed, and is in the workdir as reproduced.json. It is "inside" if the accuracy is
-where 95 of 100 runs are expected: in Student's t prediction interval of one more run, or, where one
-run is all that is known, in what other test images would do to both. So one sound run in twenty is
+The answer is printed and saved in the workdir as reproduced.json. It is "inside" if the accuracy is
+where 95 of 100 runs are expected: in Student's t prediction interval of one more run. If only one
+run is known, the interval covers two tests on different images. One correct run in twenty is
 outside: another --set=train.seed= tells chance from a mistake.
 
-Exit codes: 0 inside, 88 outside, otherwise those of vitcls.main, which has not ended.
+Exit codes: 0 inside, 88 outside, otherwise that of vitcls.main, which did not finish.
 """
 
 import json
@@ -49,14 +49,14 @@ _OUTSIDE = 88  # exit code
 def main(names: list[str]) -> None:
     """Checks the flags, trains, compares."""
     if len(names) > 1:
-        raise UserError(f"{names[1]!r} is one NAME too many: a run is of one recipe.")
+        raise UserError(f"{names[1]!r} is one NAME too many: name one recipe.")
     changes = _SET.value or []
     for item in changes:
         if not re.match(r"[a-z]\w*\.[\w.]+=", item):
             raise UserError(f"--set={item} is not of the form FIELD=VALUE, such as optim.lr=0.001.")
     from vitcls.analysis import expectation
 
-    config, expected = expectation.find(names[0])
+    config, expected = expectation.find_expected(names[0])
     folder = re.sub(r"[^\w.,=+-]+", "-", names[0].removesuffix(".py"))
     workdir = Path(_WORKDIR.value or f"runs/reproduce/{folder}")
     ownership.check(
@@ -71,11 +71,11 @@ def main(names: list[str]) -> None:
     splits = json.loads((workdir / "results.json").read_text())["splits"]
     if expected.split not in splits:
         raise UserError(
-            f"The run has no {expected.split} accuracy, which is what is known: have "
+            f"The run has no {expected.split} accuracy, but that is the expected one: put "
             f"{expected.split!r} in data.eval_splits."
         )
     accuracy, num_images = (splits[expected.split][key] for key in ("accuracy", "num_examples"))
-    is_inside, sentence = expectation.answer(expected, accuracy, num_images)
+    is_inside, sentence = expectation.check_accuracy(expected, accuracy, num_images)
 
     found = {"inside": is_inside, "answer": sentence, "expected": list(expected.accuracies)}
     write_json(workdir / "reproduced.json", found | {"set": changes})
@@ -85,7 +85,7 @@ def main(names: list[str]) -> None:
 
 
 def _run(command: list[str]) -> int:
-    """Runs the command to its end; it gets the signals that we get, and each once."""
+    """Runs the command to its end, and passes every signal that arrives here on once."""
     with subprocess.Popen(command, start_new_session=True) as process:
         for number in signals.heeded():
             signal.signal(number, lambda number, frame: process.send_signal(number))

@@ -1,10 +1,10 @@
-"""Keeps what finished runs came to, and makes a page of all that is kept.
+"""Keeps the results of finished runs, and makes a page of all kept results.
 
   python -m vitcls.analysis.results docs/results --add=runs/pretraining
 
-FOLDER gets runs/pretraining's results as pretraining.json: of each run its results.json, and from
-its manifest the command, commit, versions and devices. FOLDER.md is then made anew of all the files
-in FOLDER, without --add as well.
+FOLDER gets the results of runs/pretraining as pretraining.json: for each run its results.json, and
+from its manifest the command, commit, versions and devices. FOLDER.md is then made anew from all
+files in FOLDER. Without --add only FOLDER.md is made.
 """
 
 import functools
@@ -24,10 +24,10 @@ _ADD = flags.DEFINE_list(
 
 
 def main(folders: list[str]) -> None:
-    """Keeps what is to be added, then writes the page."""
+    """Adds the results, then writes the page."""
     if len(folders) > 1:
         raise UserError(f"{folders[1]!r} is one FOLDER too many: name runs with --add.")
-    from vitcls.analysis import kept
+    from vitcls.analysis import kept_results
 
     folder = Path(folders[0])
     page = folder.absolute().with_name(f"{folder.absolute().name}.md")
@@ -35,11 +35,11 @@ def main(folders: list[str]) -> None:
     paths = [*(folder / f"{name}.json" for name in added), page]
     for path in paths:
         ownership.check_file("FOLDER", path, is_own=functools.partial(_is_own, path))
-    contents = {name: kept.extract(directory) for name, directory in added.items()}
+    contents = {name: kept_results.read_results(directory) for name, directory in added.items()}
     make_folder(folder, flag="FOLDER")
     for name, content in contents.items():
         write_json(folder / f"{name}.json", content)
-    text = kept.to_markdown(folder)
+    text = kept_results.to_markdown(folder)
     with written_aside(page) as aside:
         aside.write_text(text, encoding="utf-8")
     print(f"-> {page}")
@@ -48,7 +48,9 @@ def main(folders: list[str]) -> None:
 def _is_own(path: Path) -> bool:
     if path.suffix == ".json":
         return ownership.has_keys(path, "runs")
-    return ownership.has_text(path, "# Results\n\nMade by `python -m vitcls", at_start=True)
+    # The second one is how earlier versions began the page.
+    starts = ("```\npython -m vitcls.analysis.results", "Made by `python -m vitcls")
+    return any(ownership.has_text(path, f"# Results\n\n{start}", at_start=True) for start in starts)
 
 
 if __name__ == "__main__":

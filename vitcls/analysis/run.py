@@ -1,4 +1,4 @@
-"""What a run left in its workdir, whole or in part: a run that was killed is worth reading, too."""
+"""Reads the workdir of a run, also of one that was killed and is incomplete."""
 
 import dataclasses
 import json
@@ -18,17 +18,17 @@ _FILES = ("config.json", "manifest.json", "metrics.jsonl", "results.json", "pred
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A workdir, read; what it lacks is empty.
+    """The contents of a workdir; missing parts are empty.
 
     Attributes:
-      workdir: Its folder.
-      config: As nested dicts, see `config.json`.
-      manifest: See `manifest.json`.
-      results: See `results.json`.
-      history: The lines of `metrics.jsonl`, in the order they were written.
-      splits: Predictions by the name of their split, first those of `data.eval_splits`.
-      class_names: One for every class, in the order of the labels; empty: they are not known.
-      problems: What is missing or cannot be read, a sentence each.
+      workdir: The folder.
+      config: `config.json` as nested dicts.
+      manifest: `manifest.json`.
+      results: `results.json`.
+      history: The lines of `metrics.jsonl`, in file order.
+      splits: Predictions by split name, those of `data.eval_splits` first.
+      class_names: The name of each class, in the order of the labels; empty if unknown.
+      problems: What is missing or unreadable, a sentence each.
     """
 
     workdir: Path
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def select_split(self) -> str:
-        """The split that chose the checkpoint; empty: none did."""
+        """The split on which the checkpoint was chosen; empty: none."""
         return _group(self.config, "eval").get("select_split") or ""
 
     @property
@@ -52,30 +52,29 @@ class Run:
 
 
 def read_run(workdir: Path) -> Run:
-    """Reads all there is.
+    """Reads all that a workdir has.
 
     Raises:
-      UserError: It is no workdir of a run.
+      UserError: The folder is not a workdir.
     """
     if not any((workdir / name).exists() for name in _FILES):
         raise UserError(
-            f"{workdir} is no workdir of a run: it has none of {', '.join(_FILES)}. Name the "
-            "folder given to vitcls.main as --workdir."
+            f"{workdir} is not a workdir: it has none of {', '.join(_FILES)}. Name the folder that "
+            "was given to vitcls.main as --workdir."
         )
     problems: list[str] = []
     config = _read_json(workdir / "config.json", problems)
     results = _read_json(workdir / "results.json", problems)
     if "splits" not in results and (workdir / "checkpoints").exists():
         problems.append(
-            "The run has not ended: there are no final results. Its command, run again, continues "
-            "it."
+            "The run has not ended: there are no final results. Run its command again to resume it."
         )
     found = _read_predictions(workdir, config, problems)
     names = _class_names(_read_json(workdir / "model" / "config.json", problems))
     num_classes = {one.logits.shape[1] for one in found.values()}
     if names and num_classes - {len(names)}:
         problems.append(
-            f"model/config.json names {len(names)} classes, the predictions are of "
+            f"model/config.json names {len(names)} classes, but the predictions have "
             f"{', '.join(map(str, sorted(num_classes)))}: classes are shown by number."
         )
         names = ()
@@ -99,7 +98,8 @@ def _group(content: dict[str, Any], name: str) -> dict[str, Any]:
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     name = f"model/{path.name}" if path.parent.name == "model" else path.name
     if not path.is_file():
-        if name != "results.json":  # of which more is said elsewhere
+        # `read_run` says more about missing results.
+        if name != "results.json":
             problems.append(f"{name} is missing.")
         return {}
     try:
@@ -108,7 +108,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{name} cannot be read: {error}.")
         return {}
     if not isinstance(content, dict):
-        problems.append(f"{name} holds no JSON object.")
+        problems.append(f"{name} is not a JSON object.")
         return {}
     return content
 
@@ -125,7 +125,7 @@ def _read_history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             num_bad += 1
     if num_bad:
-        problems.append(f"metrics.jsonl: {num_bad} lines are cut or damaged and left out.")
+        problems.append(f"metrics.jsonl: {num_bad} lines are cut or damaged, and left out.")
     return lines
 
 
@@ -138,11 +138,11 @@ def _read_predictions(
     select = _group(config, "eval").get("select_split")
     for name in sorted(there, key=lambda name: (name not in first, name == select)):
         try:
-            found[name] = predictions.read(workdir, name)
+            found[name] = predictions.read_predictions(workdir, name)
         except UserError as error:
             problems.append(str(error))
     if not there:
-        problems.append("There are no predictions: metrics of single images and classes need them.")
+        problems.append("There are no predictions: metrics by image and class need them.")
     return found
 
 
@@ -154,9 +154,9 @@ def _class_names(model_config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def changed_fields(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`{"optim.lr": (value, default)}` of the fields that differ from the defaults.
+    """`{"optim.lr": (value, default)}` for the fields that differ from the defaults.
 
-    The default of a field that this version does not have is None.
+    The default of a field that this version lacks is None.
     """
     # Through JSON: tuples become lists, as they are in the file.
     defaults = flatten(ConfigDict(json.loads(json.dumps(default_config().to_dict()))))
@@ -169,10 +169,10 @@ def changed_fields(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def restored_config(config: dict[str, Any]) -> ConfigDict:
-    """The config as training takes it, on whichever devices there are here.
+    """The config as training takes it, for the devices of this machine.
 
     Raises:
-      Exception: Of several types, where it is of another version.
+      Exception: Of several types, if the config comes from another version.
     """
     restored = restore_config(config)
     restored.update({"mesh": {"data": -1, "fsdp": 1}, "data": {"cache": "", "num_workers": 0}})

@@ -1,6 +1,6 @@
-"""Where a network looks: how much each place of an image has to do with its answer.
+"""Computes where a network looks: how much each place of an image contributes to the answer.
 
-B batch, H W pixels, h w grid of patches or of the last feature map, N tokens, Q tokens that ask in
+B batch, H W pixels, h w grid of patches or of the last feature map, N tokens, Q query tokens of
 attention, D width or channels, A heads, d width of one head, K classes.
 """
 
@@ -17,14 +17,14 @@ from vitcls.models import resnet, vit, vit_config
 
 PyTree = Any
 
-# (model, variables, images, classes) -> (relevance, logits), see `relevance`
+# (model, variables, images, classes) -> (relevance, logits), see `compute_relevance`
 _Method = Callable[[nn.Module, PyTree, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
-def maps(
+def compute_maps(
     model: nn.Module, variables: PyTree, images: jax.Array, classes: jax.Array, *, method: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes maps over the images, from 0 where there is least to 1 where there is most.
+    """Computes maps over the images, from 0 (least relevant) to 1 (most relevant).
 
     Args:
       model: A network with classes.
@@ -34,47 +34,47 @@ def maps(
       method: What `choose_method` returns.
 
     Returns:
-      float32 (B, H, W), all 0 where no place has more to do with it than another; and the logits,
+      The maps, float32 (B, H, W), all 0 if all places are equally relevant, and the logits,
       float32 (B, K).
     """
-    found, logits = relevance(model, variables, images, classes, method=method)
+    found, logits = compute_relevance(model, variables, images, classes, method=method)
     drawn = _enlarge(found, model.config)
     low, high = (reduce(drawn, (1, 2), keepdims=True) for reduce in (jnp.min, jnp.max))
-    # 0 where all places are alike; nan stays nan, which is not such a map.
+    # 0 if all places are alike. NaN stays NaN: it must not look like such a map.
     scaled = jnp.where(high > low, (drawn - low) / jnp.where(high > low, high - low, 1), 0 * drawn)
     unseen = np.subtract(images.shape, (*drawn.shape, 3))[1:3]  # beyond the last whole patch
     return jnp.pad(scaled, [(0, 0), (0, unseen[0]), (0, unseen[1])]), logits
 
 
-def relevance(
+def compute_relevance(
     model: nn.Module, variables: PyTree, images: jax.Array, classes: jax.Array, *, method: str
 ) -> tuple[jax.Array, jax.Array]:
-    """As `maps`, on the network's own grid: float32 (B, h, w), not negative, of any scale."""
+    """As `compute_maps` on the network's grid: float32 (B, h, w), not negative, of any scale."""
     return METHODS[method](model, variables, images, classes)
 
 
 def choose_method(model: nn.Module, method: str) -> str:
-    """Returns `method`, or if that is "" the one for this network.
+    """Returns `method`, or if that is "" the default for this network.
 
     Raises:
-      UserError: it is none for this network.
+      UserError: The method does not work with this network.
     """
     is_vit = isinstance(model, vit.ViT)
     method = method or ("gradient_rollout" if is_vit else "gradcam")
     if not is_vit and method != "gradcam":
         raise UserError(
-            f"--method={method} follows attention, and a {model.config.family} has none; use "
+            f"--method={method} follows attention, but a {model.config.family} has none; use "
             "--method=gradcam."
         )
     if is_vit and not model.config.depth:
-        raise UserError(f"This {model.config.family} has no layers, and so nothing to explain.")
+        raise UserError(f"This {model.config.family} has no layers: there is nothing to explain.")
     return method
 
 
 def _rollout(model, variables, images, classes):
-    """Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928, section 3); knows no classes.
+    """Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928, section 3), without classes.
 
-    Its matrices (A + I) / 2 are A + I here: the scale does not matter.
+    The paper's matrices (A + I) / 2 are A + I here: the scale does not matter.
     """
     del classes
     logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
@@ -85,8 +85,8 @@ def _rollout(model, variables, images, classes):
 def _gradient_rollout(model, variables, images, classes):
     """Rollout of positive gradient x attention (Chefer et al. 2021, arXiv:2103.15679, eq. 5 and 6).
 
-    The gradient of the class' logit with respect to attention probabilities P follows from that
-    with respect to what attention returns, (P v) W: the network need not know of it.
+    The gradient of the class' logit with respect to attention probabilities P follows from the
+    gradient with respect to attention's output, (P v) W. So the network needs no code for this.
     """
     names = [f"encoder/layer_{index}/attention" for index in range(model.config.depth)]
     logits, _, gradients, state = _differentiate(model, variables, images, classes, names)
@@ -104,8 +104,8 @@ def _gradient_rollout(model, variables, images, classes):
 def _gradcam(model, variables, images, classes):
     """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391, eq. 1 and 2).
 
-    Of a ResNet on its last stage; of a ViT on the patches as the last layer's attention is given
-    them: after it, a class token has no need of them, and they have no gradient.
+    For a ResNet on its last stage. For a ViT on the patches as inputs of the last layer's
+    attention: behind it a class token no longer reads them, and they have no gradient.
     """
     config = model.config
     is_vit = isinstance(model, vit.ViT)
@@ -129,21 +129,21 @@ METHODS: dict[str, _Method] = {
 def _differentiate(
     model: nn.Module, variables: PyTree, images: jax.Array, classes: jax.Array, names: Sequence[str]
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array], PyTree]:
-    """What modules return, and the gradients of a logit of each image with respect to it.
+    """Returns the outputs of modules, and the gradients of each image's logit with respect to them.
 
     Args:
       model: The network.
       variables: Its variables.
       images: (B, H, W, 3).
-      classes: int32 (B,), whose logit; negative: the largest.
+      classes: int32 (B,), the class whose logit counts; negative: the likeliest.
       names: The modules, such as "encoder/layer_0".
 
     Returns:
-      Logits (B, K), outputs and gradients by the module's name, and the state with what the
-      network sows.
+      Logits (B, K), outputs and gradients by module name, and the state with the sown values.
     """
 
-    def run(shifts):  # gradients with respect to something added are those with respect to the sum
+    # A zero is added to each output: the gradient of the zero is that of the output.
+    def run(shifts):
         outputs = {}
 
         def shift(call, args, kwargs, context):
@@ -167,7 +167,7 @@ def _differentiate(
 
 
 def _sown(state: PyTree) -> list[dict[str, jax.Array]]:
-    """What each layer's attention sows, the first layer's first."""
+    """The values that each layer's attention sows, in the order of layers."""
     layers = state["intermediates"]["encoder"]
     return [
         {name: leaf for name, (leaf,) in layers[f"layer_{index}"]["attention"].items()}
@@ -176,7 +176,7 @@ def _sown(state: PyTree) -> list[dict[str, jax.Array]]:
 
 
 def _probabilities(layer: dict[str, jax.Array]) -> jax.Array:
-    """Attention from what a layer sows, whatever kernel computed it: float32 (B, A, Q, N)."""
+    """Attention from a layer's sown queries and keys, for any kernel: float32 (B, A, Q, N)."""
     q, k = layer["q"], layer["k"]  # (B, Q, A, d), (B, N, A, d)
     q = q * q.shape[-1] ** -0.5
     scores = jnp.einsum("bqad,bnad->baqn", q, k, preferred_element_type=jnp.float32)
@@ -184,13 +184,13 @@ def _probabilities(layer: dict[str, jax.Array]) -> jax.Array:
 
 
 def _roll(attended: Sequence[jax.Array], config: vit_config.ViTConfig) -> jax.Array:
-    """How much the pooled tokens have of each patch, (B, h, w), when layers do x + attended x.
+    """The share of each patch in the pooled tokens, (B, h, w), if layers compute x + attended x.
 
-    The product of the matrices is taken from the left, a row at a time: what is pooled is one row.
+    Pooling reads one row of the product of all matrices, so that row is multiplied from the left.
 
     Args:
-      attended: (B, Q, N) of each layer; Q < N only of the last, whose other tokens nothing reads.
-      config: Says which tokens are pooled.
+      attended: (B, Q, N) of each layer; Q < N only in the last, whose other tokens nothing reads.
+      config: Config of the network, with the pooled tokens.
     """
     batch, _, num_tokens = attended[0].shape
     row = jnp.broadcast_to(_pooled_shares(config, num_tokens), (batch, num_tokens))
@@ -215,8 +215,8 @@ def _pooled_shares(config: vit_config.ViTConfig, num_tokens: int) -> np.ndarray:
 def _enlarge(found: jax.Array, config: vit_config.ViTConfig | resnet.ResNetConfig) -> jax.Array:
     """(B, h, w) -> (B, H, W), linear between the pixels at which the values of the grid lie.
 
-    Those are the middles of patches, of which a last part of a patch is none, and is left out. The
-    convolutions of a ResNet are padded by as much on every side: the first lie at pixel 0.
+    A ViT's values lie at the centres of patches; pixels beyond the last whole patch are left out. A
+    ResNet's convolutions are padded equally on every side: its first values lie at pixel 0.
     """
     if isinstance(config, vit_config.ViTConfig):
         places = [

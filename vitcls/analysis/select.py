@@ -1,17 +1,17 @@
-r"""Which checkpoint to fine-tune: cheap heads on the features of each, beside what it costs.
+r"""Chooses a checkpoint to fine-tune, by cheap heads on the features of each, and shows costs.
 
   python -m vitcls.analysis.select --data=folder:PATH --output=selected \
       --candidates=google/vit-base-patch16-224-in21k,facebook/dinov2-small,runs/mine@best
 
 Every candidate sees every image once. On its features a linear probe and nearest neighbours are
-fitted, as vitcls.probe does. All images are of the training split: a part is held out and ranks the
-candidates, a tenth of the rest chooses hyper-parameters. The test split is never read.
+fitted, as in vitcls.probe. All images come from the training split: a held-out part ranks the
+candidates, a tenth of the rest selects hyper-parameters. The test split is never read.
 
-A table and a sentence are printed: the choice, the candidates that cannot be told apart from it,
-parameters, GFLOPs and images/s. OUTPUT gets them as selection.md and selection.csv, with
-accuracy against cost as selection.png and selection.svg. Features stay in OUTPUT/features: the same
-command continues where it was interrupted, and another one with more candidates computes only
-theirs. A candidate that cannot be read is listed with the reason.
+The command prints a sentence and a table: the choice, the candidates that cannot be told apart from
+it, parameters, GFLOPs and images/s. OUTPUT gets these as selection.md and selection.csv, and a plot
+of accuracy against cost as selection.png and selection.svg. Features stay in OUTPUT/features: the
+same command resumes after an interruption, and one with more candidates computes only theirs. A
+candidate that cannot be read is listed with the reason.
 
 Needs pip install -r requirements-analysis.txt.
 """

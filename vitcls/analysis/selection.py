@@ -1,4 +1,4 @@
-"""Checkpoints ranked for a data set by cheap heads on a held-out part of its training split.
+"""Ranks checkpoints for a data set by cheap heads on a held-out part of its training split.
 
 N held-out images, C candidates, R resamples.
 """
@@ -11,32 +11,33 @@ from pathlib import Path
 
 import numpy as np
 
-from vitcls.analysis import candidates as candidates_lib
 from vitcls.analysis import classification, paired
-from vitcls.analysis.candidates import Candidate
+from vitcls.analysis.candidates import Candidate, fit_heads, measure_costs
 from vitcls.analysis.classification import Estimate
 from vitcls.data import sources
 from vitcls.data.sources.split import Split
 from vitcls.errors import NotFinite, StorageError, UserError
-from vitcls.probe import features as features_lib
+from vitcls.probe import features
 from vitcls.provenance import seen
 
 log = logging.getLogger("vitcls")
 
-_CHOOSES = 0.1  # of what is not held out, for hyper-parameters: the held-out part only measures
+# Share of the images that are not held out: it selects the hyper-parameters, so that the held-out
+# part measures only.
+_SELECTS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A candidate beside the choice.
+    """A candidate compared with the choice.
 
     Attributes:
-      candidate: What was measured.
+      candidate: The measurements.
       probe: Accuracy of the linear probe, mean over its seeds.
       knn: Accuracy of nearest neighbours.
-      behind: How far its linear probe is behind the choice's; not below 0.
-      p: Of the test that it is as good as the choice, corrected for the number of tests (Holm); NaN
-        of the choice itself.
+      behind: Lead of the choice's linear probe; not below 0.
+      p: p value of the test that it is as good as the choice, corrected for the number of tests
+        (Holm); NaN for the choice itself.
     """
 
     candidate: Candidate
@@ -53,7 +54,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What came out.
+    """The ranking.
 
     Attributes:
       rows: The choice first, then by accuracy.
@@ -69,24 +70,24 @@ class Selection:
 
 
 def divide(split: Split, *, holdout: float, per_class: int, seed: int) -> dict[str, Split]:
-    """Returns "train", "validation", which chooses hyper-parameters, and "test", which ranks.
+    """Divides `split` into "train", "validation" (selects hyper-parameters) and "test" (ranks).
 
-    All are parts of `split`, stratified.
+    All parts are stratified.
 
     Args:
       split: The training split.
-      holdout: Share that ranks.
+      holdout: Share of the images that rank.
       per_class: Images of each class to fit on; 0: all that remain.
-      seed: Which images.
+      seed: Seed of the random choice of images.
 
     Raises:
       UserError: There are too few images.
     """
     rest, held = sources.hold_out(split, holdout, seed=seed)
-    train, chooses = sources.hold_out(rest, _CHOOSES, seed=seed)
+    train, selects = sources.hold_out(rest, _SELECTS, seed=seed)
     if per_class:
         train = sources.take_per_class(train, per_class, seed=seed)
-    return {"train": train, "validation": chooses, "test": held}
+    return {"train": train, "validation": selects, "test": held}
 
 
 def select(
@@ -103,16 +104,16 @@ def select(
 
     Args:
       names: As `pretrained.load` takes them.
-      parts: Of `divide`.
-      folder: Where features are kept; what is there is not computed again.
-      num_epochs: Of the linear probe.
+      parts: The result of `divide`.
+      folder: Folder of the features; existing ones are not computed again.
+      num_epochs: Epochs of the linear probe.
       batch_size: Images at a time over all devices; 0: chosen by their memory.
-      source: Data set of the parts: runs that were trained on its images that rank are left out.
-        "": it is not known.
+      source: Data set of the parts, or "" if unknown: runs that were trained on images that rank
+        are left out.
       data_dir: Folder of all tfds data.
 
     Raises:
-      UserError: None can be used, or an image cannot be decoded.
+      UserError: No candidate can be used, or an image cannot be decoded.
     """
     measured, left_out = [], {}
     for number, name in enumerate(names, 1):
@@ -132,7 +133,7 @@ def select(
 
 
 class _Unusable(Exception):
-    """A candidate's own fault."""
+    """A fault of one candidate: the others can be ranked."""
 
 
 def _check_has_not_seen(name: str, split: Split, source: str, data_dir: str | None) -> None:
@@ -148,25 +149,19 @@ def _measure(
     name: str, parts: dict[str, Split], *, folder: Path, num_epochs: int, batch_size: int
 ) -> Candidate:
     try:
-        backbone = features_lib.load_backbone(name)
+        backbone = features.load_backbone(name)
     except (UserError, StorageError, OSError) as error:
         raise _Unusable(str(error)) from error
-    costs = candidates_lib.costs_of(
-        backbone, num_images=max(map(len, parts.values())), batch_size=batch_size
-    )
+    costs = measure_costs(backbone, num_images=max(map(len, parts.values())), batch_size=batch_size)
     try:
         found = {
-            part: features_lib.features_of(
-                backbone, split, folder=folder, batch_size=costs.batch_size
-            )
+            part: features.features_of(backbone, split, folder=folder, batch_size=costs.batch_size)
             for part, split in parts.items()
         }
     except NotFinite as error:
         raise _Unusable(str(error)) from error
     num_classes = len(parts["train"].class_names)
-    measured = candidates_lib.fit(
-        name, found, costs, num_classes=num_classes, num_epochs=num_epochs
-    )
+    measured = fit_heads(name, found, costs, num_classes=num_classes, num_epochs=num_epochs)
     log.info(
         "%s: linear probe %.4f, nearest neighbours %.4f, %.1f images/s.",
         name, measured.probe.mean() / measured.num_seeds, measured.knn.mean(),
@@ -176,10 +171,10 @@ def _measure(
 
 
 def rank(candidates: Sequence[Candidate]) -> list[Row]:
-    """The candidates beside the best of them, which is first.
+    """Compares the candidates with the best of them, which comes first.
 
-    By the linear probe; of equal ones by nearest neighbours, then the cheaper, then as given.
-    Intervals are percentiles over resamples of the held-out images, the same for all. The test is
+    The order is by linear probe, then nearest neighbours, then cost, then as given. Intervals are
+    percentiles over resamples of the held-out images, the same for all. The test is
     `paired.sign_flips` of the number of seeds that are right.
 
     Args:
@@ -192,7 +187,7 @@ def rank(candidates: Sequence[Candidate]) -> list[Row]:
         counts[f"{i} probe"] = one.probe
         counts[f"{i} knn"] = one.knn * one.num_seeds
         counts[f"{i} behind"] = choice.probe - one.probe
-    estimates = _estimate(counts, most=choice.num_seeds)
+    estimates = _estimate(counts, max_count=choice.num_seeds)
     p_values = paired.holm([paired.sign_flips(choice.probe - one.probe) for one in others])
     return [
         Row(one, *(estimates[f"{i} {name}"] for name in ("probe", "knn", "behind")), p)
@@ -200,17 +195,17 @@ def rank(candidates: Sequence[Candidate]) -> list[Row]:
     ]
 
 
-def _estimate(counts: dict[str, np.ndarray], *, most: int) -> dict[str, Estimate]:
-    """The means of integers (N,) up to `most`, as shares of it, with their intervals.
+def _estimate(counts: dict[str, np.ndarray], *, max_count: int) -> dict[str, Estimate]:
+    """The means of integers (N,) up to `max_count`, as shares of it, with their intervals.
 
-    Where all are right, or all wrong, the interval is a bound: no resample is otherwise.
+    If all are right, or all wrong, the interval is an exact bound: resamples would not vary.
     """
     columns = np.stack(list(counts.values()), axis=1).astype(np.float64)
     num_images = len(columns)
 
     def compute(weights: np.ndarray) -> dict[str, np.ndarray]:
-        # Sums of integers are exact, so that equal ones stay equal.
-        return dict(zip(counts, (weights @ columns / (most * num_images)).T, strict=True))
+        # Sums of integers are exact, so that equal candidates stay equal.
+        return dict(zip(counts, (weights @ columns / (max_count * num_images)).T, strict=True))
 
     found = classification.estimate(
         [compute], num_images, num_resamples=classification.NUM_RESAMPLES, seed=0
@@ -224,7 +219,7 @@ def _estimate(counts: dict[str, np.ndarray], *, most: int) -> dict[str, Estimate
 
 
 def sentence(found: Selection) -> str:
-    """Names the choice, what cannot be told apart from it, and what is cheaper of that."""
+    """Names the choice, the candidates that cannot be told apart from it, and the cheapest."""
     choice, *others = found.rows
     name, costs = choice.candidate.name, choice.candidate.costs
     text = (

@@ -1,4 +1,4 @@
-"""A selection for people and for programs: Markdown, CSV, a picture."""
+"""Writes a selection as Markdown, CSV and a picture."""
 
 import math
 import re
@@ -8,7 +8,8 @@ from vitcls.analysis.classification import Estimate
 from vitcls.analysis.page import visible
 from vitcls.analysis.selection import Row, Selection, sentence
 
-_LONGEST_LABEL = 70  # of the picture, where the end of a path says more than its beginning
+# Longer labels lose their beginning: the end of a path says more.
+_MAX_LABEL = 70
 _HEAD = (
     "", "candidate", "linear probe", "nearest neighbours", "behind the choice, points", "p, Holm",
     "parameters, M", "GFLOPs", "images/s", "pixels",
@@ -21,17 +22,17 @@ _FIELDS = (
 
 
 def to_markdown(found: Selection) -> str:
-    """The selection as it is printed, too."""
+    """The selection as it is printed."""
     lines = [
         "# Which checkpoint to take", "", tables.plain(sentence(found)),
         *tables.markdown(_HEAD, [_cells(i, row) for i, row in enumerate(found.rows, 1)]),
-        f"Accuracies are of {found.num_images} held-out images, with heads fitted on "
+        f"Accuracies are on {found.num_images} held-out images, with heads fitted on "
         f"{found.num_train}; the linear probe's is the mean of "
-        f"{found.rows[0].candidate.num_seeds} seeds. In brackets 95 % intervals over "
-        f"{classification.NUM_RESAMPLES} resamples of the held-out images. p is of a test that is "
-        "paired by image, corrected for the number of candidates. Parameters are without a head; "
-        "GFLOPs (a multiply-add is two) are of one image forwards; images/s were measured forwards "
-        "on this machine, decoding left out.",
+        f"{found.rows[0].candidate.num_seeds} seeds. In brackets: 95 % intervals over "
+        f"{classification.NUM_RESAMPLES} resamples of the held-out images. p is from a test "
+        "that is paired by image, and corrected for the number of candidates. Parameters exclude "
+        "the head. GFLOPs (a multiply-add is two) are those of one image's forward pass. images/s "
+        "is the speed of the forward pass on this machine, without decoding.",
     ]  # fmt: skip
     if found.left_out:
         lines += ["", "Left out:", ""]
@@ -53,7 +54,7 @@ def _cells(rank: int, row: Row) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Three digits, and all those before the point."""
+    """Three significant digits, and all digits before the point."""
     if math.isinf(value):
         return "–"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
@@ -88,7 +89,7 @@ def to_csv(found: Selection) -> str:
 
 
 def to_pictures(found: Selection) -> dict[str, bytes]:
-    """Accuracy against cost, by the suffix of the file."""
+    """Pictures of accuracy against cost, by file suffix."""
     return figures.accuracy_against_cost(
         [
             (_label(row.candidate.name), row.candidate.costs.gflops, row.probe, row.is_worse)
@@ -101,4 +102,4 @@ def to_pictures(found: Selection) -> dict[str, bytes]:
 
 def _label(name: str) -> str:
     name = re.sub(r"\s+", " ", visible(name))
-    return name if len(name) <= _LONGEST_LABEL else "…" + name[1 - _LONGEST_LABEL :]
+    return name if len(name) <= _MAX_LABEL else "…" + name[1 - _MAX_LABEL :]

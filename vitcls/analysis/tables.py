@@ -1,4 +1,4 @@
-"""Tables as Markdown and as CSV, whatever is in their cells."""
+"""Tables as Markdown and CSV, safe for any text in a cell."""
 
 import csv
 import html
@@ -11,12 +11,12 @@ from vitcls.analysis.page import visible
 
 
 def plain(text: str) -> str:
-    """Text that Markdown and the HTML made of it show as it is, on one line."""
+    """Escapes text so that Markdown and HTML made of it show it unchanged, on one line."""
     return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(visible(text).replace("\n", " "), False))
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, with an empty one before and after."""
+    """The lines of a Markdown table, between empty lines."""
     lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
     return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
 

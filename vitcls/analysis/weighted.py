@@ -1,8 +1,8 @@
-"""Metrics as functions of how often every image counts: once in the data, at random in a resample.
+"""Metrics as functions of how often each image counts: once in the data, at random in a resample.
 
-Each is given `weights` (R, N), non-negative, and returns (R,): row by row the metric of the data in
-which image i occurs weights[r, i] times. With ones it is the metric itself, with multinomial draws
-its bootstrap, so that a number and its interval cannot be of two definitions.
+Each takes `weights` (R, N), non-negative, and returns (R,): row r is the metric of data in which
+image i occurs weights[r, i] times. Ones give the metric itself, multinomial weights its bootstrap.
+So a number and its interval always have the same definition.
 
 N images, K classes, R resamples, M bins.
 """
@@ -20,17 +20,17 @@ NUM_BINS = 15  # of all calibration errors, as in Guo et al. 2017 (arXiv:1706.04
 
 
 def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    """Top / bottom, and NaN where bottom is 0."""
+    """Top / bottom, NaN where bottom is 0."""
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom != 0)
 
 
 def _mean(values: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
-    """The mean (R,) of those of `values` (R, K) that count; NaN where none does."""
+    """The mean (R,) of the counted `values` (R, K); NaN if none counts."""
     return _divide(np.where(is_counted, values, 0).sum(1), is_counted.sum(1))
 
 
 def ranks(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Number of classes before the label, int (N,); ties in the order of classes, as argmax."""
+    """Number of classes ranked before the label, int (N,); ties as argmax breaks them."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     is_before = (logits > own) | (
         (logits == own) & (np.arange(logits.shape[1])[None] < labels[:, None])
@@ -41,7 +41,7 @@ def ranks(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
 def means(labels: np.ndarray, logits: np.ndarray) -> Family:
     """Metrics that are a mean over images.
 
-    `accuracy`; `top5_accuracy`, with more than 5 classes; `log_loss`, exact from the logits and so
+    `accuracy`; `top5_accuracy`, with more than 5 classes; `log_loss`, exact from the logits and
     not clipped; `brier`, the squared distance from the one-hot label summed over classes, from 0
     to 2 (Brier 1950).
     """
@@ -54,7 +54,7 @@ def means(labels: np.ndarray, logits: np.ndarray) -> Family:
         "log_loss": -at_label,
         "brier": np.exp(2 * log_probs).sum(1) - 2 * np.exp(at_label) + 1,
     }
-    if logits.shape[1] <= 5:  # every answer would be right
+    if logits.shape[1] <= 5:  # top-5 would always be right
         del values["top5_accuracy"]
     columns = np.stack(list(values.values()), axis=1).astype(np.float64)
 
@@ -68,10 +68,10 @@ def means(labels: np.ndarray, logits: np.ndarray) -> Family:
 def by_class(labels: np.ndarray, logits: np.ndarray) -> Family:
     """`balanced_accuracy`, and precision, recall and F1 as macro, micro and weighted mean.
 
-    As scikit-learn has them: 0 / 0 counts as 0, the macro mean is over the classes that occur as a
-    label or as a prediction, the weighted one is by labels, `balanced_accuracy` is the mean recall
-    of the classes that occur as a label. With one label per image the three micro means are the
-    accuracy.
+    Defined as in scikit-learn: 0 / 0 counts as 0. The macro mean is over the classes that occur as
+    a label or a prediction; the weighted mean weights classes by their labels. `balanced_accuracy`
+    is the mean recall of the classes that occur as a label. With one label per image the three
+    micro means equal the accuracy.
     """
     num_classes, positions = logits.shape[1], np.arange(len(labels))
     predicted = logits.argmax(1)
@@ -107,8 +107,8 @@ def by_class(labels: np.ndarray, logits: np.ndarray) -> Family:
 def bin_of(probabilities: np.ndarray, *, equal_mass: bool = False) -> np.ndarray:
     """The bin of each probability, int (N,), below `NUM_BINS`; as scikit-learn's calibration_curve.
 
-    Bins are open to the left. Those of equal mass have about the same number of images, fewer where
-    many have the same probability, and stay as they are when resampled.
+    Bins are open to the left. Bins of equal mass have about the same number of images, unless many
+    images share a probability. Resampling does not move them.
     """
     edges = np.linspace(0, 1, NUM_BINS + 1)
     if equal_mass:
@@ -142,9 +142,9 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray) -> Family:
 
 
 def classwise_calibration(labels: np.ndarray, probabilities: np.ndarray) -> Family:
-    """`classwise_ece`: bins of equal width for every class' probability, the mean over all classes.
+    """`classwise_ece`: calibration error of each class' probability, the mean over classes.
 
-    Kull et al. 2019 (arXiv:1910.12656), equation 2.
+    Bins of equal width; Kull et al. 2019 (arXiv:1910.12656), equation 2.
     """
     num_classes = probabilities.shape[1]
 
@@ -162,7 +162,7 @@ def classwise_calibration(labels: np.ndarray, probabilities: np.ndarray) -> Fami
 
 
 def _steps(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images by falling score, int (N,), and where in it each run of equal scores ends."""
+    """Images by falling score, int (N,), and the positions where runs of equal scores end."""
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
     return order, np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(scores) - 1)
@@ -183,7 +183,7 @@ def roc_auc(is_positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) ->
     true = _running(ordered * is_positive, ends)
     false = _running(ordered * ~is_positive, ends)
     before = np.diff(true, axis=1, prepend=0)  # positives of each step
-    # Of each step's positives: the negatives below it, and half of those beside it.
+    # Each positive of a step beats the negatives below it, and half of those with equal score.
     below = false[:, -1:] - false + np.diff(false, axis=1, prepend=0) / 2
     return _divide((before * below).sum(1), true[:, -1] * false[:, -1])
 
@@ -191,7 +191,7 @@ def roc_auc(is_positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) ->
 def average_precision(
     is_positive: np.ndarray, scores: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Mean precision over the positives (R,), not interpolated; NaN where there are none."""
+    """Mean precision over the positives (R,), not interpolated; NaN if there are none."""
     order, ends = _steps(scores)
     ordered = weights[:, order]
     true = _running(ordered * is_positive[order], ends)
@@ -202,8 +202,7 @@ def average_precision(
 def ranking(labels: np.ndarray, probabilities: np.ndarray) -> Family:
     """`roc_auc` and `average_precision`: each class against the rest, the mean over classes.
 
-    Over the classes that have both positives and negatives, which are the ones for which both mean
-    something.
+    Classes without positives or without negatives do not count: both are undefined for them.
     """
 
     def compute(weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -225,9 +224,10 @@ def ranking(labels: np.ndarray, probabilities: np.ndarray) -> Family:
 def risk_coverage(
     is_wrong: np.ndarray, confidence: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The share of images that are answered and the share of mistakes among them, (R, steps).
+    """The share of answered images and the share of mistakes among them, (R, steps).
 
-    By falling confidence; images of equal confidence are answered together, as a threshold does.
+    Steps go by falling confidence. Images of equal confidence are answered together, as with a
+    threshold.
     """
     order, ends = _steps(confidence)
     answered = _running(weights[:, order], ends)
@@ -236,7 +236,7 @@ def risk_coverage(
 
 
 def selective(labels: np.ndarray, probabilities: np.ndarray) -> Family:
-    """`aurc`: the risk averaged over all coverages, by the largest probability; 0 is best.
+    """`aurc`: the risk averaged over all coverages, by largest probability; 0 is best.
 
     Geifman et al. 2019 (arXiv:1805.08206), section 3.
     """

@@ -1,8 +1,11 @@
 """Contact sheets: many small images with captions, in one picture."""
 
+import unicodedata
 from collections.abc import Iterable
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from vitcls.check_data import fonts
 
 _MARGIN = 4
 _FONT_SIZE = 11
@@ -25,15 +28,20 @@ def contact_sheet(
     width, height = tile_size + _MARGIN, tile_size + num_lines * _LINE_HEIGHT + _MARGIN
     num_rows = -(-len(tiles) // num_columns)
     sheet = Image.new("RGB", (num_columns * width + _MARGIN, num_rows * height + _MARGIN), "white")
-    font = ImageFont.load_default(_FONT_SIZE)
+    lacking = set()
     for number, (image, caption) in enumerate(tiles):
         row, column = divmod(number, num_columns)
         left, top = _MARGIN + column * width, _MARGIN + row * height
         tile = _fit(image, tile_size)
         sheet.paste(tile, (left + (tile_size - tile.width) // 2, top))
         text = Image.new("RGB", (tile_size, num_lines * _LINE_HEIGHT), "white")
+        # Composed: fonts have "é" rather than "e" and an accent of its own.
+        caption = unicodedata.normalize("NFC", caption)
+        font, missing = fonts.load(caption, _FONT_SIZE)
+        lacking |= missing
         ImageDraw.Draw(text).multiline_text((0, 0), caption, "black", font, spacing=2)
         sheet.paste(text, (left, top + tile_size))
+    fonts.warn_missing(lacking)
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""What runs came to, as small files that outlive them, and the page of results made of these."""
+"""Results of runs as small files that outlive the runs, and the page made of these files."""
 
 import json
 import re
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vitcls.analysis import groups, paired
+from vitcls.analysis import paired
+from vitcls.analysis.groups import find_workdirs, why_unfinished
 from vitcls.analysis.run import Run, read_run
 from vitcls.errors import UserError
 
@@ -19,25 +20,29 @@ _HEAD = (
 _ABOUT = """\
 # Results
 
-Made by `python -m vitcls.analysis.results docs/results` of the files in that folder; never typed.
-Each row is of runs that differ in nothing but the seed: the mean of their accuracies, the standard
-deviation over seeds, the range. Seconds are a mean, too, on a machine that may have had other work
-to do.
+```
+python -m vitcls.analysis.results docs/results --add=runs/pretraining
+```
+
+The command adds the runs of a folder and makes this page from all files in `docs/results`. It is
+never edited by hand. Each row has the runs that differ in nothing but the seed: the mean of their
+accuracies, the standard deviation over seeds, and the range. Seconds are also a mean, on a machine
+that may have had other work to do.
 """
 
 
-def extract(directory: str) -> dict[str, Any]:
-    """Returns `{"runs": [...]}` of a workdir, or of a folder of them.
+def read_results(directory: str) -> dict[str, Any]:
+    """Returns `{"runs": [...]}` for a workdir, or for a folder of workdirs.
 
     Raises:
-      UserError: One of them has not finished, or they are none.
+      UserError: A run has not finished, or there are no runs.
     """
-    return {"runs": [_extract(path) for path in groups.find([directory])]}
+    return {"runs": [_read_run(path) for path in find_workdirs([directory])]}
 
 
-def _extract(workdir: Path) -> dict[str, Any]:
+def _read_run(workdir: Path) -> dict[str, Any]:
     run = read_run(workdir)
-    if why := groups.why_unfinished(run):
+    if why := why_unfinished(run):
         raise UserError(f"{workdir} cannot be kept: {why}. Run its command again, or move it away.")
     return {
         "command": _command(run),
@@ -49,7 +54,7 @@ def _extract(workdir: Path) -> dict[str, Any]:
 
 
 def _command(run: Run) -> str:
-    """What was typed, without what is of one machine or one run: Python, workdir, seed."""
+    """The command without what belongs to one machine or one run: Python, workdir, seed."""
     parts = [
         part
         for part in map(str, (run.manifest.get("command") or [])[1:])
@@ -59,10 +64,10 @@ def _command(run: Run) -> str:
 
 
 def to_markdown(folder: Path) -> str:
-    """The page of all files in a folder.
+    """The page for all files in a folder.
 
     Raises:
-      UserError: There are none, or one is damaged.
+      UserError: There are no files, or one is damaged.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
@@ -74,7 +79,7 @@ def to_markdown(folder: Path) -> str:
             rows = _rows(runs)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is not what vitcls.analysis.results wrote ({error!r}); add its runs again."
+                f"{path} is not a file of vitcls.analysis.results ({error!r}); add its runs again."
             ) from error
         cells = [_HEAD, ["---"] * len(_HEAD), *rows]
         lines += [f"## {path.stem}", "", *(f"| {' | '.join(row)} |" for row in cells), ""]
@@ -109,5 +114,5 @@ def _where(run: dict[str, Any]) -> str:
 
 
 def _all(values: Any) -> str:
-    """One value if all are the same."""
+    """The different values, separated by commas."""
     return ", ".join(dict.fromkeys(map(str, values)))
