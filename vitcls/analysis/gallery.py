@@ -72,8 +72,8 @@ def explain_images(
     try:
         pictures, said = explain([images[row] for row in rows], predicted)
     except Exception as error:
-        log.warning("There are no explanation maps: %s", error)
-        return plain, f"There are no explanation maps: {_said(error)}"
+        log.warning("Explanation maps are left out: %s", error)
+        return plain, f"Explanation maps are left out: {_said(error)}"
     shown = dict(zip(rows, pictures, strict=True))
     return [shown.get(row, []) for row in range(len(images))], said
 
@@ -106,7 +106,7 @@ def open_images(
 ) -> tuple[list[Image.Image | None], str]:
     """The images with these ids, None for unreadable ones, and why there are none, or "".
 
-    If the data source fails, the page still shows the numbers, and says why there are no images.
+    If the data source fails, the page still shows the numbers, and says why images are missing.
     """
     # Imported here: it brings jax and the data libraries.
     from vitcls.run import splits

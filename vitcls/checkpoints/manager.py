@@ -351,7 +351,7 @@ class Checkpoints:
         others = [other for other in self.steps() if other != step]
         return StorageError(
             f"The checkpoint of step {step} in {self._directory} could not be read: {reason}. "
-            + (f"There are others, of steps {others}." if others else "There is no other.")
+            + (f"Others are there, of steps {others}." if others else "It was the only one.")
         )
 
 

@@ -61,7 +61,7 @@ def read_class_weights(how: str) -> str:
     try:
         table = json.loads(how if how.lstrip().startswith("{") else path.read_text())
         is_table = all(0 <= weight < math.inf for weight in table.values()) and any(table.values())
-    # There is no such file, or it is not JSON, not an object, or has a value that is not a number.
+    # The file does not exist, is not JSON, is not an object, or has a value that is not a number.
     except (OSError, ValueError, TypeError, AttributeError):
         is_table = False
     if not is_table:

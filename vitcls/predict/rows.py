@@ -46,7 +46,7 @@ def find_images(source: str) -> list[str]:
         taken only if they are named.
 
     Raises:
-      UserError: There are no images, or a folder may not be listed.
+      UserError: No image is found, or a folder may not be listed.
     """
     source = os.path.expanduser(source)
     if source.startswith("@"):

@@ -46,7 +46,7 @@ def open_teacher(
       dtype: Of the teacher's computation.
 
     Raises:
-      UserError: there is no such checkpoint, or it lacks one of the classes.
+      UserError: the checkpoint does not exist, or it lacks one of the classes.
     """
     model, variables, processor = pretrained.load(checkpoint, image_size=student.size, dtype=dtype)
     try:

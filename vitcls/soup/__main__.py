@@ -47,7 +47,7 @@ _ON_ERROR = cli.define_on_error()
 _ALPHA = flags.DEFINE_float(
     "alpha", None,
     "--how=wise: the point on the line, from 0, pretrained, to 1, fine-tuned. The paper recommends "
-    "0.5 if there are no images to choose on. Not set: the best of 0, 0.1, ... 1.",
+    "0.5 without images to choose on. Not set: the best of 0, 0.1, ... 1.",
     lower_bound=0, upper_bound=1,
 )  # fmt: skip
 _PRETRAINED = flags.DEFINE_string(
