@@ -33,6 +33,9 @@ def batch_sums(
     # Padding rows may hold a nan, and 0 * nan is nan.
     loss = jnp.where(weights > 0, loss * weights, 0.0)
     labels = jnp.argmax(targets, axis=-1)
+    # XLA may compute logits again where they are used, and round them differently there. A label
+    # would then not equal itself, and not be behind itself.
+    logits = jax.lax.optimization_barrier(logits)
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     # The rank is the number of classes before the label; ties are in the order of argmax. This form
     # also keeps every row with a nan outside the top.
