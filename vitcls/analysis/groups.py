@@ -12,6 +12,7 @@ from vitcls.analysis.run import Run
 from vitcls.config.fields import RUN_FIELDS, default_config
 from vitcls.config.parse import flatten
 from vitcls.errors import UserError
+from vitcls.folders.workdir import is_finished
 
 _SEED = "train.seed"
 # A folder with one of these is a run's. launch.sweep writes the last one before a run begins.
@@ -102,7 +103,7 @@ def why_unfinished(run: Run) -> str:
         return "config.json is damaged"
     if not run.is_finished:
         return "not finished"
-    if run.results.get("step") != train.get("total_steps"):
+    if not is_finished(run.results, train.get("total_steps")):
         return f"at step {run.results.get('step')} of {train.get('total_steps')}"
     return ""
 
