@@ -73,13 +73,13 @@ def main() -> None:
     args = parser.parse_args()
     chips.prepare_environment()
     from vitcls.errors import UserError
-    from vitcls.plan import planning
+    from vitcls.plan import planning, slices
     from vitcls.run.program import with_fields
 
     recipe = "resnet50" if args.model.startswith("resnet") else "vit_b16"
     config = import_module(f"configs.{recipe}").get_config("data=tfds:imagenet2012")
     try:
-        where = planning.open_slice(args.topology, dtype="bfloat16")
+        where = slices.open_slice(args.topology, dtype="bfloat16")
         fields = {
             "data.image_size": (args.image_size,) * 2,
             "data.resize": 8 * args.image_size // 7,

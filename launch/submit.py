@@ -20,21 +20,15 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from launch import commands, kubernetes, local, resources, slurm, tpu_vm
 from vitcls import cli
 from vitcls.files import expand, make_folder
 from vitcls.folders import ownership
 from vitcls.folders.ownership import has_text
+from vitcls.folders.workdir import Workdir
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with the recipe, optionally with arguments: FILE.py or FILE.py:name=value,...",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, visible to all its machines.")
 _ON = flags.DEFINE_enum("on", None, ["local", "slurm", "kubernetes", "tpu-vm"], "Where to run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only show what would be submitted.")
@@ -79,7 +73,7 @@ def main() -> None:
     asked = resources.from_flags()
     commands.check(config, here=place == "local")
     if is_here:
-        ownership.check_run(Path(workdir))
+        Workdir(workdir).check_own()
     python = sys.executable if is_here else "python"
     command = [
         *(python, "-m", "vitcls.main", f"--config={flags.FLAGS['config'].config_filename}"),

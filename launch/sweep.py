@@ -23,7 +23,6 @@ import shlex
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from launch import commands, resources, slurm
 from launch.stopping import StopRequest
@@ -33,13 +32,7 @@ from vitcls.errors import Interrupted
 from vitcls.files import make_folder
 from vitcls.folders import ownership
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with the recipe, optionally with arguments: FILE.py or FILE.py:name=value,...",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = cli.define_config()
 _SWEEP = flags.DEFINE(cli.PATH, "sweep", None, "Python file whose get_sweep() returns the trials.")
 _WORKDIR = flags.DEFINE(cli.PATH, "workdir", None, "Folder for the trials' folders and the table.")
 _ON = flags.DEFINE_enum("on", "local", ["local", "slurm"], "Where the trials run.")

@@ -16,10 +16,10 @@ from ml_collections import ConfigDict, config_flags
 from launch import commands
 from vitcls import cli
 from vitcls.config.checks import drop_unused
-from vitcls.config.saved import check_same_run
 from vitcls.errors import UserError
 from vitcls.files import read_json, write_json
-from vitcls.folders import ownership
+from vitcls.folders.workdir import Workdir
+from vitcls.provenance.saved_config import check_same_run
 
 _MAX_NAME = 120  # characters; file systems allow 255 bytes, and more may follow
 SEED = "train.seed"
@@ -170,7 +170,7 @@ def make_trials(
         if _read_if_sound(trial.workdir / "asked.json"):
             check_same_run(trial.config, trial.workdir / "asked.json")
         else:
-            ownership.check_run(trial.workdir)
+            Workdir(trial.workdir).check_own()
         trials[name] = trial
     return list(trials.values())
 

@@ -17,14 +17,61 @@ def run(*args: str, module: str = "vitcls.main") -> subprocess.CompletedProcess:
     )
 
 
-def test_help_explains_and_exits_0_without_importing_jax():
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("vitcls.main", "config workdir profile coordinator_address num_processes process_id"),
+        ("vitcls.evaluate", "checkpoint data data_dir split labels batch_size tta on_error output"),
+        ("vitcls.predict", "checkpoint images output top_k batch_size"),
+        (
+            "vitcls.probe",
+            "checkpoint data data_dir split train_split holdout per_class seed epochs batch_size "
+            "output",
+        ),
+        (
+            "vitcls.soup",
+            "checkpoints how output data split data_dir allow_eval_split metric labels batch_size "
+            "on_error alpha pretrained",
+        ),
+        ("vitcls.export", "checkpoint format output"),
+        ("vitcls.plan", "config topology arch num_classes num_images json output"),
+        ("vitcls.check_data", "data splits data_dir output config"),
+        (
+            "vitcls.analysis.explain",
+            "checkpoint images data split data_dir num_images output method class batch_size",
+        ),
+        (
+            "vitcls.analysis.select",
+            "candidates data data_dir train_split holdout per_class seed epochs batch_size output",
+        ),
+        ("launch.sweep", "config sweep workdir on jobs metrics dry_run"),
+    ],
+)
+def test_help_lists_the_commands_flags_and_exits_0_without_importing_jax(module, flags):
     result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "vitcls.main", "--help"],
+        [sys.executable, "-X", "importtime", "-m", module, "--help"],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 0
-    assert "--workdir" in result.stdout and "Fine-tunes" in result.stdout
+    description, _, listed = result.stdout.partition("\nFlags:\n")
+    assert module in description
+    found = set(re.findall(r"^  --(\w+): \S", listed, re.MULTILINE))
+    assert set(flags.split()) <= found
+    # launch's flags for resources are tested with launch.
+    assert set(flags.split()) == found or module.startswith("launch")
     assert not re.search(r"\|\s+jax$", result.stderr, re.MULTILINE)
+
+
+def test_shared_flags_have_the_defaults_and_notes_of_their_command():
+    soup, probe, evaluate = (
+        run("--help", module=f"vitcls.{name}").stdout for name in ("soup", "probe", "evaluate")
+    )
+    assert re.search(r"--data: Data set, .* Empty: that of the runs\.$", soup, re.MULTILINE)
+    assert re.search(r"--split: .*Empty: the one that the runs chose on", soup)
+    assert re.search(r"--checkpoint: Workdir .* Its head, if there is one, is not used\.", probe)
+    assert re.search(r"--train_split: .*\(default: train\)", probe)
+    assert re.search(r"--split: Split to evaluate; .*\(default: test\)", evaluate)
+    assert "REVISION.\n" in evaluate
 
 
 CONFIG = "--config=configs/quickstart.py"

@@ -227,11 +227,11 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
     """Arranges that `action`, a signal or "hang" or "raise", happens once."""
     import jax
 
-    from vitcls import train
     from vitcls.checkpoints import manager
     from vitcls.data import cache
+    from vitcls.evaluate import run_evaluator
     from vitcls.logs.writers import LateMetrics
-    from vitcls.run import network
+    from vitcls.run import opened
     from vitcls.step import metrics
 
     is_done = False
@@ -263,11 +263,11 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
         setattr(owner, name, wrapped)
 
     if phase == "setup":
-        before(network, "open_model")
+        before(opened, "open_model")
     elif phase == "cache":
         before(cache.DiskCache, "_write_shard")
     elif phase == "compile":
-        make = train.make_program
+        make = opened.make_program
 
         def make_program(*args, **kwargs):
             program = make(*args, **kwargs)
@@ -280,7 +280,7 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
             object.__setattr__(program, "train_step", slow_to_compile)
             return program
 
-        train.make_program = make_program
+        opened.make_program = make_program
     elif phase == "train":
         before(LateMetrics, "add", lambda self, step, _: step >= FAULT_STEP)
     elif phase == "eval":
@@ -294,7 +294,7 @@ def _prepare_fault(phase: str, action: str, process: int) -> None:
 
         manager.Checkpoints.save = save_and_act
     elif phase == "final":
-        before(train, "evaluate", lambda *args, name, **kwargs: name == "test")
+        before(run_evaluator, "evaluate", lambda *args, name, **kwargs: name == "test")
 
 
 def _main() -> None:

@@ -8,14 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "vitcls"
 SOURCES = sorted(ROOT.rglob("*.py"))
 MAX_ROOT_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ROOM_LINES = 8, 400, 100, 1250
-MAX_LIGHT_LINES = 3100
+MAX_LIGHT_LINES, MAX_CORE_LINES = 3100, 5000
 LARGE_ROOMS = {"data", "pretrained", "analysis"}
-# Above the bars for now: none of these may grow.
-LONG_FILES = {"plan/planning.py": 413}
-LONG_FUNCTIONS = {
-    "train.py:train_and_evaluate": 313,
-}
-ROOMS_ABOVE = {"run": 1426, "step": 1331}
+LONG_FUNCTIONS = {"train.py:train_and_evaluate": 130}
 
 
 def num_lines(path: Path) -> int:
@@ -38,7 +33,7 @@ def test_the_root_has_few_files():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path):
     name = str(path.relative_to(ROOT))
-    assert num_lines(path) <= LONG_FILES.get(name, MAX_FILE_LINES)
+    assert num_lines(path) <= MAX_FILE_LINES
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             size = node.end_lineno - node.lineno + 1
@@ -48,9 +43,12 @@ def test_files_and_functions_are_short(path):
 
 def test_rooms_are_small():
     rooms = lines_of_rooms()
-    assert sum(rooms[room] for room in ("models", "augment", "step")) <= MAX_LIGHT_LINES
+    light = sum(rooms[room] for room in ("models", "augment", "step"))
+    assert light <= MAX_LIGHT_LINES
+    # The core is what a reader of one afternoon reads.
+    assert light + rooms["run"] + rooms["config"] + num_lines(ROOT / "train.py") <= MAX_CORE_LINES
     for room in rooms.keys() - LARGE_ROOMS:
-        assert rooms[room] <= ROOMS_ABOVE.get(room, MAX_ROOM_LINES), room
+        assert rooms[room] <= MAX_ROOM_LINES, room
 
 
 @pytest.mark.parametrize(

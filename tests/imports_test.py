@@ -23,6 +23,7 @@ FLOORS = [
     {"pretrained"},
     {"inference"},
     {"run"},
+    {"provenance"},
     {"evaluate", "export", "predict"},
     {"check_data", "plan", "probe", "soup", "train"},
     {"analysis", "main"},

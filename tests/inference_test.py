@@ -30,12 +30,12 @@ def compile_step(num_devices=8, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("most", "expected"),
+    ("max_size", "expected"),
     [(256, 64), (100, 50), (64, 64), (7, 7)],
 )
-def test_what_does_not_fit_is_halved(most, expected):
+def test_what_does_not_fit_is_halved(max_size, expected):
     # 80 % of 9 000 bytes hold 72 images of 100 bytes.
-    assert inference.fitting_size(most, lambda size: 100 * size, available=9000) == expected
+    assert inference.fitting_size(max_size, lambda size: 100 * size, available=9000) == expected
 
 
 def test_one_image_is_always_tried():

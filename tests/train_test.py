@@ -25,7 +25,8 @@ from vitcls.errors import Interrupted, NonFiniteLoss, UserError
 from vitcls.evaluate import run_evaluator
 from vitcls.evaluate.exact import evaluate_checkpoint
 from vitcls.logs.writers import LateMetrics
-from vitcls.run import continuing, splits
+from vitcls.provenance import continuing
+from vitcls.run import splits
 from vitcls.step import metrics
 
 NUM_TEST = 360
@@ -343,7 +344,7 @@ def test_a_refused_continuation_leaves_the_workdir_as_it_was(config, tmp_path, m
     assert (tmp_path / "config.json").read_text() == before
 
 
-def refuse(num_passes, program, config):
+def refuse(num_passes, program):
     assert (num_passes, program.num_passes) == (1, 2)
     raise UserError("another number of passes")
 

@@ -19,21 +19,12 @@ workdir must be on a file system that all see.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from vitcls import cli
 from vitcls.config.checks import check_config
 from vitcls.processes import signals
 
-# Unknown fields are accepted here and refused by `check_config`, which knows the nearest name;
-# this is also what lets `--config.optim.args.NAME=` through.
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with the recipe, optionally with arguments: FILE.py or FILE.py:name=value,...",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE(
     cli.PATH,
     "workdir",

@@ -1,6 +1,6 @@
-"""What the config files for real work share: fine-tuning by data set.
+"""What config files for real data share: schedules by data set.
 
-In the package, so that a config file works from any folder and can be copied anywhere.
+This file is in the package so that config files work from any folder.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from vitcls.config.parse import parse_arg
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What a recipe gives; a config file's `EXPECTED` has one for each of its arguments.
+    """The expected result of a recipe; `EXPECTED` of a config file has one for each argument.
 
     Attributes:
-      accuracies: Those of runs that differ in nothing but the seed, one or more.
+      accuracies: Accuracy of one or more runs that differ only in the seed.
       num_images: Images of the split.
-      source: Who measured them, and how.
-      split: Where.
+      source: Where the accuracies were published, or how they were measured.
+      split: The split that was evaluated.
     """
 
     accuracies: tuple[float, ...]
@@ -31,14 +31,14 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What depends on the data set.
+    """Settings that depend on the data set.
 
     Attributes:
-      total_steps: Length of training; warm-up and evaluations follow it.
-      lr: Peak rate of SGD with momentum 0.9, batch 512.
+      total_steps: Length of training, from which warm-up and evaluation intervals follow.
+      lr: Peak learning rate of SGD with momentum 0.9 and batches of 512.
       crop: See `data.crop`.
-      holdout: Share of train that chooses the checkpoint.
-      eval_split: What is measured at the end.
+      holdout: Share of train that is held out to choose the checkpoint.
+      eval_split: The split that is evaluated at the end.
     """
 
     total_steps: int
@@ -48,22 +48,22 @@ class Schedule:
     eval_split: str = "test"
 
 
-# Steps, crop and hold-out are those of big_vision's configs/transfer.py (its header has the table),
-# and so are the rates of Pets and Flowers. The other rates are the default of
+# Steps, crop and hold-out are from big_vision's configs/transfer.py (the table in its header), and
+# so are the learning rates of Pets and Flowers. The other rates are the default of
 # google-research/vision_transformer, whose README has the accuracies that the config files cite.
-# That code crops CIFAR at random areas ("inception") where transfer.py crops windows ("resmall"),
-# and evaluates images resized to 384 x 384, where both transfer.py and this crop the centre of 448.
-# It holds out as much as this does, however short the training.
+# For CIFAR that code samples crops of random areas ("inception"), and transfer.py samples windows
+# ("resmall"). It evaluates images resized to 384 x 384; transfer.py and this file crop the centre
+# of 448. It holds out the same shares.
 SCHEDULES = {
     "tfds:imagenet2012": Schedule(20_000, 0.03, holdout=0.01, eval_split="validation"),
     "tfds:cifar10": Schedule(10_000, 0.03, crop="resmall", holdout=0.02),
     "tfds:cifar100": Schedule(10_000, 0.03, crop="resmall", holdout=0.02),
     "tfds:oxford_iiit_pet": Schedule(500, 0.003),
     "tfds:oxford_flowers102": Schedule(500, 0.003),
-    # In neither table: CIFAR-100's steps and transfer.py's rate for it, untuned.
+    # Not in either table: the steps of CIFAR-100 and transfer.py's rate for it, untuned.
     "tfds:food101": Schedule(10_000, 0.01, holdout=0.02, eval_split="validation"),
 }
-# The networks of the checkpoints that the recipes start from: a plan needs no hub for them.
+# The networks of the checkpoints that the recipes start from, so that a plan needs no hub.
 ARCHS = {
     "google/vit-base-patch16-224-in21k": "vit_b16",
     "google/vit-base-patch32-224-in21k": "vit_b32",
@@ -71,18 +71,18 @@ ARCHS = {
     "WinKawaks/vit-small-patch16-224": "vit_s16",
     "microsoft/resnet-50": "resnet50",
 }
-# Whose accuracies the config files cite.
+# The source of the accuracies that the config files cite.
 _PUBLISHED = (
     "google-research/vision_transformer's README, not measured here: in21k weights, 384 pixels, "
     "batch 512, SGD, dropout 0, other crops (see vitcls/recipes.py), evaluated without the last "
     "incomplete batch"
 )
-# For any other data, such as folders: a start for some thousand images, as for Pets.
+# For other data, such as folders: the schedule of Pets suits a few thousand images.
 OTHER = Schedule(500, 0.003)
 
 
 def published(*, cifar10: float, cifar100: float, imagenet: float) -> dict[str, Expected]:
-    """Returns `EXPECTED` of a config file, from accuracies in that README."""
+    """Returns `EXPECTED` of a config file for the accuracies in that README."""
     return {
         "data=tfds:cifar10": Expected((cifar10,), 10_000, _PUBLISHED),
         "data=tfds:cifar100": Expected((cifar100,), 10_000, _PUBLISHED),
@@ -116,7 +116,7 @@ def fine_tune(arg: str, *, pretrained: str, image_size: int = 384, resize: int =
     config.optim.name = "sgd"
     config.optim.args.momentum = 0.9
     config.optim.lr = schedule.lr
-    # Found when the steps are known: they may be overridden.
+    # Overrides may change the steps, so these are derived from them later.
     config.optim.warmup_steps = placeholder(int)
     config.eval.every_steps = placeholder(int)
 

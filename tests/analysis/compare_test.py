@@ -102,7 +102,7 @@ def test_a_sweep_is_compared_and_what_is_unfinished_is_listed(tmp_path):
     found = read(tmp_path)
     assert [one.seeds for one in found.groups] == [[0, 1, 2], [0, 1, 2]]
     assert found.left_out[stopped] == "at step 10 of 20"
-    begun = "there is no config.json: the run has not begun"
+    begun = "config.json is missing: the run has not begun"
     assert found.left_out[failed] == f"{begun} (failed with exit code 87)"
     assert found.left_out[tmp_path / "optim.lr=0.1,train.seed=1"] == f"{begun} (waiting)"
     (pair,) = found.pairs

@@ -57,7 +57,7 @@ def test_pictures_are_the_networks_crop_beside_the_map_over_it(photos, explainer
     }  # fmt: skip
     processor = explainer.processor
     pixels = [processor.pixels(Image.open(row["image"])) for row in good]
-    names = list(processor.id2label.values())
+    names = processor.class_names
     maps = explainer(pixels, [names.index("A")] * 3)
     for row, one, (heat, probabilities) in zip(good, pixels, maps, strict=True):
         assert row["explained"] == "A" and row["label"] == names[probabilities.argmax()]

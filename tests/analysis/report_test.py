@@ -185,7 +185,7 @@ def test_a_killed_run_with_pieces_missing_or_cut(tmp_path, gone):
     if "results.json" in gone:
         assert "The run has not ended" in found.text
     if len(gone) == 3:
-        assert "There are no predictions" in found.text and "Confusion" not in found.text
+        assert "Predictions are missing" in found.text and "Confusion" not in found.text
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"data": 3, "eval": null}', "nonsense", "\xff"])
@@ -263,7 +263,7 @@ def test_without_maps_the_page_says_why(with_images, damage):
         with_images
     )  # fmt: skip
     found = check_page(page.render(read, explain=explain))
-    assert "There are no explanation maps: " in found.text
+    assert "Explanation maps are left out: " in found.text
     assert not [alt for alt in found.attributes("alt") if alt.startswith("explanation")]
     assert [alt for alt in found.attributes("alt") if "predicted" in alt]
 

@@ -202,7 +202,7 @@ def test_all_right_and_all_wrong_still_have_an_interval():
 def test_sentences():
     alone = selection.sentence(choose(candidate("a", 0.9)))
     assert "right on 90.0 % of 200 held-out images (95 % interval 8" in alone
-    assert alone.endswith("There is no other candidate to compare it with.")
+    assert alone.endswith("Nothing else is compared with it.")
     two = selection.sentence(choose(candidate("a", 0.9), candidate("b", 0.5)))
     assert two.endswith("It is better than the other one.")
     three = selection.sentence(

@@ -114,7 +114,7 @@ def test_classes_that_cannot_be_learned_are_problems(root):
     assert report["problems"] == [
         "train: 1 of 2 classes have no images to train on: bee. Add images of them to this split, "
         "or take the classes out of the data.",
-        "train: there must be images of two classes or more.",
+        "train: images of at least two classes are needed.",
     ]
     assert report["splits"]["train"]["imbalance"] is None
     assert "test: 1 classes without images: ant" in checks.format_report(report)
@@ -275,9 +275,7 @@ def test_command_checks_the_data_of_a_config(root, tmp_path):
         f"--output={tmp_path}/out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].endswith(
-        f"nothing that would stop training -> {tmp_path}/out"
-    )
+    assert result.stdout.splitlines()[-1].endswith(f"nothing would stop training -> {tmp_path}/out")
     with Image.open(tmp_path / "out/augmented.png") as image:
         assert image.width == 10 * 100 + 4
     result = run("--config=configs/quickstart.py")

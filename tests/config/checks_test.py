@@ -36,7 +36,7 @@ def test_valid_config_passes_as_it_is():
         ("data.sampling", "balance", "data.sampling 'balance'. Did you mean 'balanced'?"),
         ("data.num_threads", 0, "data.num_threads=0 is out of range: it must be at least 1."),
         ("optim.lr", float("nan"), "optim.lr=nan is out of range"),
-        ("optim.decay", "[", "optim.decay='[' is no regular expression"),
+        ("optim.decay", "[", "optim.decay='[' is not a regular expression"),
         ("data.image_size", (32,), r"data.image_size=(32,) must be (height, width)"),
         ("data.crop_scale", (0.5, 1.5), "data.crop_scale=(0.5, 1.5) must be"),
         ("data.crop_ratio", (2.0, 1.0), "data.crop_ratio=(2.0, 1.0) must be"),
@@ -98,7 +98,7 @@ def test_valid_config_passes_as_it_is():
         ("loss.teacher_weight", 1.5, "it must be at least 0 and at most 1."),
         ("loss.name", "focl", "Unknown value of loss.name 'focl'. Did you mean 'focal'?"),
         *[
-            ("loss.class_weights", weights, f"{weights!r} is none of none, balanced, effective")
+            ("loss.class_weights", weights, f"{weights!r} must be none, balanced, effective")
             for weights in (
                 "weights.json",
                 "/",
@@ -109,14 +109,14 @@ def test_valid_config_passes_as_it_is():
                 "{}",
             )
         ],
-        ("adapt.train", "*", "adapt.train='*' is no regular expression"),
+        ("adapt.train", "*", "adapt.train='*' is not a regular expression"),
         ("adapt.lr_scale", (("a", 0.0),), "for a factor of 0 use adapt.freeze"),
         ("adapt.lr_scale", ("a", 2.0), "adapt.lr_scale=('a', 2.0) must be pairs"),
-        ("adapt.lr_scale", (("[", 2.0),), "adapt.lr_scale='[' is no regular expression"),
+        ("adapt.lr_scale", (("[", 2.0),), "adapt.lr_scale='[' is not a regular expression"),
         ("adapt.layer_decay", 0.0, "adapt.layer_decay=0 trains nothing below the head"),
         ("adapt.layer_decay", 1.1, "adapt.layer_decay=1.1 is out of range"),
         ("adapt.probe_steps", 10, "adapt.probe_steps=10 leaves nothing of the 10 steps"),
-        ("adapt.l2_sp", 0.1, "adapt.l2_sp=0.1 draws to the pretrained weights, but"),
+        ("adapt.l2_sp", 0.1, "adapt.l2_sp=0.1 pulls to the pretrained weights, but"),
     ],
 )
 def test_each_mistake_has_its_message(field, value, message):
@@ -276,7 +276,9 @@ def test_a_fold_replaces_the_hold_out_and_is_looked_at():
     config.data.holdout = 0.0
     check_config(config)
     config.eval.select_split = ""
-    with pytest.raises(UserError, match="data.fold='2/5' holds out images that nobody looks at"):
+    with pytest.raises(
+        UserError, match="data.fold='2/5' holds out images that are never evaluated"
+    ):
         check_config(config)
     config.data.eval_splits = ("holdout",)
     check_config(config)

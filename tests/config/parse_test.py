@@ -15,7 +15,7 @@ def test_a_table_of_class_weights_may_be_a_file(tmp_path):
 
 @pytest.mark.parametrize("how", ["balanced " * 100, "/"])
 def test_what_cannot_be_read_as_a_file_is_no_table_either(how):
-    with pytest.raises(UserError, match="is none of none, balanced, effective"):
+    with pytest.raises(UserError, match="must be none, balanced, effective"):
         read_class_weights(how)
 
 

@@ -179,7 +179,7 @@ def test_a_checkpoint_without_classes_is_refused(split, tmp_path):
     )  # fmt: skip
     transformers.ViTModel(config).save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"--checkpoint={tmp_path} has no head.*fine-tune it first"):
+    with pytest.raises(UserError, match=f"checkpoint {tmp_path} has no head.*Fine-tune it first"):
         exact.evaluate_checkpoint(tmp_path, split)
 
 

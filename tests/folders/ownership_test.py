@@ -11,6 +11,7 @@ import pytest
 
 from vitcls.errors import UserError
 from vitcls.folders import ownership
+from vitcls.folders.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"--config={ROOT}/configs/quickstart.py:init=scratch"
@@ -42,7 +43,7 @@ def test_a_run_is_refused_where_it_would_write_over_something_else(name, tmp_pat
     write(tmp_path / name)
     top = name.partition("/")[0]
     with pytest.raises(UserError, match=f"--workdir: .* holds {top}, which this command has not"):
-        ownership.check_run(tmp_path)
+        Workdir(tmp_path).check_own()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +59,7 @@ def test_a_run_of_any_version_is_known(mark, content, name, tmp_path):
     if name != mark:
         write(tmp_path / name)
     write(tmp_path / mark, content)
-    ownership.check_run(tmp_path)
+    Workdir(tmp_path).check_own()
 
 
 def test_what_others_put_into_a_workdir_is_left_alone(tmp_path):
@@ -67,8 +68,8 @@ def test_what_others_put_into_a_workdir_is_left_alone(tmp_path):
     for name in ("lost+found", "model", "checkpoints"):
         (tmp_path / name).mkdir()
     write(tmp_path / "results.json", "")  # nothing is lost
-    ownership.check_run(tmp_path)
-    ownership.check_run(tmp_path / "new")
+    Workdir(tmp_path).check_own()
+    Workdir(tmp_path / "new").check_own()
 
 
 @pytest.mark.parametrize("content", ['{"command": 1}', "[]", "", '{"comma'])
@@ -76,7 +77,7 @@ def test_a_manifest_of_another_program_is_none(content, tmp_path):
     write(tmp_path / "manifest.json", content)
     write(tmp_path / "config.json", '{"model_type": "vit"}')
     with pytest.raises(UserError, match="config.json"):
-        ownership.check_run(tmp_path)
+        Workdir(tmp_path).check_own()
 
 
 def run(module: str, *args: str, **variables: str) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ import pytest
 from vitcls.config.fields import default_config
 from vitcls.costs import chips, footprint
 from vitcls.errors import UserError
-from vitcls.plan import planning
+from vitcls.plan import planning, slices
 from vitcls.plan.choices import Choice
 from vitcls.plan.table import format_plan
 from vitcls.run.program import with_fields
@@ -33,7 +33,7 @@ def plans(*, usable=1e12, num_classes=NUM_CLASSES, num_images=0, arch="", **fiel
     config.train.update(total_steps=10, global_batch_size=128)
     config.optim.ema_decay = 0.9
     config = with_fields(config, {name.replace("__", "."): value for name, value in fields.items()})
-    where = planning.Slice("local", jax.devices(), CHIP, usable)
+    where = slices.Slice("local", jax.devices(), CHIP, usable)
     return planning.Plans(config, where, arch=arch, num_classes=num_classes, num_images=num_images)
 
 

@@ -125,8 +125,8 @@ def test_what_images_names(photos, tmp_path, monkeypatch):
         ("{}/nothing", "--images=.*nothing names no images; give a file, a folder"),
         ("{}/*.jpg", "names no images"),
         ("{}", "names no images"),
-        ("@{}/gone.txt", "gone.txt is no list that can be read .*No such file"),
-        ("@{}/photo.png", "photo.png is no list that can be read"),
+        ("@{}/gone.txt", "gone.txt cannot be read as a list .*No such file"),
+        ("@{}/photo.png", "photo.png cannot be read as a list"),
     ],
 )
 def test_no_images(source, message, tmp_path):
@@ -140,7 +140,7 @@ def test_no_images(source, message, tmp_path):
     ("output", "message"),
     [
         ("preds.txt", "--output=preds.txt must end in .csv or .jsonl, or be -"),
-        ("gone/preds.csv", "--output=gone/preds.csv is a folder, or in none that exists"),
+        ("gone/preds.csv", "--output=gone/preds.csv is a folder, or its folder does not exist"),
         ("folder.csv", "--output=folder.csv is a folder"),
     ],
 )
@@ -152,7 +152,7 @@ def test_output_that_cannot_be(output, message, tmp_path, monkeypatch):
 
 
 def test_more_classes_than_there_are(checkpoint):
-    with pytest.raises(UserError, match="--top_k=7 is out of range: .* 6 classes.* from 1 to 6"):
+    with pytest.raises(UserError, match="--top_k=7 is out of range: .* 6 classes.* Use 1 to 6"):
         prediction.predict_files(checkpoint, ["x.png"], top_k=7)
 
 

@@ -162,6 +162,11 @@ def test_pixels_equal_the_reference_for_images_of_many_kinds(tmp_path, name, fie
         check_equal(ours, theirs, image)
 
 
+def test_class_names_are_in_the_order_of_the_logits():
+    assert Processor(size=(8, 8), id2label={0: "b", 1: "a"}).class_names == ("b", "a")
+    assert Processor(size=(8, 8)).class_names == ()
+
+
 @pytest.mark.parametrize(
     "ours", [SQUASHING, CROPPING, Processor(size=(8, 8), resize=(9, 10), rescale=1 / 128)]
 )

@@ -191,7 +191,7 @@ def test_heads_are_put_on_every_kind_of_network(config, tmp_path):
     )
     fitting.save_with_head(tmp_path / "model", backbone, head, NAMES)
     loaded, variables, processor = pretrained.load(tmp_path / "model")
-    assert tuple(processor.id2label.values()) == NAMES
+    assert processor.class_names == NAMES
     logits = jax.jit(loaded.apply, static_argnames="train")(variables, images, train=False)
     expected = np.asarray(found) @ head.kernel.T + head.bias
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
@@ -202,8 +202,10 @@ def test_heads_are_put_on_every_kind_of_network(config, tmp_path):
     [
         ((), "--checkpoint is missing"),
         (("--checkpoint=x", "--data=digits"), "--output is missing"),
-        (("--checkpoint=x", "--data=digits", "--output=o", "--split=train"), "is what is fitted"),
-        (("--checkpoint=x", "--data=digits", "--output={}"), "has a model of something else"),
+        (("--checkpoint=x", "--data=digits", "--output=o", "--split=train"),
+         "--split=train is also --train_split, which is fitted on"),
+        (("--checkpoint=x", "--data=digits", "--output={}"),
+         "has a model that vitcls.probe did not write"),
         (("--checkpoint=x", "--data=digits", "--output=o", "--epochs=0"), "--epochs=0"),
         (("--checkpoint=./x", "--data=folder:{data}", "--output={}/o"), "There is no folder './x'"),
         (("--checkpoint=./x", "--data=digits", "--data_dir={digits}", "--output={}/o",

@@ -47,7 +47,7 @@ def test_neighbours_are_those_of_sklearn():
 
 @pytest.mark.parametrize("num", [150, 9])  # more and fewer than features
 def test_ridge_is_that_of_sklearn(num, monkeypatch):
-    monkeypatch.setattr(heads, "_ROWS", 64)
+    monkeypatch.setattr(heads, "_NUM_ROWS", 64)
     features, labels = TRAIN[0][:num], TRAIN[1][:num]
     regularisers = (1e-2, 1.0, 1e3)
     found = heads.ridge(features, labels, regularisers=regularisers, num_classes=NUM_CLASSES)

@@ -17,21 +17,21 @@ from vitcls.step import adapt, sharding
      (6, 1, 1), (100, 30, 25)],
 )  # fmt: skip
 def test_passes_are_equal_and_not_above_what_is_asked_for(num_rows, micro_batch, size):
-    assert passes._pass_size(num_rows, micro_batch) == size
+    assert passes.pass_size(num_rows, micro_batch) == size
 
 
 def test_passes_hold_pairs_together_where_they_are_mixed():
-    assert passes._pass_size(60, 31, group_size=2) == 30
-    assert passes._pass_size(30, 15, group_size=2) == 10
+    assert passes.pass_size(60, 31, group_size=2) == 30
+    assert passes.pass_size(30, 15, group_size=2) == 10
     for num_rows, micro_batch in [(61, None), (60, 1)]:
         with pytest.raises(UserError, match="augment.mixup and augment.cutmix mix pairs, which"):
-            passes._pass_size(num_rows, micro_batch, group_size=2)
+            passes.pass_size(num_rows, micro_batch, group_size=2)
 
 
 @pytest.mark.parametrize(("num_rows", "micro_batch"), [(61, 32), (122, 48), (101, 100)])
 def test_passes_far_below_what_is_asked_for_are_refused(num_rows, micro_batch):
     with pytest.raises(UserError, match=f"the {num_rows} images that each device"):
-        passes._pass_size(num_rows, micro_batch)
+        passes.pass_size(num_rows, micro_batch)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -41,7 +41,7 @@ def test_deterministic_reaches_the_compiler_of_both_steps(monkeypatch, determini
     config.model.arch = "vit_mu4"
     config.train.update(total_steps=1, global_batch_size=8, deterministic=deterministic)
     names = ("a", "b")
-    _, model_config, processor = network.open_model(config, names, begun=None)
+    _, model_config, processor = network.open_model(config, names)
     jit, options = jax.jit, {}
 
     def recorded(function, **kwargs):
@@ -72,7 +72,7 @@ def test_skipped_images_are_looked_for_where_there_can_be_some(monkeypatch, on_e
     config.data.update(source="digits", image_size=(32, 32), on_error=on_error)
     config.model.arch = "resnet_mu"
     config.train.update(total_steps=1, global_batch_size=8)
-    _, model_config, processor = network.open_model(config, ("a", "b"), begun=None)
+    _, model_config, processor = network.open_model(config, ("a", "b"))
     made, make_loss_fn = [], program.steps.make_loss_fn
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -123,7 +123,7 @@ def test_a_probe_has_its_own_rate_and_what_follows_the_whole_schedule():
 def test_a_probe_without_a_head_to_train_is_refused():
     config = probe_config()
     config.adapt.freeze = "classifier/.*"
-    message = "adapt.probe_steps=5 train the head alone, which adapt.freeze='classifier/"
+    message = "adapt.probe_steps=5 trains the head alone, which adapt.freeze='classifier/"
     with pytest.raises(UserError, match=message):
         program._make_optimizer(config, *adapt.split(PARAMS, "classifier/.*"))
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from vitcls import pretrained, train
 from vitcls.checkpoints.manager import Checkpoints
 from vitcls.config.fields import default_config
-from vitcls.config.saved import check_same_run
 from vitcls.errors import UserError
 from vitcls.models import vit_config
 from vitcls.pretrained.files import formats
-from vitcls.run import continuing, network, splits, warnings
+from vitcls.provenance import continuing
+from vitcls.provenance.saved_config import check_same_run, read_saved_config
+from vitcls.run import network, splits, warnings
 from vitcls.run.program import with_fields
 from vitcls.run.resolve import resolve
 
@@ -71,7 +72,7 @@ def test_new_head_takes_the_classes_of_the_data(make_checkpoint):
     config = make_config(make_checkpoint(("cat", "dog")))
     files, model_config, processor = network.open_model(config, DIGITS)
     assert model_config.num_classes == 10
-    assert tuple(processor.id2label.values()) == DIGITS
+    assert processor.class_names == DIGITS
     params = pretrained.read_variables(files, model_config, new_head=True)["params"]
     assert not params["classifier"]["kernel"].any()
 
@@ -89,7 +90,7 @@ def test_a_head_that_is_not_kept_need_not_fit(make_checkpoint, fields):
     content = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps(content))
     files, model_config, processor = network.open_model(make_config(str(folder)), DIGITS)
-    assert tuple(processor.id2label.values()) == DIGITS
+    assert processor.class_names == DIGITS
     params = pretrained.read_variables(files, model_config, new_head=True)["params"]
     assert params["classifier"]["kernel"].shape == (32, 10)
     with pytest.raises(UserError):
@@ -102,7 +103,7 @@ def test_a_kept_head_may_have_numbers_for_names(make_checkpoint):
     content["id2label"] = {str(number): number - 1 for number in range(1, 11)}
     (folder / "config.json").write_text(json.dumps(content))
     _, _, processor = network.open_model(make_config(str(folder), head="keep"), DIGITS)
-    assert tuple(processor.id2label.values()) == DIGITS
+    assert processor.class_names == DIGITS
 
 
 def test_kept_head_keeps_its_class_names(make_checkpoint, caplog):
@@ -110,7 +111,7 @@ def test_kept_head_keeps_its_class_names(make_checkpoint, caplog):
     config = make_config(make_checkpoint(names), head="keep")
     _, model_config, processor = network.open_model(config, DIGITS)
     assert model_config.num_classes == 10
-    assert tuple(processor.id2label.values()) == names
+    assert processor.class_names == names
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_images_that_are_trained_on_are_refused_elsewhere(
     config.eval.select_split = select
     with pytest.raises(UserError, match=re.escape(message)):
         splits.open_splits(config)
-    splits.open_splits(config, begun=True)
+    splits.open_splits(config, is_continued=True)
     assert message in caplog.text and "The run began so, and continues." in caplog.text
 
 
@@ -321,7 +322,7 @@ def test_what_was_left_open_is_kept_by_a_run_that_is_continued(tmp_path):
     del old.optim.restarts
     save_config(old, tmp_path)
     config.train.total_steps = 2000
-    resolved = resolved_of(config, begun=tmp_path)
+    resolved = resolved_of(config, saved=read_saved_config(tmp_path / "config.json"))
     assert (resolved.optim.warmup_steps, resolved.eval.every_steps) == (77, 33)
     check_same_run(resolved, tmp_path / "config.json")
     # As a sweep asks, which leaves them open.
@@ -353,7 +354,7 @@ def test_a_run_that_is_lengthened_says_what_its_rate_does(fields, message, tmp_p
     config.optim.update(lr=5e-4, warmup_steps=100)
     save_config(config, tmp_path)
     config = with_fields(config, fields)
-    found = warnings.rate_changes(config, tmp_path / "config.json", step=990)
+    found = continuing.rate_changes(config, tmp_path / "config.json", step=990)
     assert len(found) == (message is not None) and (message or "") in "".join(found)
 
 
@@ -362,11 +363,11 @@ def test_a_run_that_began_with_another_step_schedule_says_so(tmp_path):
     config.train.total_steps = 1000
     config.optim.update(schedule="step", warmup_steps=100)
     save_config(config, tmp_path)
-    assert not warnings.rate_changes(config, tmp_path / "config.json", step=320)
+    assert not continuing.rate_changes(config, tmp_path / "config.json", step=320)
     old = config.copy_and_resolve_references()
     del old.optim.restarts
     save_config(old, tmp_path)
-    (warning,) = warnings.rate_changes(config, tmp_path / "config.json", step=320)
+    (warning,) = continuing.rate_changes(config, tmp_path / "config.json", step=320)
     assert "this run began when it did so at those of what follows the warm-up" in warning
     assert warning.endswith("It continues with a learning rate of 1e-05.")
 
@@ -394,12 +395,12 @@ def test_rates_are_scaled_with_the_batch():
             "loss.class_weights and loss.logit_adjustment each correct for rare classes: together",
         ),
         ("data.sampling", "sqrt", 0, "loss.class_weights and data.sampling each correct for rare"),
-        ("optim.weight_decay", 0.1, 0, "draws the same weights to 0. Set optim.weight_decay=0."),
+        ("optim.weight_decay", 0.1, 0, "pulls the same weights to 0. Set optim.weight_decay=0."),
         (
             "train.total_steps",
             1000,
             0,
-            "Nothing of the 1000 steps is saved before the end, unless a",
+            "No checkpoint is saved before the end of the 1000 steps, unless a",
         ),
         (
             "optim.warmup_steps",
@@ -447,7 +448,7 @@ def test_fine_tuning_starts_from_the_checkpoint(make_checkpoint, digits_dir, tmp
     expected = pretrained.load(config.model.pretrained)[1]["params"]
     for name in ("embeddings", "encoder", "layernorm"):
         jax.tree.map(np.testing.assert_array_equal, variables["params"][name], expected[name])
-    assert tuple(processor.id2label.values()) == DIGITS
+    assert processor.class_names == DIGITS
     assert variables["params"]["classifier"]["kernel"].any()
 
 
@@ -476,8 +477,9 @@ def test_l2_sp_keeps_the_weights_it_began_with(make_checkpoint, digits_dir, tmp_
 def test_a_trained_batch_norm_keeps_its_passes(batch_norm, batch_stats, is_refused):
     config = default_config()
     config.model.batch_norm = batch_norm
-    program = SimpleNamespace(num_passes=2, state_shapes=SimpleNamespace(batch_stats=batch_stats))
-    continuing.check_same_passes(2, program, config)
-    message = "began with 4 passes per step and would go on with 2"
+    shapes = SimpleNamespace(batch_stats=batch_stats)
+    program = SimpleNamespace(num_passes=2, state_shapes=shapes, config=config)
+    continuing.check_same_passes(2, program)
+    message = "began with 4 passes per step and would continue with 2"
     with pytest.raises(UserError, match=message) if is_refused else contextlib.nullcontext():
-        continuing.check_same_passes(4, program, config)
+        continuing.check_same_passes(4, program)

@@ -105,7 +105,7 @@ def test_averaged_batch_norm_is_warned_of(root, tmp_path, monkeypatch):
     mixing.make(named(root, "vit-0", "vit-1"), how="uniform", output=tmp_path / "vits")
     assert not warnings
     mixing.make(named(root, "resnet-0", "resnet-1"), how="uniform", output=tmp_path / "two")
-    assert len(warnings) == 1 and "BatchNorm's running statistics are averaged" in warnings[0]
+    assert len(warnings) == 1 and "The running statistics of BatchNorm are averaged" in warnings[0]
 
 
 @pytest.mark.parametrize("how", ["uniform", "greedy"])
@@ -280,6 +280,19 @@ def test_logits_that_are_not_finite_end_it_and_leave_nothing(how, root, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_checkpoints_without_classes_cannot_be_chosen_from(root, tmp_path):
+    network = transformers.ViTModel(NETWORKS["vit"])
+    network.save_pretrained(tmp_path / "bare")
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(
+        tmp_path / "bare"
+    )
+    with pytest.raises(UserError, match="bare has no head.*Fine-tune it first") as error:
+        mixing.make(
+            str(tmp_path / "bare"), how="greedy", output=tmp_path / "out", **selection(root)
+        )
+    assert "--checkpoint=" not in str(error.value)  # the command's flag is --checkpoints
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -288,9 +301,9 @@ def test_logits_that_are_not_finite_end_it_and_leave_nothing(how, root, tmp_path
         (("--checkpoints=a", "--how=grady"), "--how=grady"),
         (("--checkpoints=a", "--how=greedy"), "--output is missing"),
         (("--checkpoints=a", "--how=greedy", "--output=o", "--alpha=0.5"),
-         "--alpha=0.5 is of --how=wise only, and --how=greedy; leave it out."),
+         "--alpha=0.5 is for --how=wise only, not for --how=greedy; leave it out."),
         (("--checkpoints=a", "--how=uniform", "--output=o", "--split=val"),
-         "--split=val chooses nothing here: uniform soups, and WiSE-FT with --alpha, evaluate"),
+         "--split=val has no effect: uniform soups, and WiSE-FT with --alpha, evaluate nothing"),
         (("--checkpoints=a", "--how=wise", "--output=o", "--alpha=2"), "--alpha"),
     ],
 )  # fmt: skip

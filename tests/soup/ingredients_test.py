@@ -110,7 +110,7 @@ def test_folders_are_ingredients_too(root):
     [
         (" ,", "--checkpoints=' ,' names no checkpoint"),
         ("{}/nobody-*", "the pattern '{}/nobody-*' matches no folder"),
-        ("{}/run-b,{}/run-*", "names {}/run-b@1 twice, which would count twice"),
+        ("{}/run-b,{}/run-*", "names {}/run-b@1 twice, so it would count twice"),
         ("{}/run-b@9", "has no checkpoint '9'; it has the steps [1]"),
         ("{}/run-b,{}/data", "has no config.json"),
     ],
@@ -172,11 +172,15 @@ def test_what_the_runs_held_out_chooses(root):
 @pytest.mark.parametrize(
     ("references", "kwargs", "message"),
     [
-        ("run-a,run-c", {}, r"of the 5 images of 'holdout' .* were trained on by .*run-c@1\. Runs"),
+        (
+            "run-a,run-c",
+            {},
+            r"of the 5 images of 'holdout' .* were trained on by .*run-c@1\. Name",
+        ),
         ("run-c", {"split": "train"}, "were trained on by .*run-c@1"),
         ("run-a", {"split": "test"}, "--split=test shares images with 'test' of data.eval_splits"),
         ("run-a", {"split": "tset"}, "tset"),
-        ("folder", {}, "--data is missing: .*; no run among the checkpoints says it"),
+        ("folder", {}, "--data is missing: .*; no checkpoint is a run that names it"),
     ],
 )
 def test_images_that_must_not_choose_are_refused(references, kwargs, message, root, tmp_path):
@@ -203,7 +207,7 @@ def test_data_that_changed_is_refused(root):
     run = make_run(root / "earlier")
     manifest = {"pretrained": None, "data": {"train": {"fingerprint": "of then"}}}
     (run / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="training data of .*earlier@1 .* is not what it was"):
+    with pytest.raises(UserError, match="training data of .*earlier@1 .* has changed"):
         ingredients.open_selection(ingredients.find(str(run)))
 
 
@@ -264,7 +268,7 @@ def test_a_start_that_cannot_be_the_start_is_refused(root, start, tmp_path):
     recorded = {"source": str(start), "revision": None, "sha256": {"config.json": "of then"}}
     (run / "manifest.json").write_text(json.dumps({"pretrained": recorded}))
     (found,) = ingredients.find(str(run))
-    with pytest.raises(UserError, match="its files are not those of then, see manifest.json"):
+    with pytest.raises(UserError, match="Its files changed since the run began, see manifest"):
         ingredients.read_start(found, found.read())
     config = vit_config("vit_mu2", num_classes=3, image_size=(8, 8))
     pretrained.save(

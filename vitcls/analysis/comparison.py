@@ -59,7 +59,7 @@ class Pair:
       a: The first group.
       b: The second group.
       difference: None if the two cannot be compared.
-      modelled: The sources of variation that count, or why there is no comparison.
+      modelled: The sources of variation that count, or why nothing is compared.
       mcnemar: p for the two runs of each seed, by seed; for single runs, p for these two.
       corrected: p, corrected for the number of comparisons.
       sentence: The conclusion.
@@ -117,7 +117,7 @@ def compare_runs(directories: Iterable[str], *, split: str, metric: str) -> Comp
     for workdir, state in tqdm(found.items(), "Reading runs", disable=None, leave=False):
         try:
             if not (workdir / "config.json").is_file():
-                raise UserError("there is no config.json: the run has not begun")
+                raise UserError("config.json is missing: the run has not begun")
             run = read_run(workdir)
             if why := why_unfinished(run):
                 raise UserError(why)
@@ -300,7 +300,7 @@ def _needed(found: paired.Difference, num_images: int, num_tests: int) -> str:
         second = "a second seed would be needed, to know how much seeds differ"
         return second + (f", and about {images} images, not {num_images}" if images else "")
     if images is None:
-        return "there is no difference that more seeds could show"
+        return "the mean difference is 0, which more seeds would not show"
     seeds = paired.seeds_needed(found, num_tests=num_tests)
     if seeds is None:
         return (

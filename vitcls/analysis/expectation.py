@@ -20,7 +20,7 @@ def find_expected(name: str) -> tuple[str, Expected]:
       name: A file of configs/, such as `quickstart`, or a path; `:ARGUMENTS` may follow.
 
     Raises:
-      UserError: There is no such file, or it expects nothing for these arguments.
+      UserError: The file does not exist, or it expects nothing for these arguments.
     """
     stem, _, argument = name.partition(":")
     path = Path(stem if stem.endswith(".py") else _CONFIGS / f"{stem}.py")

@@ -22,26 +22,15 @@ from absl import flags
 from vitcls import cli
 from vitcls.errors import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
-_IMAGES = flags.DEFINE_string(
-    "images", "",
-    "A file; a folder, with all folders below it; a pattern in quotes, such as 'photos/**/*.jpg'; "
-    "or @FILE, which has one path per line, relative to FILE's folder.",
-)  # fmt: skip
-_DATA = flags.DEFINE_string(
-    "data", "", "Instead of --images a data set, such as digits, tfds:NAME or folder:PATH."
-)
-_SPLIT = flags.DEFINE_string("split", "test", "Split of --data; of tfds, also slices.")
-_DATA_DIR = flags.DEFINE(
-    cli.PATH,
-    "data_dir",
-    "",
-    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
-)
+_CHECKPOINT = cli.define_checkpoint()
+_IMAGES = cli.define_images()
+_DATA = cli.define_data("It takes the place of --images.")
+_SPLIT = cli.define_split("Split of --data")
+_DATA_DIR = cli.define_data_dir()
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images", 0, "Images of --data, the first; 0: all.", lower_bound=0
 )
-_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder for the pictures: new, or empty.")
+_OUTPUT = cli.define_new_folder()
 _METHOD = flags.DEFINE_enum(
     "method", "", ["", "rollout", "gradient_rollout", "gradcam"],
     "rollout|gradient_rollout|gradcam; empty: by the kind of network.",
@@ -49,9 +38,7 @@ _METHOD = flags.DEFINE_enum(
 _CLASS = flags.DEFINE_string(
     "class", "", "Name or number of the class to explain; empty: the likeliest of each image."
 )
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
+_BATCH_SIZE = cli.define_batch_size()
 
 
 def main() -> None:
@@ -74,7 +61,7 @@ def main() -> None:
             f"Pictures need {error.name}: pip install -r requirements-analysis.txt"
         ) from error
     from vitcls.predict import rows
-    from vitcls.run import seen
+    from vitcls.provenance import seen
 
     if _DATA.value:
         split, _ = seen.open_split(

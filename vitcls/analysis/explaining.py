@@ -166,7 +166,7 @@ def class_index(name: str, names: Sequence[str]) -> int:
     """Returns the class that `--class` gives by name, or else by number; -1 for "".
 
     Raises:
-      UserError: There is no such class.
+      UserError: The class does not exist.
     """
     if not name:
         return -1
@@ -195,10 +195,10 @@ def write_pictures(
       The number of images that cannot be read.
 
     Raises:
-      UserError: The folder is in use, there is no such class, no image can be read, or an answer
+      UserError: The folder is in use, the class does not exist, no image can be read, or an answer
         is not finite.
     """
-    names = tuple(explainer.processor.id2label.values())
+    names = explainer.processor.class_names
     asked = class_index(class_name, names)
     num_bad = 0
     with (

@@ -142,7 +142,7 @@ def risk_coverage(name: str, coverage: np.ndarray, risk: np.ndarray) -> str:
         return _svg(figure, name)
 
 
-# (label, single values, mean, low, high); low and high are NaN if there is no interval.
+# (label, single values, mean, low, high); low and high are NaN without an interval.
 Interval = tuple[str, Sequence[float], float, float, float]
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from vitcls.analysis import figures
 from vitcls.analysis.predictions import Predictions
 from vitcls.analysis.run import Run, restored_config
+from vitcls.folders.workdir import Workdir
 
 log = logging.getLogger("vitcls")
 
@@ -71,8 +72,8 @@ def explain_images(
     try:
         pictures, said = explain([images[row] for row in rows], predicted)
     except Exception as error:
-        log.warning("There are no explanation maps: %s", error)
-        return plain, f"There are no explanation maps: {_said(error)}"
+        log.warning("Explanation maps are left out: %s", error)
+        return plain, f"Explanation maps are left out: {_said(error)}"
     shown = dict(zip(rows, pictures, strict=True))
     return [shown.get(row, []) for row in range(len(images))], said
 
@@ -105,7 +106,7 @@ def open_images(
 ) -> tuple[list[Image.Image | None], str]:
     """The images with these ids, None for unreadable ones, and why there are none, or "".
 
-    If the data source fails, the page still shows the numbers, and says why there are no images.
+    If the data source fails, the page still shows the numbers, and says why images are missing.
     """
     # Imported here: it brings jax and the data libraries.
     from vitcls.run import splits
@@ -114,7 +115,7 @@ def open_images(
     if not run.config:
         return nothing, "The images cannot be shown: config.json, which names the data, is missing."
     try:
-        _, evaluated = splits.open_splits(restored_config(run.config), begun=True)
+        _, evaluated = splits.open_splits(restored_config(run.config), is_continued=True)
         if split_name not in evaluated:
             return nothing, "The images cannot be shown: config.json does not evaluate this split."
         split = evaluated[split_name]
@@ -141,6 +142,7 @@ def _read(split, index: int | None) -> Image.Image | None:
 def augmented_tiles(run: Run) -> tuple[list[Tile], str]:
     """Tiles of the first training images as the network saw them, and why there are none, or ""."""
     from vitcls.check_data import checks
+    from vitcls.run.opened import Begun
 
     if not run.config:
         return [], "Training images cannot be shown: config.json, which names the data, is missing."
@@ -148,7 +150,8 @@ def augmented_tiles(run: Run) -> tuple[list[Tile], str]:
         config = restored_config(run.config)
         # The first rows of a batch do not depend on its size, so that a small one will do.
         config.train.global_batch_size = min(config.train.global_batch_size, 2 * NUM_SHOWN)
-        begun = run.workdir if (run.workdir / "model" / "config.json").is_file() else None
+        model = Workdir(run.workdir).model
+        begun = Begun(config, model) if (model / "config.json").is_file() else None
         shown = checks.training_images(config, num=NUM_SHOWN, begun=begun)
     except Exception as error:
         log.warning("Training images cannot be shown: %s", error)

@@ -35,7 +35,7 @@ def read_results(directory: str) -> dict[str, Any]:
     """Returns `{"runs": [...]}` for a workdir, or for a folder of workdirs.
 
     Raises:
-      UserError: A run has not finished, or there are no runs.
+      UserError: A run has not finished, or the folder has none.
     """
     return {"runs": [_read_run(path) for path in find_workdirs([directory])]}
 
@@ -67,7 +67,7 @@ def to_markdown(folder: Path) -> str:
     """The page for all files in a folder.
 
     Raises:
-      UserError: There are no files, or one is damaged.
+      UserError: The files are missing, or one is damaged.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:

@@ -67,7 +67,7 @@ def render(
       explain: Makes the pictures of each image in the galleries; None: the image itself.
 
     Raises:
-      UserError: There are no predictions for `split`.
+      UserError: The predictions for `split` are missing.
     """
     if split and split not in run.splits:
         known = ", ".join(run.splits) or "none"

@@ -38,7 +38,7 @@ class Difference:
       images: Variance from the choice of images, which more seeds would not reduce.
       seeds: (variance between seeds, number of seeds) of each sample; empty if a group has one
         seed, so that seeds do not count.
-      p: p value of the two-sided test that there is no difference.
+      p: p value of the two-sided test of equal means.
     """
 
     value: float

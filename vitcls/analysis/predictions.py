@@ -47,7 +47,7 @@ def read_predictions(workdir: Path, split: str) -> Predictions:
       split: Name of the split, such as "test".
 
     Raises:
-      UserError: There are no predictions, or they are damaged.
+      UserError: The predictions are missing or damaged.
     """
     path = workdir / "predictions" / f"{split}.npz"
     if not path.is_file():

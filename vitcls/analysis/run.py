@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from vitcls.analysis import predictions
 from vitcls.config.fields import default_config
 from vitcls.config.parse import flatten
-from vitcls.config.saved import restore_config
 from vitcls.errors import UserError
+from vitcls.provenance.saved_config import restore_config
 
 _FILES = ("config.json", "manifest.json", "metrics.jsonl", "results.json", "predictions")
 
@@ -67,7 +67,7 @@ def read_run(workdir: Path) -> Run:
     results = _read_json(workdir / "results.json", problems)
     if "splits" not in results and (workdir / "checkpoints").exists():
         problems.append(
-            "The run has not ended: there are no final results. Run its command again to resume it."
+            "The run has not ended, so final results are missing. Run its command again to resume it."
         )
     found = _read_predictions(workdir, config, problems)
     names = _class_names(_read_json(workdir / "model" / "config.json", problems))
@@ -115,7 +115,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _read_history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
-        problems.append("metrics.jsonl is missing: there are no learning curves.")
+        problems.append("metrics.jsonl is missing, so learning curves cannot be drawn.")
         return []
     lines, num_bad = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -142,7 +142,7 @@ def _read_predictions(
         except UserError as error:
             problems.append(str(error))
     if not there:
-        problems.append("There are no predictions: metrics by image and class need them.")
+        problems.append("Predictions are missing: metrics by image and class need them.")
     return found
 
 

@@ -31,18 +31,11 @@ _CANDIDATES = flags.DEFINE_list(
     "Checkpoints, separated by commas: workdirs (DIR, DIR@best, DIR@last, DIR@STEP), Hugging Face "
     "folders or hub ids; heads that they may have are not used.",
 )  # fmt: skip
-_DATA = flags.DEFINE_string(
-    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
+_DATA = cli.define_data()
+_TRAIN_SPLIT = cli.define_split(
+    "Split to fit, to choose and to rank on", name="train_split", default="train"
 )
-_TRAIN_SPLIT = flags.DEFINE_string(
-    "train_split", "train", "Split to fit, to choose and to rank on; of tfds, also slices."
-)
-_DATA_DIR = flags.DEFINE(
-    cli.PATH,
-    "data_dir",
-    "",
-    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
-)
+_DATA_DIR = cli.define_data_dir()
 _OUTPUT = flags.DEFINE(
     cli.PATH,
     "output",
@@ -57,9 +50,7 @@ _PER_CLASS = flags.DEFINE_integer(
 )  # fmt: skip
 _SEED = flags.DEFINE_integer("seed", 0, "Which examples are held out and taken.")
 _EPOCHS = flags.DEFINE_integer("epochs", 100, "Passes of the linear probe.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
+_BATCH_SIZE = cli.define_batch_size()
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from vitcls.data import sources
 from vitcls.data.sources.split import Split
 from vitcls.errors import NotFinite, StorageError, UserError
 from vitcls.probe import features
-from vitcls.run import seen
+from vitcls.provenance import seen
 
 log = logging.getLogger("vitcls")
 
@@ -228,7 +228,7 @@ def sentence(found: Selection) -> str:
         f"{100 * choice.probe.high:.1f})."
     )
     if not others:
-        return f"{text} There is no other candidate to compare it with."
+        return f"{text} Nothing else is compared with it."
     alike = [row.candidate for row in others if not row.is_worse]
     if alike:
         text += f" Cannot be told apart from it: {', '.join(one.name for one in alike)}."

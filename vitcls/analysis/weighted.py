@@ -176,7 +176,7 @@ def _running(weights: np.ndarray, ends: np.ndarray) -> np.ndarray:
 def roc_auc(is_positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Area under the ROC curve (R,): the chance that a positive scores higher, ties counting half.
 
-    NaN where there are no positives or no negatives.
+    NaN without positives or without negatives.
     """
     order, ends = _steps(scores)
     ordered, is_positive = weights[:, order], is_positive[order]

@@ -1,24 +1,22 @@
-"""Looks at every image of a data set, and says what would go wrong in training on it.
+"""Checks every image of a data set, and reports what would go wrong in training on it.
 
   python -m vitcls.check_data --data=folder:PATH --output=checked
 
 Prints counts per class, sizes, unreadable, tiny and animated images, and duplicates within and
-across splits: those with the same pixels, and those that nearly look the same. With --output, the
-folder gets report.json, which has all of it, and contact_sheet.png; where there are duplicates
-duplicates.png, too.
+across splits, with equal or nearly equal pixels. With --output, the folder gets report.json with
+all of this, contact_sheet.png, and duplicates.png if there are any.
 
 With --config, the data set is that of the config, and augmented.png shows the first images as the
 network will see them, cropped and augmented, with their labels:
 
   python -m vitcls.check_data --config=configs/vit_b16.py:data=folder:PATH --output=checked
 
-Exits with 2 where training would fail.
+Exits with 2 if training would fail.
 """
 
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from vitcls import cli
 from vitcls.config.checks import check_config
@@ -26,28 +24,15 @@ from vitcls.errors import UserError
 from vitcls.files import make_folder, write_json
 from vitcls.folders import ownership
 
-_DATA = flags.DEFINE_string(
-    "data", "", "Data set, such as digits, tfds:NAME, folder:PATH, csv:PATH; empty: the config's."
-)
+_DATA = cli.define_data("Empty: the config's.")
 _SPLITS = flags.DEFINE_list(
-    "splits", [], "Splits, the one to train on first; empty: the config's, else all."
+    "splits", [], "Splits, the training split first. Empty: the config's, else all."
 )
-_DATA_DIR = flags.DEFINE(
-    cli.PATH,
-    "data_dir",
-    "",
-    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
-)
+_DATA_DIR = cli.define_data_dir("the config's, else tensorflow_datasets' default")
 _OUTPUT = flags.DEFINE(
-    cli.PATH, "output", "", "Folder for report.json and pictures; empty: none is written."
+    cli.PATH, "output", "", "Folder for report.json and pictures. Empty: no files."
 )
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with the recipe whose batches are shown, as for vitcls.main.",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = cli.define_config("Its augmented images are shown.")
 
 
 def main() -> None:
@@ -67,7 +52,7 @@ def main() -> None:
         options = {"division": data.division or "hash", "on_error": data.on_error}
         used = [data.train_split, config.eval.select_split, *data.eval_splits]
         names = names or [name for name in dict.fromkeys(used) if name not in ("", "holdout")]
-    # These import jax: only once the flags are known to be right.
+    # This imports jax, so it follows the checks of the flags.
     from vitcls.check_data import checks
 
     if output is not None:
@@ -90,7 +75,7 @@ def main() -> None:
     if config is not None:
         checks.check_training(config, report)
         checks.draw_training(config).save(output / "augmented.png")
-    print(f"{source}: nothing that would stop training" + (f" -> {output}" if output else ""))
+    print(f"{source}: nothing would stop training" + (f" -> {output}" if output else ""))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What there is to know about a data set before training on it, in numbers and in pictures.
+"""Looks at a data set before training on it, in numbers and in pictures.
 
 K classes.
 """
@@ -17,25 +17,23 @@ from PIL import Image
 
 from vitcls.check_data.contact_sheet import contact_sheet
 from vitcls.check_data.survey import Facts, find_duplicates, survey
-from vitcls.data import loader, sources
+from vitcls.data import sources
 from vitcls.data.skipped import Skipped
 from vitcls.data.sources import classes
 from vitcls.data.sources.files import show
 from vitcls.data.sources.split import check_no_class_is_empty, num_shared
 from vitcls.errors import UserError
 from vitcls.logs.progress import doing
-from vitcls.run import network, resolve
-from vitcls.run.program import make_program
+from vitcls.run.opened import Begun, open_run
+from vitcls.run.program import with_fields
 from vitcls.run.splits import open_splits
-from vitcls.step import sharding
 
 Report = dict[str, Any]
 
-_TINY = 8  # pixels; an image with a shorter side shows next to nothing
-_NUM_CLASSES_SHOWN = 40
-_NUM_TILES = 100  # of a sheet
-_NUM_COLUMNS = 10
-_NUM_GROUPS = 40  # of duplicates on their sheet
+# An image with a shorter side, in pixels, shows hardly anything.
+_TINY = 8
+# Sizes of the tables and sheets.
+_NUM_CLASSES_SHOWN, _NUM_TILES, _NUM_COLUMNS, _NUM_GROUPS = 40, 100, 10, 40
 
 
 def check(
@@ -50,15 +48,15 @@ def check(
 
     Args:
       source: As `sources.open_split` takes it.
-      names: Splits, the one to train on first; none: all that there are.
+      names: Splits, the one to train on first; empty: all.
       data_dir: Folder of all tfds data.
       division: As `sources.open_split` takes it.
       on_error: What training does with images that cannot be decoded: "raise" or "skip".
 
     Returns:
-      The splits that can be opened, by name, and for JSON: `data`, the source; `splits` with the
-      counts and the findings of each; `duplicates`; and `problems`, the reasons why training would
-      fail, none if it would not.
+      The splits that can be opened, by name, and the report, for JSON. It has `data`, the source;
+      `splits` with the counts and the findings of each; `duplicates`; and `problems`, the reasons
+      why training would fail.
 
     Raises:
       StorageError: An image cannot be read.
@@ -74,7 +72,8 @@ def check(
     for name in names:
         try:
             split = sources.open_split(source, name, data_dir=data_dir, division=division)
-            split.labels()  # of records, this reads them: some may have none
+            # This reads records, some of which may lack a label.
+            split.labels()
             splits[name] = split
         except UserError as error:
             if str(error) not in problems:
@@ -99,8 +98,8 @@ def _unreadable(split: sources.Split, facts: list[Facts], on_error: str) -> list
         return []
     return [
         f"{split.name}: {len(bad)} of {len(split)} images cannot be decoded, such as "
-        f"{split.id(bad[0])}: {facts[bad[0]].error} Mend them or take them out; "
-        "data.on_error='skip' goes on without them as long as they are not the most."
+        f"{split.id(bad[0])}: {facts[bad[0]].error} Fix them or take them out; "
+        "data.on_error='skip' trains without them, as long as fewer than half are affected."
     ]
 
 
@@ -115,7 +114,7 @@ def _classes(
     except UserError as error:
         problems.append(str(error))
     if np.count_nonzero(train.class_counts()) < 2:
-        problems.append(f"{train.name}: there must be images of two classes or more.")
+        problems.append(f"{train.name}: images of at least two classes are needed.")
     for split in splits[1:]:
         try:
             classes.align(train, split)
@@ -166,9 +165,9 @@ def _quantiles(numbers: list[int]) -> dict[str, int]:
 def _duplicates(
     splits: Mapping[str, sources.Split], facts: Mapping[str, list[Facts]]
 ) -> list[Report]:
-    """Groups of images that show the same, with those first that do harm.
+    """Returns groups of images that show the same; harmful groups come first.
 
-    `is_exact`: all pixels are the same, whatever the files.
+    `is_exact`: all pixels are the same, though the files may differ.
     """
     where = [(name, index) for name, split in splits.items() for index in range(len(split))]
     everything = [one for name in splits for one in facts[name]]
@@ -201,7 +200,7 @@ def _duplicates(
 
 
 def format_report(report: Report) -> str:
-    """The report as tables, for people."""
+    """Returns the report as tables, for people."""
     splits = report["splits"]
     header = ("split", "images", "unreadable", "classes", "imbalance", "width", "height", "stored")
     rows = [header]
@@ -238,7 +237,7 @@ def _range(quantiles: Mapping[str, int]) -> str:
 
 
 def _class_table(splits: Mapping[str, Report]) -> list[str]:
-    """Images of every class in every split; of many classes, the largest and the smallest."""
+    """Lines with the images of each class by split; of many classes, the largest and smallest."""
     names = list(dict.fromkeys(label for one in splits.values() for label in one["counts"]))
     if len(names) > _NUM_CLASSES_SHOWN:
         names.sort(key=lambda label: -sum(one["counts"].get(label, 0) for one in splits.values()))
@@ -284,7 +283,7 @@ def _table(rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def draw_examples(splits: Mapping[str, sources.Split], report: Report) -> Image.Image:
-    """A sheet of examples from all splits, evenly over their classes."""
+    """Returns a sheet of examples from all splits, evenly over their classes."""
     tiles = []
     for name, split in splits.items():
         bad = {one["id"] for one in report["splits"][name]["unreadable"]}
@@ -299,7 +298,7 @@ def draw_examples(splits: Mapping[str, sources.Split], report: Report) -> Image.
 
 
 def draw_duplicates(splits: Mapping[str, sources.Split], report: Report) -> Image.Image:
-    """A sheet of pairs of duplicates side by side, those first that do harm."""
+    """Returns a sheet of pairs of duplicates side by side; harmful ones come first."""
     tiles = []
     for group in report["duplicates"][:_NUM_GROUPS]:
         for one in group["images"][:2]:
@@ -309,11 +308,11 @@ def draw_duplicates(splits: Mapping[str, sources.Split], report: Report) -> Imag
 
 
 def check_training(config: ConfigDict, report: Report) -> None:
-    """Raises `UserError` where training would at its start, or once it has seen every image.
+    """Raises the `UserError` of training, at its start or once it has seen every image.
 
     Args:
       config: The run's.
-      report: Of `check`, on the config's data.
+      report: Result of `check` for the config's data.
     """
     train, _ = open_splits(config)
     bad = [one["id"] for split in report["splits"].values() for one in split["unreadable"]]
@@ -321,56 +320,37 @@ def check_training(config: ConfigDict, report: Report) -> None:
 
 
 def draw_training(config: ConfigDict) -> Image.Image:
-    """A sheet of `training_images`. Raises what they do."""
+    """Returns a sheet of `training_images`, and raises their errors."""
     return contact_sheet(training_images(config, num=_NUM_TILES), num_columns=_NUM_COLUMNS)
 
 
 def training_images(
-    config: ConfigDict, *, num: int, begun: Path | None = None
+    config: ConfigDict, *, num: int, begun: Begun | None = None
 ) -> list[tuple[Image.Image, str]]:
-    """The first images, at most `num`, as the network sees them, each with its target.
-
-    Args:
-      config: The run's.
-      num: How many; whole batches are made for them.
-      begun: The workdir of a run with this config, whose network it is, if there is one.
+    """Returns the first images as the network sees them, each with its target.
 
     Images that training would skip are left out.
 
+    Args:
+      config: The run's.
+      num: Maximum of images. Whole batches are made for them.
+      begun: What the run chose when it began, if there is one with this config.
+
     Raises:
-      UserError: What training with this config would raise at its start.
+      UserError: the error of training with this config at its start.
     """
-    config = config.copy_and_resolve_references()
-    config.data.cache = ""  # which would have to be filled first
-    train, _ = open_splits(config, begun=begun is not None)
-    _, model_config, processor = network.open_model(config, train.class_names, begun=begun)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    config = resolve.resolve(
-        config, num_train=len(train), image_size=processor.size, num_devices=mesh.size
-    )
-    program = make_program(
-        config,
-        model_config,
-        processor,
-        mesh,
-        class_names=train.class_names,
-        class_counts=train.class_counts(),
-    )
+    # A cache would have to be filled first, and few images need no worker processes.
+    config = with_fields(config, {"data.cache": "", "data.num_workers": 0})
+    run = open_run(config, begun=begun)
+    config, processor, train = run.config, run.processor, run.train_split
+    program = run.make_program()
     num_steps = min(-(-num // config.train.global_batch_size), config.train.total_steps)
     floor = config.loss.label_smoothing / len(train.class_names)
     tiles = []
     with tempfile.TemporaryDirectory() as folder:
-        batches = loader.train_batches(
-            train,
-            global_batch_size=config.train.global_batch_size,
-            start_step=0,
-            total_steps=num_steps,
-            seed=config.train.seed,
-            sampling=config.data.sampling,
-            transform=network.train_transform(config, processor),
-            num_threads=config.data.num_threads,
-            skipped=Skipped(Path(folder, "skipped")) if config.data.on_error == "skip" else None,
-        )
+        is_skipping = config.data.on_error == "skip"
+        skipped = Skipped(Path(folder, "skipped")) if is_skipping else None
+        batches = run.train_batches(0, skipped=skipped, total_steps=num_steps)
         for step, batch in enumerate(batches):
             images, targets, weights = jax.device_get(program.prepare(step, batch))
             pixels = (images * processor.std + np.asarray(processor.mean)) / processor.rescale

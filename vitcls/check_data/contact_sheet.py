@@ -1,4 +1,4 @@
-"""Draws many small images, with a caption each, as one picture."""
+"""Contact sheets: many small images with captions, in one picture."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from vitcls.check_data import fonts
 
 _MARGIN = 4
 _FONT_SIZE = 11
-_LINE = 14  # pixels from one line of text to the next
+_LINE_HEIGHT = 14
 
 
 def contact_sheet(
@@ -20,12 +20,12 @@ def contact_sheet(
     Args:
       tiles: RGB images and their captions, which are cut off at the width of the tile.
       num_columns: Tiles in a row.
-      tile_size: Side of the square that each image is fitted into; small images are enlarged
-        without smoothing, so that their pixels can be seen.
+      tile_size: Side of the square, in pixels, that each image is fitted into. Small images are
+        enlarged without smoothing, so that their pixels can be seen.
     """
     tiles = list(tiles)
     num_lines = max((caption.count("\n") + 1 for _, caption in tiles), default=1)
-    width, height = tile_size + _MARGIN, tile_size + num_lines * _LINE + _MARGIN
+    width, height = tile_size + _MARGIN, tile_size + num_lines * _LINE_HEIGHT + _MARGIN
     num_rows = -(-len(tiles) // num_columns)
     sheet = Image.new("RGB", (num_columns * width + _MARGIN, num_rows * height + _MARGIN), "white")
     lacking = set()
@@ -34,7 +34,7 @@ def contact_sheet(
         left, top = _MARGIN + column * width, _MARGIN + row * height
         tile = _fit(image, tile_size)
         sheet.paste(tile, (left + (tile_size - tile.width) // 2, top))
-        text = Image.new("RGB", (tile_size, num_lines * _LINE), "white")
+        text = Image.new("RGB", (tile_size, num_lines * _LINE_HEIGHT), "white")
         # Composed: fonts have "é" rather than "e" and an accent of its own.
         caption = unicodedata.normalize("NFC", caption)
         font, missing = fonts.load(caption, _FONT_SIZE)

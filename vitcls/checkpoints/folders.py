@@ -1,7 +1,7 @@
-"""The folders below a directory of checkpoints: one per step, and what failures leave beside them.
+"""The folders below a directory of checkpoints: one per step, and the traces of failures.
 
-A step's folder has its number for a name. `STEP.orbax-checkpoint-tmp` is being written, what is in
-`deleted` is being deleted, `STEP.corrupt-NUMBER` was found damaged.
+A step's folder is named by its number. `STEP.orbax-checkpoint-tmp` is being written, the content of
+`deleted` is being deleted, and `STEP.corrupt-NUMBER` was found damaged.
 """
 
 import itertools
@@ -18,20 +18,20 @@ TEMPORARY, DELETED, DAMAGED = ".orbax-checkpoint-tmp", "deleted", ".corrupt-"
 
 
 def has_steps(directory: Path) -> bool:
-    """Whether a checkpoint lies in `directory`, which need not exist, be it a damaged one."""
+    """Whether `directory`, which need not exist, holds a checkpoint, sound or damaged."""
     return directory.is_dir() and any(
         path.name.isdigit() or DAMAGED in path.name for path in directory.iterdir()
     )
 
 
 def clear_away(directory: Path) -> None:
-    """Deletes what saves and deletions that did not come to their end have left."""
+    """Deletes the files of saves and deletions that were interrupted."""
     for path in [*directory.glob(f"*{TEMPORARY}*"), directory / DELETED]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def set_damaged_aside(directory: Path) -> None:
-    """Renames the checkpoints that are not as they were sealed.
+    """Renames the checkpoints that differ from their seals.
 
     Raises:
       StorageError: there are checkpoints, and all are damaged.
@@ -40,6 +40,7 @@ def set_damaged_aside(directory: Path) -> None:
     damages = {path: seal.damage(path) for path in steps}
     for path, what in damages.items():
         if what is not None:
+            # A step may be damaged again after it was saved anew.
             names = (f"{path.name}{DAMAGED}{number}" for number in itertools.count(1))
             aside = next(name for name in names if not (directory / name).exists())
             path.rename(directory / aside)

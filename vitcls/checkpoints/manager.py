@@ -2,7 +2,7 @@
 
 A step directory holds the items `params` (variables as trained), `opt_state`, `ema` (variables, if
 averaged) and `meta` (JSON), so that each can be read alone. Variables are whole networks; with LoRA
-its factors lie beside the kernels as they were, and are folded in by who reads them.
+its factors lie beside the unchanged kernels, and the reader folds them in.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ PyTree = Any
 log = logging.getLogger("vitcls")
 _ITEMS = ("params", "opt_state", "ema")
 
-# Orbax warns at every save without a score, although most checkpoints are not evaluated, and where
-# a directory is opened to be read only, as we ask for.
+# Orbax warns at every save without a score, although most checkpoints are not evaluated. It also
+# warns of a directory that is opened to be read only, which is what we ask for.
 _EXPECTED = ("tracked_metric", "Given directory is read only")
 logging.getLogger("absl").addFilter(
     lambda record: not any(text in record.getMessage() for text in _EXPECTED)
@@ -45,30 +45,33 @@ logging.getLogger("absl").addFilter(
 class Checkpoints:
     """The checkpoints below one directory: the newest few, and the best one.
 
-    Each is sealed (`vitcls.checkpoints.seal`) before it gets its name, and compared with its seal
-    before it is read. One process at a time may write.
+    Each checkpoint is sealed (`vitcls.checkpoints.seal`) before it gets its name. It is compared
+    with its seal before it is read. One process at a time may write.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
-        """Opens the directory, which is made if needed and not `read_only`.
+        """Opens the directory, and makes it unless it is only read.
 
-        To write, takes the lock, clears away what a killed run left half done, and sets damaged
-        checkpoints aside as `STEP.corrupt-NUMBER`.
+        A writer takes the lock, removes what a killed run left half done, and renames damaged
+        checkpoints to `STEP.corrupt-NUMBER`.
 
         Args:
-          keep: Number of newest checkpoints to keep; the one with the highest score stays besides.
+          directory: Folder of the checkpoints.
+          keep: Number of newest checkpoints to keep. The one with the highest score also stays.
+          read_only: Whether nothing is written.
 
         Raises:
-          UserError: there is no such directory to read, or another process writes to it.
+          UserError: the directory to read does not exist, or another process writes to it.
           StorageError: there are checkpoints, and all are damaged.
         """
         if read_only and not directory.is_dir():
             raise UserError(f"{directory} does not exist: no checkpoint has been saved there.")
         self._directory = directory.absolute()
         self._keep, self._read_only = keep, read_only
-        self._saving: int | None = None  # the step whose save has begun and is not known to be done
-        self._failure: StorageError | None = None  # of the last save
-        self._deletion: threading.Thread  # of what the last save made superfluous
+        # The step whose save has begun, until its end is known.
+        self._saving: int | None = None
+        self._failure: StorageError | None = None
+        self._deletion: threading.Thread
         if not read_only:
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,8 @@ class Checkpoints:
                 folders.set_damaged_aside(self._directory)
             distributed.wait_for_all("checkpoints are checked")
         self._manager = self._open()
-        self._checked = set() if read_only else set(self.steps())  # known to be as sealed
+        # Hashing takes seconds, so a step that was compared with its seal is not compared again.
+        self._checked = set() if read_only else set(self.steps())
 
     def _open(self) -> ocp.CheckpointManager:
         policies = [
@@ -88,13 +92,15 @@ class Checkpoints:
         ]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=_score,  # without it the scores never reach the disk
+            # Without this function the scores never reach the disk.
+            best_fn=_score,
             read_only=self._read_only,
             create=not self._read_only,
             save_interval_steps=0 if self._read_only else 1,
-            lightweight_initialize=self._read_only,  # a damaged score must not hide all the others
+            # A damaged score must not hide all the other checkpoints.
+            lightweight_initialize=self._read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-            # Renamed before it is deleted, a checkpoint is never there in part.
+            # A checkpoint is renamed before it is deleted, so that half of one is never found.
             todelete_subdir=None if self._read_only else folders.DELETED,
         )
         # Without handlers a directory opened anew would know nothing of its items' contents.
@@ -109,8 +115,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type, *_) -> None:
-        # However a run ends, the save in flight is finished; its failure must not hide an error,
-        # nor be asked of other processes, which may not be at their end.
+        # However a run ends, the save in flight is finished. Its failure must not hide an error.
+        # After an error the other processes are not asked, because they may not be ending.
         try:
             if error_type is None:
                 self.wait()
@@ -119,7 +125,8 @@ class Checkpoints:
         finally:
             self._manager.close()
             if not self._read_only and jax.process_index() == 0:
-                folders.clear_away(self._directory)  # a save that failed may have written on
+                # A save that failed may have gone on writing.
+                folders.clear_away(self._directory)
                 lock.release(self._directory / "lock")
 
     def latest_step(self) -> int | None:
@@ -143,20 +150,22 @@ class Checkpoints:
     def save(
         self, step: int, items: dict[str, PyTree], *, meta: dict[str, Any], score: float | None
     ) -> None:
-        """Starts to save; returns once the arrays are copied, the files are written behind.
+        """Starts to save, and returns once the arrays are copied; a thread writes the files.
 
-        What fails, here or in the save before, is logged and cleared away: training goes on, and
-        `wait` raises it unless a later save succeeds.
+        A failure, here or in the save before, is logged and its files are removed. Training
+        continues, and `wait` raises the failure unless a later save succeeds.
 
         Args:
+          step: The step after which the items are saved.
           items: Name, one of `params`, `opt_state` and `ema`, -> tree of arrays.
-          meta: What JSON can hold.
+          meta: A JSON value.
           score: Higher is better; None for a checkpoint that was not evaluated.
 
         Raises:
           NonFiniteLoss: parameters, or their averages, are not finite.
         """
-        self._finish()  # the previous save, as Orbax would: what it takes is then known
+        # Orbax would wait for the previous save here as well. Its size is known afterwards.
+        self._finish()
         finite = _all_finite({name: items[name] for name in items if name != "opt_state"})
         if distributed.in_any_process(not finite):
             raise NonFiniteLoss(
@@ -175,15 +184,17 @@ class Checkpoints:
             )
 
         self._saving = step
-        self._checked.clear()  # what is read much later is checked again
+        # A disk may spoil a file later, so each is compared again before it is read.
+        self._checked.clear()
         if self._attempt(start):
             self._deletion = threading.Thread(target=self._delete_old)
             self._deletion.start()
 
     def add_score(self, step: int, score: float) -> None:
-        """Gives a checkpoint that is there, and has no score, what `save` would have taken."""
+        """Adds the score to a checkpoint that was saved without one."""
         if jax.process_index() == 0:
-            path = self._directory / str(step) / "metrics" / "metrics"  # as Orbax has it
+            # Orbax keeps the score in this file.
+            path = self._directory / str(step) / "metrics" / "metrics"
             path.parent.mkdir(exist_ok=True)
             with written_aside(path) as aside:
                 aside.write_text(json.dumps({"score": _finite(score)}))
@@ -196,9 +207,9 @@ class Checkpoints:
         self._finish()
         if self._failure is not None:
             newest = self.latest_step()
-            go_on = f"after step {newest}" if newest else "from the beginning"
+            where = f"after step {newest}" if newest else "from the beginning"
             raise StorageError(
-                f"{self._failure}. Mend that and run the same command again: it continues {go_on}."
+                f"{self._failure}. Fix that and run the same command again: it continues {where}."
             ) from self._failure
 
     def restore(self, step: int, items: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -208,7 +219,7 @@ class Checkpoints:
           items: Name -> tree of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          UserError: a dtype differs, which Orbax would cast without a word.
+          UserError: a dtype differs; Orbax would cast it silently.
           StorageError: a file is missing or damaged.
         """
         with self._reading(step):
@@ -220,13 +231,13 @@ class Checkpoints:
         return {name: restored[name] for name in items}
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns what `save` was given as `meta`."""
+        """Returns the `meta` of a step, as it was saved."""
         with self._reading(step):
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             return self._manager.restore(step, args=args)["meta"]
 
     def item_names(self, step: int) -> set[str]:
-        """Names of what was saved at `step`."""
+        """Returns the names of the items that were saved at `step`."""
         with self._reading(step):
             items = self._manager.item_metadata(step).items()
         return {name for name, item in items if item is not None}
@@ -244,21 +255,20 @@ class Checkpoints:
         )
 
     def _seal(self) -> None:
-        """Runs behind, in process 0, once all files are written and before the step has its name.
-
-        Orbax does not say where: a temporary directory, or on a mounted bucket the final one.
-        """
+        """Seals a step in process 0, once all files are written and before it has its name."""
+        # Orbax does not say where they are: in a temporary directory, or on a mounted bucket in the
+        # final one.
         written = list(self._directory.glob(f"{self._saving}{folders.TEMPORARY}*"))
         seal.write(*written or [self._directory / str(self._saving)])
 
     def _finish(self) -> None:
-        """Waits for the save in flight, if there is one, and takes note of how it went."""
+        """Waits for the save in flight, if there is one, and notes whether it failed."""
         if self._saving is not None and self._attempt(self._manager.wait_until_finished):
             self._deletion.join()
             self._saving = self._failure = None
 
     def _finish_alone(self) -> None:
-        """As `_finish`, without a word from other processes; a failure is only logged."""
+        """Does what `_finish` does without asking other processes; a failure is only logged."""
         if self._saving is None:
             return
         try:
@@ -271,15 +281,15 @@ class Checkpoints:
         self._deletion.join()
 
     def _attempt(self, part: Callable[[], None]) -> bool:
-        """Does a part of a save; whether it went well, in all processes.
+        """Does a part of a save; returns whether it succeeded in all processes.
 
-        Otherwise the reason is logged, and what Orbax would leave cleared away: a full disk would
-        stay full, and steps be counted that do not exist.
+        A failure is logged, and its files are removed.
         """
         error = None
+        # Orbax and TensorStore raise many types.
         try:
             part()
-        except Exception as caught:  # Orbax and TensorStore raise many kinds
+        except Exception as caught:
             error = caught
         if not distributed.in_any_process(error is not None):
             return True
@@ -288,8 +298,10 @@ class Checkpoints:
             f"The checkpoint of step {self._saving} in {self._directory} could not be saved: "
             f"{reason.splitlines()[0][:300]}"
         )
-        log.error("%s. Training goes on, and the next save tries again.", self._failure)
+        log.error("%s. Training continues, and the next save tries again.", self._failure)
         self._saving = None
+        # Files that Orbax leaves would keep a full disk full. A manager that is not opened anew
+        # would count steps that do not exist.
         with contextlib.suppress(Exception):
             self._manager.close()
         if jax.process_index() == 0:
@@ -299,7 +311,7 @@ class Checkpoints:
         return False
 
     def _check_room(self, items: dict[str, PyTree]) -> None:
-        """Raises `OSError` where a checkpoint like the last one, and a bit more, has no room."""
+        """Raises `OSError` if the disk has no room for 1.2 times the last checkpoint."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         if steps := self.steps():
             files = (self._directory / str(steps[-1])).rglob("*")
@@ -309,15 +321,16 @@ class Checkpoints:
             raise OSError(f"it takes {1.2 * needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
 
     def _delete_old(self) -> None:
-        """Deletes, behind, what the save in flight makes superfluous once it has succeeded."""
-        with contextlib.suppress(Exception):  # the main thread gets it, too
+        """Deletes, in a thread, the checkpoints that the save in flight replaces."""
+        # The main thread gets the same error.
+        with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         if jax.process_index() == 0:
             shutil.rmtree(self._directory / folders.DELETED, ignore_errors=True)
 
     @contextlib.contextmanager
     def _reading(self, step: int, *, part: str = "") -> Iterator[None]:
-        """Compares a checkpoint with its seal first; whatever fails to be read then names it."""
+        """Compares a checkpoint with its seal; errors of the reading inside then name it."""
         if step not in self._checked:
             what = None
             if self._read_only or jax.process_index() == 0:
@@ -338,7 +351,7 @@ class Checkpoints:
         others = [other for other in self.steps() if other != step]
         return StorageError(
             f"The checkpoint of step {step} in {self._directory} could not be read: {reason}. "
-            + (f"There are others, of steps {others}." if others else "There is no other.")
+            + (f"Others are there, of steps {others}." if others else "It was the only one.")
         )
 
 
@@ -348,14 +361,14 @@ def _is_finite(leaf: jax.Array) -> jax.Array:
 
 
 def _all_finite(tree: PyTree) -> bool:
-    """Whether all is finite of which this process has the first copy."""
-    # One by one: a program for all leaves would take a second to compile, and the loop waits.
+    """Whether all values are finite, of the arrays of which this process has the first copy."""
+    # A program for all leaves together would take a second to compile, while the loop waits.
     copies = [copy for leaf in jax.tree.leaves(tree) for copy in _first_copies(leaf)]
     return all(jax.device_get([_is_finite(copy) for copy in copies]))
 
 
 def _first_copies(leaf: jax.Array | np.ndarray) -> list[jax.Array | np.ndarray]:
-    """The parts of an array that this process has, without what another device has, too."""
+    """The parts of an array that this process has, without those that another device has first."""
     if isinstance(leaf, np.ndarray):
         return [leaf]
     return [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
@@ -366,7 +379,7 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _finite(score: float) -> float:
-    # Ranking must survive a diverged evaluation: nan would compare as the best or not at all.
+    # A diverged evaluation must not spoil the ranking: nan would compare as the best or not at all.
     return score if math.isfinite(score) else -sys.float_info.max
 
 
@@ -380,6 +393,6 @@ def _check_dtypes(where: str, saved: PyTree, wanted: PyTree) -> None:
 
 
 def _leaves_by_name(tree: PyTree) -> dict[str, Any]:
-    # By name, not by path: metadata has dicts where an optimizer's state has named tuples.
+    # Names are compared, not paths: metadata has dicts where an optimizer's state has named tuples.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -15,18 +15,18 @@ _UNSEALED = {NAME, f"{NAME}.tmp", "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
 def write(folder: Path) -> None:
-    """Writes the seal of what lies in `folder`, or a new one, once that is on the disk itself."""
+    """Writes the seal of the files in `folder`, or a new one, once they are on the disk."""
     digests = _digests(sorted(_files(folder)), folder, sync=True)
     with written_aside(folder / NAME) as aside:
         aside.write_text(json.dumps(digests, indent=0))
 
 
 def damage(folder: Path, *, part: str = "") -> str | None:
-    """Returns what is not as it was sealed, or None.
+    """Returns the first difference between the files and their seal, or None.
 
     Args:
       folder: The sealed folder.
-      part: Start of the names, relative to `folder`, to which the check is limited; "": all.
+      part: Start of the names, relative to `folder`, that are checked; "": all.
     """
     try:
         sealed = json.loads((folder / NAME).read_bytes())
@@ -34,7 +34,8 @@ def damage(folder: Path, *, part: str = "") -> str | None:
         digests = _digests([path for path in paths if path.is_file()], folder)
     except FileNotFoundError:
         return f"{NAME} is missing"
-    except (OSError, ValueError, AttributeError) as error:  # not read, no JSON, no object
+    # The seal itself may be damaged: not JSON, or not an object.
+    except (OSError, ValueError, AttributeError) as error:
         return f"{NAME} or what it lists cannot be read ({error})"
     for path in paths:
         name = path.relative_to(folder).as_posix()
@@ -55,7 +56,8 @@ def _digests(paths: list[Path], folder: Path, *, sync: bool = False) -> dict[str
         with path.open("rb") as file:
             if sync:
                 os.fsync(file.fileno())
-            return hashlib.file_digest(file, "sha256").hexdigest()  # lets other threads run
+            # Hashing a file this way lets other threads run.
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     with doing(f"Hashing {folder}"), concurrent.futures.ThreadPoolExecutor(4) as pool:
         names = [path.relative_to(folder).as_posix() for path in paths]

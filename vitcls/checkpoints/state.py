@@ -17,18 +17,18 @@ def state_items(state: TrainState) -> dict[str, Any]:
     return items | ({} if state.ema is None else {"ema": state.averages()})
 
 
-def restore_state(
-    checkpoints: Checkpoints, step: int, shapes: TrainState, shardings: TrainState
-) -> TrainState:
-    """Returns the state after `step`, bit for bit as it was saved; it has no teacher."""
-    target = jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
-        shapes,
-        shardings,
-    )
+def restore_state(checkpoints: Checkpoints, step: int, target: TrainState) -> TrainState:
+    """Returns the state after `step`, bit for bit as it was saved; it has no teacher.
+
+    Args:
+      checkpoints: The run's.
+      step: A step that was saved.
+      target: `jax.ShapeDtypeStruct` with shardings, in place of arrays.
+    """
     items = checkpoints.restore(step, state_items(target))
 
-    def trained(variables):  # the part of the network that `target` says is trained
+    # A checkpoint has whole networks. `target` says which part of them is trained.
+    def trained(variables):
         return {
             "params": adapt.subtree(variables["params"], target.params),
             "batch_stats": variables.get("batch_stats", {}),
@@ -36,18 +36,23 @@ def restore_state(
 
     saved = Saved.from_json(checkpoints.meta(step))
     return TrainState(
-        step=sharding.put(np.int32(step), shardings.step),
+        step=sharding.put(np.int32(step), target.step.sharding),
         frozen=adapt.subtree(items["params"]["params"], target.frozen),
         opt_state=items["opt_state"],
         ema=None if target.ema is None else trained(items["ema"]),
-        skips=sharding.put(jax.tree.map(np.int32, saved.skips), shardings.skips),
-        num_empty=sharding.put(np.int32(saved.num_empty), shardings.num_empty),
+        skips={
+            name: sharding.put(np.int32(saved.skips[name]), shape.sharding)
+            for name, shape in target.skips.items()
+        },
+        num_empty=sharding.put(np.int32(saved.num_empty), target.num_empty.sharding),
         **trained(items["params"]),
     )
 
 
-def restore_eval_variables(checkpoints: Checkpoints, step: int, state: TrainState) -> Any:
+def eval_variables_at(checkpoints: Checkpoints, step: int, state: TrainState) -> Any:
     """Returns the variables to evaluate as they were after `step`, placed like `state`'s."""
+    if step == int(state.step):
+        return state.eval_variables()
     name = "params" if state.ema is None else "ema"
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),

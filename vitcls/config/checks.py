@@ -66,7 +66,8 @@ def check_config(config: ConfigDict) -> None:
     _check_names(config)
     flat = flatten(config)
     for name, field in FIELDS.items():
-        if name in flat:  # `optim.args` is a group, which is empty in a flat config
+        # `optim.args` is a group, which is empty in a flat config.
+        if name in flat:
             _check_value(name, field, flat[name])
     _check_pairs(config)
     _check_dependent(flat)
@@ -111,7 +112,7 @@ def _check_pattern(field: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{field}={pattern!r} is no regular expression: {error}.") from error
+        raise UserError(f"{field}={pattern!r} is not a regular expression: {error}.") from error
 
 
 def _check_dependent(flat: Flat) -> None:
@@ -179,7 +180,7 @@ def _check_adapt(config: ConfigDict) -> None:
         )
     if fields.l2_sp and not config.model.pretrained:
         raise UserError(
-            f"adapt.l2_sp={fields.l2_sp} draws to the pretrained weights, but model.pretrained is "
+            f"adapt.l2_sp={fields.l2_sp} pulls to the pretrained weights, but model.pretrained is "
             "empty; use optim.weight_decay."
         )
     if fields.l2_sp and fields.lora_rank:
@@ -252,7 +253,7 @@ def _check_combinations(config: ConfigDict) -> None:
         parse_fold(data.fold)
         if "holdout" not in (config.eval.select_split, *data.eval_splits):
             raise UserError(
-                f"data.fold={data.fold!r} holds out images that nobody looks at: set "
+                f"data.fold={data.fold!r} holds out images that are never evaluated: set "
                 "eval.select_split='holdout', or have 'holdout' in data.eval_splits."
             )
     if 0 < data.long_tail < 1:

@@ -207,7 +207,7 @@ FIELDS: dict[str, Field] = {
         "levels off for frequent classes. Or a weight for every class name, as a JSON object or "
         "the path of a file with one. Batches are divided by the sum of their weights."),
     "loss.beta": Field(0.9999,
-        '"effective" class weights: 0 is no weighting; towards 1 it becomes "balanced".',
+        '"effective" class weights: 0 weights classes equally; towards 1 it becomes "balanced".',
         at_least=0, below=1, needs={"loss.class_weights": "effective"}),
     "loss.logit_adjustment": Field(0.0,
         "Adds this times the log of a class' share of the training images to its logit, in "

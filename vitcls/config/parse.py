@@ -29,7 +29,7 @@ def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
 
 
 def parse_fold(fold: str) -> tuple[int, int]:
-    """Returns (2, 5) for "2/5"; raises `UserError` for what is no fold."""
+    """Returns (2, 5) for "2/5"; raises `UserError` for anything else."""
     number, _, num_folds = fold.partition("/")
     if not (number.isdecimal() and num_folds.isdecimal() and 1 <= int(number) <= int(num_folds)):
         raise UserError(f"data.fold={fold!r} must be NUMBER/FOLDS: '1/5', '2/5', ... '5/5'.")
@@ -53,7 +53,7 @@ def read_class_weights(how: str) -> str:
     """Returns `loss.class_weights` with a file's content, on one line, in place of its path.
 
     Raises:
-      UserError: it is no name, and no JSON object of weights.
+      UserError: it is neither a name nor a JSON object of weights.
     """
     if how in ("none", "balanced", "effective"):
         return how
@@ -61,11 +61,12 @@ def read_class_weights(how: str) -> str:
     try:
         table = json.loads(how if how.lstrip().startswith("{") else path.read_text())
         is_table = all(0 <= weight < math.inf for weight in table.values()) and any(table.values())
-    except (OSError, ValueError, TypeError, AttributeError):  # no file, JSON, number, object
+    # The file does not exist, is not JSON, is not an object, or has a value that is not a number.
+    except (OSError, ValueError, TypeError, AttributeError):
         is_table = False
     if not is_table:
         raise UserError(
-            f"loss.class_weights={how[:80]!r} is none of none, balanced, effective, and no JSON "
-            'object of weights from 0 on, such as {"cat": 1, "dog": 2.5}, nor a file with one.'
+            f"loss.class_weights={how[:80]!r} must be none, balanced, effective, a JSON object of "
+            'weights from 0 on, such as {"cat": 1, "dog": 2.5}, or a file with one.'
         )
     return json.dumps(table)

@@ -5,12 +5,12 @@
 The checkpoint is the workdir of a run (DIR, DIR@best, DIR@last or DIR@STEP), a folder in Hugging
 Face format, or a hub id such as google/vit-base-patch16-224, optionally with @REVISION.
 
-Classes are matched by their names, in whichever order, and the checkpoint may have more than the
-data. Where names differ but classes and order are the same, as with ImageNet from tfds and from the
-hub, --labels=index matches them by position.
+Classes are matched by their names, in any order, and the checkpoint may have more than the data.
+--labels=index matches them by position: for data with the same classes in the same order under
+other names, such as ImageNet from tfds and from the hub.
 
-Data without splits are divided as the checkpoint's run did it. Images that it was trained on are
-counted, as trained_on, and warned of.
+Data without splits are divided as the checkpoint's run divided them. A warning gives the number of
+images that the run was trained on, which is also trained_on in the results.
 """
 
 from pathlib import Path
@@ -23,36 +23,22 @@ from vitcls.files import make_folder, write_json
 from vitcls.folders import ownership
 from vitcls.folders.ownership import has_keys
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or hub id.")
-_DATA = flags.DEFINE_string(
-    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
-)
-_SPLIT = flags.DEFINE_string("split", "test", "Split of the data set; of tfds, also slices.")
-_DATA_DIR = flags.DEFINE(
-    cli.PATH,
-    "data_dir",
-    "",
-    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
-)
-_LABELS = flags.DEFINE_enum(
-    "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
+_CHECKPOINT = cli.define_checkpoint()
+_DATA = cli.define_data()
+_SPLIT = cli.define_split("Split to evaluate")
+_DATA_DIR = cli.define_data_dir()
+_LABELS = cli.define_labels()
+_BATCH_SIZE = cli.define_batch_size()
 _TTA = flags.DEFINE_enum(
     "tta", "none", ["none", "flip"],
-    "Test-time augmentation: none|flip; flip averages the logits of image and mirror image.",
+    "Test-time augmentation: flip averages the logits of image and mirror image.",
 )  # fmt: skip
-_ON_ERROR = flags.DEFINE_enum(
-    "on_error", "raise", ["raise", "skip"],
-    "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
-)  # fmt: skip
+_ON_ERROR = cli.define_on_error()
 _OUTPUT = flags.DEFINE(
     cli.PATH,
     "output",
     "",
-    "Folder for results.json and predictions/SPLIT.npz; empty: none is written.",
+    "Folder for results.json and predictions/SPLIT.npz. Empty: no files.",
 )
 
 
@@ -61,7 +47,7 @@ def main() -> None:
     checkpoint, data = cli.required(_CHECKPOINT), cli.required(_DATA)
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
     if _ON_ERROR.value == "skip" and output is None:
-        raise UserError("--on_error=skip needs --output, the folder for the list of what it skips.")
+        raise UserError("--on_error=skip needs --output, a folder for the list of skipped images.")
     if output is not None and (output / "checkpoints").exists():
         raise UserError(
             f"--output={output} is the workdir of a run, whose results.json would be replaced; "
@@ -73,10 +59,11 @@ def main() -> None:
             is_own=lambda: has_keys(output / "results.json", "checkpoint", "data", "split")
             or has_keys(output / "skipped.jsonl", "split", "id", "reason"),
         )  # fmt: skip
-    # These import jax: only once the flags are known to be right.
+    # These import jax, so they follow the checks of the flags.
     from vitcls.data.skipped import Skipped
     from vitcls.evaluate import exact
-    from vitcls.run import records, seen
+    from vitcls.provenance import records, seen
+    from vitcls.provenance.results import count_images
 
     cli.prepare_jax()
     split, known = seen.open_split(checkpoint, data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
@@ -97,7 +84,7 @@ def main() -> None:
     )
     metrics["trained_on"] = trained_on
     if output is not None:
-        # First what says whose folder this is.
+        # results.json comes first: it marks the folder as made by this command.
         origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
         origin["fingerprint"] = split.fingerprint
         write_json(output / "results.json", origin | metrics)
@@ -107,7 +94,7 @@ def main() -> None:
         )
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
-    print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})")
+    print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({count_images(metrics)})")
 
 
 if __name__ == "__main__":

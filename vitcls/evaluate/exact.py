@@ -1,4 +1,4 @@
-"""One exact pass over a split: every example counts once, on any number of devices.
+"""Exact evaluation of a split: every example counts once, on any number of devices.
 
 B batch, N images, K classes.
 """
@@ -40,20 +40,20 @@ def evaluate(
     """Evaluates `variables` on all of `batches`.
 
     Args:
-      eval_step: `train_step.make_eval_step`'s result, compiled to return the same to every process.
+      eval_step: From `eval_step.make_eval_step`, compiled to return the same to every process.
       variables: The network's variables, on the devices of `mesh`.
-      batches: This process' local batches in the split's order; padding has mask 0 and index -1,
-        images that are skipped have mask 0 and their index.
+      batches: Local batches of this process in the split's order. Padding has mask 0 and index -1;
+        skipped images have mask 0 and their index.
       name: The split's name, for the progress bar.
       num_examples: Size of the split.
       train_counts: See `metrics.summarise`.
-      keep_predictions: Whether to return what the network said of each example.
-      after_batch: Called after each batch; may end the pass by raising.
+      keep_predictions: Whether to return the logits of each example.
+      after_batch: Called after each batch; it may end the pass by raising.
 
     Returns:
-      The metrics of `metrics.summarise`, of the N images that could be used, and `num_skipped`, of
-      those that could not; and, if kept, `labels` int32 (N,), `logits` float32 (N, K) and `index`
-      int32 (N,), which of the split they are, in its order.
+      The metrics of `metrics.summarise` for the N images that were used, with `num_skipped`, the
+      number of the others. If predictions are kept, also `labels` int32 (N,), `logits` float32
+      (N, K) and `index` int32 (N,), the positions in the split, ascending.
     """
     total, kept = None, []
     for batch in progress.track(batches, name):
@@ -62,7 +62,7 @@ def evaluate(
         if keep_predictions:
             kept.append(jax.device_get(predictions))
         after_batch()
-    # Loader and devices disagree only through a bug, which would make the numbers wrong in silence.
+    # Loader and devices disagree only through a bug, which would silently give wrong numbers.
     assert total["num_seen"] == num_examples, (name, total["num_seen"], num_examples)
     num_used = int(total["num_examples"])
     summary = metrics.summarise(total, train_counts=train_counts)
@@ -87,11 +87,11 @@ def evaluate_checkpoint(
       **options: See `make_evaluator`.
 
     Returns:
-      What `evaluate` returns of everything, with the checkpoint's labels.
+      The metrics and the predictions of `evaluate`; labels count the checkpoint's classes.
 
     Raises:
-      UserError: no such checkpoint, one without classes, classes that do not match, or logits that
-        are not finite.
+      UserError: The checkpoint is missing or has no classes, its classes do not match those of the
+        split, or logits are not finite.
     """
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
     return make_evaluator(model, variables, processor, split, mesh=mesh, **options)(variables)
@@ -109,33 +109,33 @@ def make_evaluator(
     tta: str = "none",
     skipped: Skipped | None = None,
 ) -> Callable[[Any], tuple[dict[str, float], dict[str, np.ndarray]]]:
-    """Compiles once what evaluates any number of weights of one network on a split.
+    """Compiles the evaluation of one network on a split, for any number of weights.
 
     Args:
       model: The network.
       variables: Its weights, or others of the same shapes, on the devices of `mesh`.
-      processor: How its images are prepared; it names the K classes.
+      processor: Prepares its images and names its K classes.
       split: The examples.
       mesh: The devices.
       labels: How the split's classes are found among the checkpoint's, see `classes.match`.
-      batch_size: Images at a time over all devices; 0: chosen by their memory.
-      tta: "flip": see `train_step.over_mirror_images`; or "none".
-      skipped: As for `loader.eval_batches`.
+      batch_size: See `inference.compile_step`.
+      tta: "flip": see `eval_step.over_mirror_images`; or "none".
+      skipped: See `loader.eval_batches`.
 
     Returns:
-      `variables -> ` what `evaluate` returns of everything, with the network's labels. It takes
-      them from the host, too.
+      A function of variables, on the host or on devices. It returns the metrics and the predictions
+      of `evaluate`, whose labels count the network's classes. It raises `NotFinite` if logits are
+      not finite.
 
     Raises:
-      UserError: the classes do not match. What is returned raises `NotFinite` where logits are not.
+      UserError: The classes do not match.
     """
-    names = tuple(processor.id2label.values())
-    positions = classes.match(split.class_names, names, by=labels)
+    positions = classes.match(split.class_names, processor.class_names, by=labels)
     apply = over_mirror_images(model.apply) if tta == "flip" else model.apply
     eval_step = make_eval_step(processor.normalise, apply)
 
     def step(variables, batch):
-        targets = jnp.zeros((len(batch["targets"]), len(names)))
+        targets = jnp.zeros((len(batch["targets"]), len(processor.class_names)))
         targets = targets.at[:, positions].set(batch["targets"])
         return eval_step(variables, batch | {"targets": targets})
 
@@ -173,6 +173,6 @@ def make_evaluator(
 
 
 def check_logits(predictions: dict[str, np.ndarray], split: Split, **options: Any) -> None:
-    """`inference.check_answers` for the predictions that `evaluate` kept of a split."""
+    """`inference.check_answers` for predictions that `evaluate` kept."""
     index = predictions["index"]
     inference.check_answers(predictions["logits"], lambda row: split.id(int(index[row])), **options)

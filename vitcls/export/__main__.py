@@ -1,34 +1,30 @@
-"""Writes a checkpoint for programs that know nothing of vitcls, and checks what it wrote.
+"""Writes a checkpoint for programs without vitcls, and compares the result with the original.
 
   python -m vitcls.export --checkpoint=runs/quickstart --format=huggingface --output=exported
 
 --format=huggingface: a folder that `transformers` loads unchanged, with a model card.
---format=stablehlo: one program for CPU, CUDA and TPU and any batch size, uint8 images in,
-probabilities out; jax and safetensors are all that running it needs.
+--format=stablehlo: one program for CPU, CUDA and TPU and any batch size, from uint8 images to
+probabilities. It needs jax and safetensors only.
 
-docs/export.md says more of both.
+docs/export.md describes both.
 
-The answers of what was written are compared with the network's own; export.json has the largest
-difference. The folder appears when that is done; when anything fails, nothing is left.
+The outputs of the exported network are compared with those of the original; export.json has the
+largest difference. The folder appears after this comparison. If anything fails, nothing is left.
 """
 
 from absl import flags
 
 from vitcls import cli
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None,
-    "What to export: a run's workdir, optionally with @best, @last or @STEP; a folder in Hugging "
-    "Face format; or a hub id with optional @REVISION.",
-)  # fmt: skip
+_CHECKPOINT = cli.define_checkpoint()
 _FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "stablehlo"], "What to write.")
-_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder to make; if it exists, it must be empty.")
+_OUTPUT = cli.define_new_folder()
 
 
 def main() -> None:
     """Checks the flags, then exports."""
     checkpoint, format_, output = map(cli.required, (_CHECKPOINT, _FORMAT, _OUTPUT))
-    from vitcls.export import formats  # imports jax: only once the flags are known to be right
+    from vitcls.export import formats  # imports jax, so it follows the checks of the flags
 
     cli.prepare_jax()
     record = formats.export(checkpoint, format=format_, output=output)

@@ -1,4 +1,4 @@
-"""Networks in forms that need nothing of vitcls, compared with the original before they appear.
+"""Writes networks in formats that do not need vitcls, and compares them with the original.
 
 B batch, H W pixels, K classes.
 """
@@ -13,19 +13,18 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.export
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import export as jax_export
 from PIL import Image
 from safetensors.numpy import load_file
 
 from vitcls import __version__, inference, pretrained
-from vitcls.errors import UserError
 from vitcls.export import model_card
 from vitcls.files import folder_aside, write_json
 from vitcls.pretrained.files import formats
 from vitcls.pretrained.run import find_run
-from vitcls.step.devices import start_devices
+from vitcls.processes.devices import start_devices
 from vitcls.step.eval_step import make_predict_step
 
 log = logging.getLogger("vitcls")
@@ -56,12 +55,12 @@ print(processor.id2label[int(logits[0].argmax())])
 ```
 """
 _STABLEHLO_USAGE = """\
-In this folder, where jax, safetensors and Pillow are installed:
+Run this in the folder; it needs jax, safetensors and Pillow:
 
 ```python
 {loader}```
 
-Images are RGB and upright; transparent ones belong on white. Batches may have any size, and each
+Images are RGB and upright; transparent ones are put on white. Batches may have any size, and each
 new size is compiled once. Made with jax {version}, for {platforms}; jax runs programs of versions
 up to six months older than itself.
 """
@@ -84,7 +83,7 @@ print(names[str(probabilities[0].argmax())], probabilities[0].max())
 
 
 class Source(NamedTuple):
-    """What is exported, as `pretrained.load` gives it, and where that comes from."""
+    """A network to export, as `pretrained.load` returns it, and its origin."""
 
     origin: model_card.Origin
     model: nn.Module
@@ -99,7 +98,7 @@ class Source(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Answers to the same images, float32 (B, K), of the original and of what was written."""
+    """Outputs for the same images, float32 (B, K), of the original and of the exported network."""
 
     expected: np.ndarray
     found: np.ndarray
@@ -108,32 +107,32 @@ class Check(NamedTuple):
 
 
 def export(checkpoint: str, *, format: str, output: str | Path) -> dict[str, Any]:
-    """Writes a checkpoint as `format` says and checks it.
+    """Writes a checkpoint in a format and compares the result with the original.
 
     Args:
       checkpoint: As `pretrained.load` takes it.
       format: A name in `FORMATS`.
-      output: The folder to make, new or empty. It appears when all is written and checked.
+      output: The folder to make, new or empty. It appears when the comparison is done.
 
     Returns:
-      What `export.json` holds.
+      The content of `export.json`.
 
     Raises:
-      UserError: the checkpoint cannot be loaded, has no head or answers with nan, or the folder is
-        in use.
-      RuntimeError: what was written answers differently; nothing of it is left.
+      UserError: The checkpoint cannot be loaded, has no head or gives nan, or the folder is in use.
+      RuntimeError: The exported network gives other outputs; nothing is left of it.
     """
-    # The default products of GPUs and TPUs have 8 to 11 bits, too few to compare anything.
+    # Matrix products of GPUs and TPUs have 8 to 11 bits by default, too few for a comparison.
     start_devices()
     with folder_aside(output) as aside, jax.default_matmul_precision("highest"):
         source = _load(checkpoint)
         check = FORMATS[format](aside, Path(output).resolve().name, source)
         inference.check_answers(check.expected, "random image {}".format)
         difference = float(np.max(np.abs(check.found - check.expected)))
-        if not difference <= check.tolerance:  # nan is no agreement
+        # Written so that nan is an error.
+        if not difference <= check.tolerance:
             raise RuntimeError(
-                f"The exported network answers otherwise than {checkpoint}: {difference:.1e} "
-                f"apart, where {check.tolerance:.1e} is allowed. Nothing was left in {output}."
+                f"The exported network differs from {checkpoint}: by {difference:.1e}, and "
+                f"{check.tolerance:.1e} is allowed. Nothing was left in {output}."
             )
         packages = {"jax", "flax", "safetensors", *check.checked_with} - {"vitcls"}
         record = {
@@ -152,7 +151,7 @@ def export(checkpoint: str, *, format: str, output: str | Path) -> dict[str, Any
 
 
 def _load(checkpoint: str) -> Source:
-    # First what "best" and "main" mean at this moment, then exactly that is loaded.
+    # "best" and "main" are resolved first, so that exactly what the card names is loaded.
     run = find_run(checkpoint)
     if run is not None:
         origin = model_card.origin_of_run(run.directory, step=run.step())
@@ -161,16 +160,12 @@ def _load(checkpoint: str) -> Source:
         files = pretrained.find(checkpoint)
         origin, location = model_card.origin_of_files(files), files.directory
     model, variables, processor = pretrained.load(location)
-    if not model.config.num_classes:
-        raise UserError(
-            f"--checkpoint={checkpoint} has no head, so there are no classes to export; fine-tune "
-            f"it first, with --config.model.pretrained={checkpoint}."
-        )
+    inference.check_has_head(checkpoint, processor)
     return Source(origin, model, variables, processor)
 
 
 def _random_images(size: tuple[int, int]) -> list[Image.Image]:
-    """Always the same images, smaller and larger than the (height, width) that a network sees."""
+    """The same images in every call, smaller and larger than the network's (height, width)."""
     rng = np.random.default_rng(0)
     shapes = [
         [rng.integers(side // 2 + 1, 2 * side + 1) for side in size] for _ in range(_NUM_IMAGES)
@@ -179,11 +174,11 @@ def _random_images(size: tuple[int, int]) -> list[Image.Image]:
 
 
 def write_huggingface(directory: Path, name: str, source: Source) -> Check:
-    """Writes what `transformers` reads, and a model card; checks logits, from images on.
+    """Writes a folder for `transformers` with a model card; compares logits of images.
 
     Args:
       directory: An empty folder.
-      name: What the card calls the network.
+      name: The name of the network in the card.
       source: The network.
     """
     _, model, variables, processor = source
@@ -193,12 +188,12 @@ def write_huggingface(directory: Path, name: str, source: Source) -> Check:
     images = _random_images(processor.size)
     apply = jax.jit(functools.partial(model.apply, train=False))
     expected = np.asarray(apply(variables, processor(images)))
-    # float32 rounds relative to the largest of the numbers that a logit is the sum of.
+    # Rounding errors of float32 grow with the terms that a logit is the sum of.
     tolerance = 1e-4 * max(1.0, float(np.max(np.abs(expected))))
     try:
         found = _transformers_logits(directory, images)
     except ImportError:
-        log.info("Checked with vitcls' own reader only: torch and transformers are not installed.")
+        log.info("Compared with vitcls' own reader only: torch and transformers are not installed.")
         model, variables, processor = pretrained.load(directory)
         found = np.asarray(apply(variables, processor(images)))
         return Check(expected, found, tolerance, ("vitcls",))
@@ -206,14 +201,14 @@ def write_huggingface(directory: Path, name: str, source: Source) -> Check:
 
 
 def _transformers_logits(directory: Path, images: list[Image.Image]) -> np.ndarray:
-    """Logits (B, K) of the written folder; raises `ImportError` where the packages are missing."""
-    # Here and not above: no run needs them.
+    """Logits (B, K) of the written folder; raises `ImportError` if a package is missing."""
+    # These are optional, so they are not imported above.
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of reading the weights
-    # torchvision's resizing, the default where it is installed, rounds pixels in its own way.
+    disable_progress_bar()  # for reading the weights
+    # The default is torchvision if it is installed, whose resizing rounds pixels differently.
     processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
     model = AutoModelForImageClassification.from_pretrained(directory)
     with torch.no_grad():
@@ -221,15 +216,15 @@ def _transformers_logits(directory: Path, images: list[Image.Image]) -> np.ndarr
 
 
 def write_stablehlo(directory: Path, name: str, source: Source) -> Check:
-    """Writes a program, its weights, and how to run it; checks probabilities of batches 1 and 7.
+    """Writes a program, its weights and a card; compares probabilities of batches of 1 and 7.
 
     The program is `(weights, uint8 images (B, H, W, 3)) -> float32 probabilities (B, K)` for any B,
-    its products in full float32 on every platform. The weights are `{name: array}`, as
-    safetensors reads them: the program's own format ends at 2 GB.
+    with products in full float32 on every platform. The weights are `{name: array}` in a
+    safetensors file, since the program's own format is limited to 2 GB.
 
     Args:
       directory: An empty folder.
-      name: What the card calls the network.
+      name: The name of the network in the card.
       source: The network.
     """
     _, model, variables, processor = source
@@ -239,12 +234,13 @@ def write_stablehlo(directory: Path, name: str, source: Source) -> Check:
         return predict(unflatten_dict(weights, sep="/"), images)
 
     weights = flatten_dict(variables, sep="/")
-    (batch_size,) = jax_export.symbolic_shape("B")
+    (batch_size,) = jax.export.symbolic_shape("B")
     shape = jax.ShapeDtypeStruct((batch_size, *processor.size, 3), np.uint8)
     limit = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)  # keeps this machine's paths out
+    # Locations in the program would contain this machine's paths.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
-        exported = jax_export.export(jax.jit(program), platforms=PLATFORMS)(weights, shape)
+        exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(weights, shape)
     finally:
         jax.config.update("jax_traceback_in_locations_limit", limit)
     (directory / PROGRAM).write_bytes(exported.serialize())
@@ -257,17 +253,18 @@ def write_stablehlo(directory: Path, name: str, source: Source) -> Check:
     (directory / "README.md").write_text(card, encoding="utf-8")
 
     images = np.stack([processor.pixels(image) for image in _random_images(processor.size)])
-    batches = images, images[:1]  # each by both: the same network rounds them differently
+    # The same network rounds differently for each batch size, so both are compared.
+    batches = images, images[:1]
     original = jax.jit(predict)
     expected = np.concatenate([original(variables, batch) for batch in batches])
-    written = jax_export.deserialize(bytearray((directory / PROGRAM).read_bytes()))
+    written = jax.export.deserialize(bytearray((directory / PROGRAM).read_bytes()))
     weights = load_file(directory / WEIGHTS)
     found = np.concatenate([written.call(weights, batch) for batch in batches])
     return Check(expected, found, 1e-5, ("jax",))
 
 
 def make_loader(processor: pretrained.Processor) -> str:
-    """Returns Python that runs what `write_stablehlo` wrote: jax, safetensors and Pillow do."""
+    """Returns Python that runs a folder of `write_stablehlo` with jax, safetensors and Pillow."""
     height, width = processor.size
     size = f"({width}, {height})"  # Pillow's order
     if isinstance(processor.resize, int):

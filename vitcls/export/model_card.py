@@ -1,7 +1,7 @@
-"""The model card of exported weights: what a run left in its workdir, as a README.md.
+"""The model card of exported weights: a README.md from the records of a run.
 
-Names of classes, data and checkpoints come from strangers: none may break the YAML or a table, or
-be Markdown or HTML where the card is shown. Paths of this machine are cut to their last part.
+Names of classes, data and checkpoints are not trusted: none may break the YAML or a table, or act
+as Markdown or HTML. Paths of this machine are cut to their last part.
 """
 
 import dataclasses
@@ -17,28 +17,28 @@ from vitcls import pretrained
 from vitcls.config.fields import RUN_FIELDS, default_config
 from vitcls.config.parse import flatten
 from vitcls.files import read_json
-from vitcls.run import records
+from vitcls.provenance.results import count_images
 
-# Shown whatever their values; of the others those that differ from the defaults.
+# Fields that are always shown. Others are shown if they differ from their defaults.
 _RECIPE = (
     "optim.name", "optim.lr", "optim.schedule", "optim.warmup_steps", "optim.weight_decay",
     "train.total_steps", "train.global_batch_size", "train.seed", "data.image_size", "data.crop",
     "augment.flip", "model.dtype",
 )  # fmt: skip
 _SAID_ELSEWHERE = ("data.source", "model.pretrained", "train.total_epochs", *RUN_FIELDS)
-_MOST_CLASSES = 20  # that are named
+_MAX_CLASSES = 20  # classes that are named
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where weights come from; what is not known is empty.
+    """Where weights come from; unknown fields are empty.
 
     Attributes:
-      name: A checkpoint for `pretrained.load` that stays what it is.
-      step: The training step the weights are of.
-      manifest: What a run's `manifest.json` holds; of other checkpoints "pretrained" alone.
+      name: The checkpoint for `pretrained.load`, with a fixed step or revision.
+      step: The training step of the weights.
+      manifest: Content of a run's `manifest.json`; for other checkpoints only "pretrained".
       config: A run's config by field, `{"optim.lr": 0.001}`.
-      splits: Metrics of these very weights by split, as in a run's `results.json`.
+      splits: Metrics of exactly these weights by split, as in a run's `results.json`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Origin:
 
     @property
     def hub_id(self) -> str | None:
-        """The hub's model that it began from, without a revision."""
+        """The hub id of the model that training began from, without a revision."""
         started = self.manifest.get("pretrained") or {}
         return started["source"].partition("@")[0] if started.get("revision") else None
 
@@ -60,7 +60,7 @@ class Origin:
 
 
 def origin_of_run(workdir: Path, *, step: int) -> Origin:
-    """Reads what a run left; its results only if they are of the weights after `step`."""
+    """Reads the records of a run, and its results if they are of the weights after `step`."""
     results = _read_json(workdir / "results.json")
     return Origin(
         name=f"{workdir}@{step}",
@@ -72,14 +72,14 @@ def origin_of_run(workdir: Path, *, step: int) -> Origin:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Of what was copied elsewhere, the files that only people read may be missing."""
+    """Reads a record. A copied workdir may lack it, since no program needs it."""
     if not path.exists():
         return {}
     return read_json(path, remedy="put a sound copy there, or remove it to do without")
 
 
 def origin_of_files(files: pretrained.Files) -> Origin:
-    """What is known of a folder or of a hub's model."""
+    """The origin of a folder or of a model of the hub."""
     name = files.source
     if files.revision:
         name = f"{name.partition('@')[0]}@{files.revision}"
@@ -100,11 +100,11 @@ def make_card(
     """Returns the card: YAML for the hub, then Markdown.
 
     Args:
-      name: What to call the network.
-      config: The network's.
+      name: Name of the network.
+      config: The network's config.
       id2label: Its classes.
-      origin: Where it comes from.
-      library: The hub's name of what loads the files, such as "transformers".
+      origin: Where its weights come from.
+      library: The hub's name of the library that loads the files, such as "transformers".
       usage: Markdown that says how to load them.
     """
     blocks = [
@@ -118,13 +118,13 @@ def make_card(
         *_recipe(origin.config),
         *_environment(origin.manifest),
         "## Licence",
-        "None is claimed here: those of the pretrained weights and of the data apply.",
+        "None is claimed here; the licences of the pretrained weights and of the data apply.",
     ]
     return "\n\n".join(blocks) + "\n"
 
 
 def _metadata(name: str, config: pretrained.Config, origin: Origin, *, library: str) -> str:
-    # Imported here: half a second that whoever imports this module need not wait.
+    # Importing this takes half a second, which other users of this module should not wait for.
     from huggingface_hub import EvalResult, ModelCardData
 
     data = _line(_public_source(origin))
@@ -138,7 +138,7 @@ def _metadata(name: str, config: pretrained.Config, origin: Origin, *, library: 
             metric_value=value,
         )
         for split, summary in origin.splits.items()
-        if split != origin.select_split  # what chose the weights does not measure them
+        if split != origin.select_split  # the split that chose the weights cannot measure them
         for metric, value in summary.items()
         if _is_metric(metric)
     ]
@@ -161,7 +161,7 @@ def _about(config: pretrained.Config, id2label: Mapping[int, str], origin: Origi
     if origin.step is not None:
         made = f"trained for {origin.step} steps on {_text(_public_source(origin))}, from {weights}"
     height, width = config.image_size
-    names = [_text(id2label[index]) for index in sorted(id2label)[:_MOST_CLASSES]]
+    names = [_text(id2label[index]) for index in sorted(id2label)[:_MAX_CLASSES]]
     more = ", ...; config.json has all" if len(id2label) > len(names) else ""
     return [
         f"An image classifier ({config.family}, {height} x {width} pixels), {made}.",
@@ -179,13 +179,13 @@ def _results(origin: Origin) -> list[str]:
     rows = [
         (
             split + (", which chose the step" if split == origin.select_split else ""),
-            records.count_images(summary),
+            count_images(summary),
             *(f"{summary[metric]:.4f}" for metric in metrics),
         )
         for split, summary in origin.splits.items()
     ]
     table = _table(("split", "measured on", *metrics), rows)
-    return ["## Results", f"Of the weights after step {origin.step}:", table]
+    return ["## Results", f"The weights after step {origin.step}:", table]
 
 
 def _is_metric(name: str) -> bool:
@@ -209,7 +209,11 @@ def _recipe(config: Mapping[str, Any]) -> list[str]:
     others = [name for name in config if name not in (*_RECIPE, *_SAID_ELSEWHERE)]
     shown = [*_RECIPE, *(name for name in others if config[name] != defaults.get(name))]
     table = _table(("field", "value"), [(name, config.get(name)) for name in shown])
-    return ["## Recipe", "Fields of vitcls' config; those not shown have their defaults.", table]
+    return [
+        "## Recipe",
+        "Fields of vitcls' config. Fields that are not shown have their defaults.",
+        table,
+    ]
 
 
 def _environment(manifest: Mapping[str, Any]) -> list[str]:
@@ -227,7 +231,7 @@ def _environment(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _public_source(origin: Origin) -> str:
-    """The data's source without the folders it lies in, which say much about a machine."""
+    """The data's source without its parent folders, which are private to a machine."""
     kind, colon, path = str(origin.config.get("data.source", "")).partition(":")
     return f"{kind}:{Path(path).name}" if kind == "folder" else f"{kind}{colon}{path}"
 
@@ -238,7 +242,7 @@ def _table(names: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _text(value: Any) -> str:
-    """One line in which nothing is Markdown or HTML; underscores within words are neither."""
+    """One line with Markdown and HTML escaped; underscores within words need no escape."""
     special = r"[\\`*\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])"
     return re.sub(f"({special})", r"\\\1", _line(value))
 

@@ -121,7 +121,7 @@ def _warn(folder: Path, error: OSError) -> None:
         _WARNED.add(device)
         log.warning(
             "%s is on a file system without locks (%s): see to it that no other job has the same "
-            "--workdir. Several processes may prepare the same data or cache.",
+            "workdir. Several processes may prepare the same data or cache.",
             folder, error.strerror,
         )  # fmt: skip
 

@@ -9,25 +9,6 @@ from pathlib import Path
 
 from vitcls.errors import UserError
 
-# What a run writes into its workdir, except files with a new name each time.
-_RUN = (
-    "manifest.json", "config.json", "model", "checkpoints", "metrics.jsonl", "skipped.jsonl",
-    "nonfinite.jsonl", "predictions", "results.json", "seen.npz",
-)  # fmt: skip
-
-
-def check_run(workdir: Path) -> None:
-    """Raises `UserError` where a run would write over something that is not a run's."""
-
-    def is_run() -> bool:
-        return (
-            (workdir / "checkpoints" / "lock").is_file()
-            or has_keys(workdir / "manifest.json", "command", "data", "versions")
-            or has_keys(workdir / "config.json", "data", "model", "optim", "train")
-        )
-
-    check("--workdir", workdir, _RUN, is_own=is_run)
-
 
 def check(
     flag: str, folder: Path, names: Sequence[str], *, is_own: Callable[[], bool] = lambda: False

@@ -1,27 +1,26 @@
-r"""Says what a run needs and how long it takes at least, without the hardware.
+r"""Predicts the memory and the minimal time of a run, without the hardware.
 
   python -m vitcls.plan --config=configs/vit_b16.py:data=tfds:imagenet2012 --topology=v5e:16x16 \
     --num_classes=1000
 
 Compiles the training and the evaluation step for a slice of TPUs (v4, v5e, v5p, v6e, tpu7x), which
 needs Linux, an x86-64 processor and pip install 'jax[tpu]', or with --topology=local for the
-devices of this machine. Prints the memory of each device by what it is for, the operations, the
-exchanges between devices, the time of a step and of the run, and how many images the hosts must
-supply. Where a step does not fit, the first combination of train.micro_batch, model.remat and
-mesh.fsdp is looked for that does; none of them changes the result.
+devices of this machine. Prints the memory of each device by purpose, the operations, the exchanges
+between devices, the time of a step and of the run, and the images per second that the hosts must
+supply. If a step does not fit, proposes the combination of train.micro_batch, model.remat and
+mesh.fsdp that does at the least cost in time; these do not change the result.
 
 Times are bounds from the devices' rates, not measurements. A compilation takes minutes on a small
 machine; its figures are kept in ~/.cache/vitcls/xla.
 
-No weights are needed, nor data: what data on this machine would tell, flags tell otherwise. Any
-field of the config can be overridden, as for vitcls.main.
+Neither weights nor data are needed: if data are not on this machine, flags give their numbers of
+classes and images. Any field of the config can be overridden, as for vitcls.main.
 """
 
 import functools
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from vitcls import cli
 from vitcls.config.checks import check_config
@@ -29,33 +28,27 @@ from vitcls.costs import chips
 from vitcls.files import make_folder, write_json
 from vitcls.folders import ownership
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with the recipe, optionally with arguments: FILE.py or FILE.py:name=value,...",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "local",
-    "Slice of TPUs, such as v5e:4x4 or v5p:2x2x2; local: this machine's devices.",
+    "Slice of TPUs, such as v5e:4x4 or v5p:2x2x2. local: this machine's devices.",
 )
 _ARCH = flags.DEFINE_string(
     "arch", "",
-    "Network, such as vit_b16, in place of what model.pretrained would tell; empty: the recipes' "
-    "are known, others are read.",
+    "Network, such as vit_b16, in place of model.pretrained. Empty: known for the recipes' "
+    "checkpoints, read from others.",
 )  # fmt: skip
 _NUM_CLASSES = flags.DEFINE_integer(
-    "num_classes", 0, "Classes of data that are not on this machine; 0: they are.", lower_bound=0
+    "num_classes", 0, "Classes of data that are not on this machine. 0: they are.", lower_bound=0
 )
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images", 0,
-    "Images to train on, of data that are not on this machine; only train.total_epochs needs it.",
+    "Training images of data that are not on this machine; only train.total_epochs needs it.",
     lower_bound=0,
 )  # fmt: skip
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the table.")
-_OUTPUT = flags.DEFINE(cli.PATH, "output", "", "JSON file to write besides; empty: none.")
+_OUTPUT = flags.DEFINE(cli.PATH, "output", "", "JSON file to write besides. Empty: none.")
 
 
 def main() -> None:
@@ -72,19 +65,20 @@ def main() -> None:
         chips.prepare_environment()
     import json
 
-    import jax  # with the environment prepared, and only once the flags are known to be right
+    import jax  # after its environment is prepared
 
-    from vitcls.plan import planning
+    from vitcls.plan import planning, slices
     from vitcls.plan.table import format_plan
 
     cli.prepare_jax()
-    if topology != "local":  # jax cannot read again what it would keep: `planning` keeps figures
+    # jax could not read cached programs for other devices. `planning` caches figures instead.
+    if topology != "local":
         jax.config.update("jax_enable_compilation_cache", False)
     if _OUTPUT.value:
         make_folder(Path(_OUTPUT.value).parent, flag="--output")
     plans = planning.Plans(
         config,
-        planning.open_slice(topology, dtype=config.model.dtype),
+        slices.open_slice(topology, dtype=config.model.dtype),
         arch=_ARCH.value,
         num_classes=_NUM_CLASSES.value,
         num_images=_NUM_IMAGES.value,

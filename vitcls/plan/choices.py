@@ -1,4 +1,4 @@
-"""What saves memory without changing the result, and the first of it that suffices."""
+"""Settings that save memory without changing the result, and the first that suffices."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,21 +7,21 @@ from typing import Any
 from vitcls.config.fields import REMATS
 from vitcls.costs import footprint
 
-# Images in a pass below which the other ways to save memory come first: a pass also reads all
-# parameters and adds up all gradients.
-_LEAST_PASS = 8
+# Every pass also reads all parameters and adds up all gradients. Passes of fewer images are
+# therefore the last way to save memory.
+_MIN_PASS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What saves memory without changing the result: `mesh.fsdp`, `model.remat` and passes."""
+    """Settings that do not change the result: `mesh.fsdp`, `model.remat` and images in a pass."""
 
     fsdp: int
     remat: str
     pass_size: int
 
     def fields(self) -> dict[str, Any]:
-        """The config fields that make it."""
+        """The config fields of this choice."""
         return {
             "mesh.data": -1,
             "mesh.fsdp": self.fsdp,
@@ -43,23 +43,23 @@ def first_fitting(
     fixed: Callable[[Choice], float],
     available: float,
 ) -> Choice | None:
-    """Returns the first combination that fits, in the order of what it costs in time.
+    """Returns the first combination that fits, in the order of their cost in time.
 
-    Smaller passes cost next to nothing while they are large enough, then layers that are computed
-    again a tenth to a third of the time, then sharing parameters an exchange of all of them in
-    every pass; small passes come last.
+    Smaller passes are tried first, since they cost almost no time while they are large enough.
+    Computing layers again costs a tenth to a third of the time. Sharding parameters costs an
+    exchange of all of them in every pass. Passes below `_MIN_PASS` images come last.
 
     Args:
       asked: The combination to start from.
-      sizes: Of passes, largest first.
-      fsdps: Sizes of the axis that shares parameters, for which the state alone fits.
-      needed: Bytes of a combination.
-      fixed: Bytes of it that do not depend on the size of a pass.
-      available: Bytes that there are.
+      sizes: Images in a pass, largest first.
+      fsdps: Sizes of the axis that shards parameters, for which the state alone fits.
+      needed: Returns the bytes of a combination.
+      fixed: Returns its bytes that do not depend on the size of a pass.
+      available: Bytes that are available.
     """
     remats = REMATS[REMATS.index(asked.remat) :]
-    large = [size for size in sizes if _LEAST_PASS <= size <= asked.pass_size]
-    small = [size for size in sizes if size < min(_LEAST_PASS, asked.pass_size + 1)]
+    large = [size for size in sizes if _MIN_PASS <= size <= asked.pass_size]
+    small = [size for size in sizes if size < min(_MIN_PASS, asked.pass_size + 1)]
     for some in (large, small):
         for fsdp in fsdps:
             for remat in remats if some else ():

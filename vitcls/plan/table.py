@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""A plan as a text table."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from vitcls.plan.choices import Choice
 
 
 def as_flags(fields: dict[str, Any]) -> str:
-    """Returns config fields as the command line sets them."""
+    """Returns config fields as flags of the command line."""
     return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """Returns the figures as text for people."""
+    """Returns the figures of `planning.make_plan` as text."""
     step, devices = plan["step"], plan["num_devices"]
     choice = Choice(**plan["choice"])
     rows = plan["global_batch_size"] // devices

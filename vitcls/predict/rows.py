@@ -1,4 +1,4 @@
-"""Class names and probabilities of image files: which files, what they show, and the rows written.
+"""Class names and probabilities of image files: finding the files, predicting, writing rows.
 
 H W pixels, K classes.
 """
@@ -30,23 +30,23 @@ from vitcls.step import eval_step, sharding
 
 log = logging.getLogger("vitcls")
 
-# {"image": path, "predictions": [{"label": ..., "probability": ...}, ...]}, the likeliest first,
-# or {"image": path, "error": why it cannot be read}.
+# {"image": path, "predictions": [{"label": ..., "probability": ...}, ...]}, likeliest first, or
+# {"image": path, "error": reason}.
 Row = dict[str, Any]
 
 _NUM_LOGGED = 10  # unreadable images; the output has them all
 
 
 def find_images(source: str) -> list[str]:
-    """Returns the paths that `--images` names, sorted; those of a list in its order.
+    """Returns the paths that `--images` names, sorted; the paths of a list keep their order.
 
     Args:
-      source: A file; a folder, of which all images are taken, also in the folders below; a glob,
-        in which ** stands for any folders; or `@FILE` with one path per line, relative to FILE's
-        folder. Hidden files are taken only where they are named.
+      source: A file; a folder, whose images are found recursively; a glob, in which ** stands for
+        any folders; or `@FILE` with one path per line, relative to FILE's folder. Hidden files are
+        taken only if they are named.
 
     Raises:
-      UserError: there is nothing, or a folder may not be listed.
+      UserError: No image is found, or a folder may not be listed.
     """
     source = os.path.expanduser(source)
     if source.startswith("@"):
@@ -73,10 +73,11 @@ def find_images(source: str) -> list[str]:
 
 def _read_list(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows begins them with a mark
+        # Windows writes a byte order mark at the start of a file.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--images=@{path} is no list that can be read ({error}); write one path per line."
+            f"--images=@{path} cannot be read as a list ({error}); write one path per line."
         ) from error
     return [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
 
@@ -84,24 +85,24 @@ def _read_list(path: Path) -> list[str]:
 def predict_files(
     checkpoint: str | Path, paths: list[str], *, top_k: int = 1, batch_size: int = 0
 ) -> Iterator[Row]:
-    """Loads a checkpoint and compiles at once, then yields one row per path, in their order.
+    """Loads a checkpoint, compiles, and returns one row per path, in order.
 
     Args:
       checkpoint: As `pretrained.load` takes it.
-      paths: One image file or more. What cannot be read costs nothing but its own row.
+      paths: One image file or more. A file that cannot be read gives a row with its error.
       top_k: Number of classes in a row.
-      batch_size: Images at a time over all devices; 0: chosen by their memory.
+      batch_size: See `inference.compile_step`.
 
     Raises:
-      UserError: no such checkpoint, one without classes, or fewer classes than `top_k`; or, from
-        the rows, answers that are not finite.
+      UserError: The checkpoint is missing, has no classes, or has fewer than `top_k`. The iterator
+        raises it if the network's answers are not finite.
     """
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
-    names = tuple(processor.id2label.values())
+    names = processor.class_names
     if not 1 <= top_k <= len(names):
         raise UserError(
-            f"--top_k={top_k} is out of range: the checkpoint has {len(names)} classes, so it must "
-            f"be from 1 to {len(names)}."
+            f"--top_k={top_k} is out of range: the checkpoint has {len(names)} classes. Use 1 to "
+            f"{len(names)}."
         )
     step, batch_size = inference.compile_step(
         jax.jit(
@@ -125,7 +126,7 @@ def predict_files(
     def rows() -> Iterator[Row]:
         pixels = _decode_ahead(paths, processor.pixels, num_ahead=2 * batch_size)
         chunks = iter(lambda: list(itertools.islice(pixels, batch_size)), [])
-        # In pairs: the next batch is on its way to the devices before we wait for this one.
+        # The next batch is sent to the devices before this one's result is awaited.
         for (chunk, result), _ in itertools.pairwise(itertools.chain(map(start, chunks), [None])):
             answers = np.asarray(result)[: len(chunk)]
             shown = [row for row, (_, found) in enumerate(chunk) if not isinstance(found, str)]
@@ -142,7 +143,7 @@ def predict_files(
 def _decode_ahead(
     paths: Iterable[str], transform: Callable[..., np.ndarray], *, num_ahead: int
 ) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Yields each path with its pixels, or with why there are none; decodes in threads."""
+    """Yields each path with its pixels or its error; decodes in threads."""
 
     def decode(path: str) -> tuple[str, np.ndarray | str]:
         try:
@@ -167,21 +168,23 @@ def _decode_ahead(
 
 
 def _top(probabilities: np.ndarray, names: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
-    """The likeliest classes, the first of equals first."""
+    """The likeliest classes; ties in the order of the classes."""
     order = np.argsort(-probabilities, kind="stable")[:top_k]
-    # Through text: the shortest number that is this float32.
+    # The text of a float32 is the shortest decimal number with its value.
     return [{"label": names[i], "probability": float(str(probabilities[i]))} for i in order]
 
 
 def check_output(output: str) -> None:
-    """Raises `UserError` when rows could not be written there."""
+    """Raises `UserError` if `write_rows` could not write there."""
     if output == "-":
         return
     path = Path(output)
     if path.suffix not in (".csv", ".jsonl"):
         raise UserError(f"--output={output} must end in .csv or .jsonl, or be - for CSV here.")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--output={output} is a folder, or in none that exists; name a file.")
+        raise UserError(
+            f"--output={output} is a folder, or its folder does not exist; name a file."
+        )
     ownership.check_file(
         "--output", path,
         is_own=lambda: ownership.has_keys(path, "image")
@@ -191,23 +194,24 @@ def check_output(output: str) -> None:
 
 
 def write_rows(rows: Iterable[Row], output: str, *, top_k: int, num_rows: int) -> int:
-    """Writes CSV or JSON lines, chosen by the suffix, and reports images that cannot be read.
+    """Writes CSV or JSON lines, by the suffix, and reports images that cannot be read.
 
     The file appears when it is complete.
 
     Args:
-      rows: What `predict_files` yields.
+      rows: From `predict_files`.
       output: A path, or "-" for CSV to standard output.
       top_k: Number of classes in a row.
-      num_rows: How many there are.
+      num_rows: Number of rows.
 
     Returns:
       The number of images that cannot be read.
 
     Raises:
-      UserError: none can be read.
+      UserError: No image can be read.
     """
-    if output != "-":  # a bar would be drawn into rows that go to the same terminal
+    # A progress bar would be drawn between rows that go to the same terminal.
+    if output != "-":
         rows = progress.track(rows, "predict", total=num_rows)
     num_bad = 0
     with _whole_file(output) as file:
@@ -227,10 +231,11 @@ def write_rows(rows: Iterable[Row], output: str, *, top_k: int, num_rows: int) -
 
 @contextlib.contextmanager
 def _whole_file(output: str) -> Iterator[TextIO]:
-    """A file that is renamed to `output` at the end, and removed if something comes between."""
-    escape = "surrogateescape"  # names of files may be of any bytes: they are written as they are
+    """Yields a file that is renamed to `output` on success and deleted on failure."""
+    # File names may be any bytes. They are written unchanged.
+    escape = "surrogateescape"
     if output == "-":
-        # The rows are the same bytes as in a file, whatever the terminal can show.
+        # The bytes are those of a file, regardless of the terminal's encoding.
         sys.stdout.reconfigure(encoding="utf-8", errors=escape)
         yield sys.stdout
         return

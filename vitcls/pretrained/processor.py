@@ -58,6 +58,11 @@ class Processor:
     rescale: float = 1 / 255  # normalised = (pixels * rescale - mean) / std
     id2label: Mapping[int, str] = dataclasses.field(default_factory=dict)  # class names, in order
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the logits; empty if there is no head."""
+        return tuple(self.id2label.values())
+
     def pixels(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """The host's part: crop and resize.
 

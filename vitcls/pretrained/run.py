@@ -14,8 +14,8 @@ from vitcls.checkpoints.manager import Checkpoints
 from vitcls.errors import UserError
 from vitcls.pretrained import values
 from vitcls.pretrained.find import CONFIG
+from vitcls.processes.devices import start_devices
 from vitcls.step import adapt
-from vitcls.step.devices import start_devices
 from vitcls.step.train_step import fold_lora
 
 

@@ -1,18 +1,18 @@
-r"""Fits cheap heads on a checkpoint's features: how good are they for these data?
+r"""Measures how well a checkpoint's features suit a data set, by fitting cheap heads on them.
 
   python -m vitcls.probe --checkpoint=google/vit-base-patch16-224-in21k --data=folder:PATH \
       --output=probed
 
-The network sees every image once; its pooled features are kept in OUTPUT/features, and what is
-there is not computed again. On them are fitted
+The network sees every image once. Its pooled features are kept in OUTPUT/features and used again
+by later calls. Three heads are fitted on them:
 
-  knn    nearest neighbours by cosine similarity, weighted; k is chosen
-  ridge  linear regression in closed form; the regulariser is chosen
-  probe  softmax regression; learning rate and weight decay are chosen, five seeds each
+  knn    weighted nearest neighbours by cosine similarity; chooses k
+  ridge  linear regression in closed form; chooses the regulariser
+  probe  softmax regression, five seeds; chooses learning rate and weight decay
 
-A part of train is held out, stratified, and chooses; the test split is read once, with what was
-chosen. OUTPUT/results.json has all figures, OUTPUT/model the checkpoint with the better linear head
-in Hugging Face format, for vitcls.evaluate, vitcls.predict and vitcls.export.
+A stratified part of train is held out to choose these. The test split is used once, with the
+choices. OUTPUT/results.json has all figures. OUTPUT/model is the checkpoint with the better linear
+head, in Hugging Face format, for vitcls.evaluate, vitcls.predict and vitcls.export.
 """
 
 from pathlib import Path
@@ -24,30 +24,24 @@ from vitcls.errors import UserError
 from vitcls.files import make_folder
 from vitcls.folders import ownership
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir, Hugging Face folder or hub id; a head it may have is not used."
+_CHECKPOINT = cli.define_checkpoint("Its head, if there is one, is not used.")
+_DATA = cli.define_data()
+_TRAIN_SPLIT = cli.define_split(
+    "Split to fit on and to choose with", name="train_split", default="train"
 )
-_DATA = flags.DEFINE_string(
-    "data", None, "Data set: digits, tfds:NAME[/CONFIG][:VERSION] or folder:PATH, for example."
-)
-_TRAIN_SPLIT = flags.DEFINE_string("train_split", "train", "Split to fit on and to choose with.")
-_SPLIT = flags.DEFINE_string("split", "test", "Split to measure on; of tfds, also slices.")
-_DATA_DIR = flags.DEFINE(
-    cli.PATH,
-    "data_dir",
-    "",
-    "Where prepared data sets are kept; empty: tensorflow_datasets' default.",
-)
+_SPLIT = cli.define_split("Split to measure on")
+_DATA_DIR = cli.define_data_dir()
 _OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder for features, results and the new model.")
-_HOLDOUT = flags.DEFINE_float("holdout", 0.1, "Share of train that chooses, between 0 and 1.")
+_HOLDOUT = flags.DEFINE_float("holdout", 0.1, "Share of train that is held out, between 0 and 1.")
 _PER_CLASS = flags.DEFINE_integer(
-    "per_class", 0, "Examples of every class to fit on, after the hold-out; 0: all.", lower_bound=0
+    "per_class",
+    0,
+    "Examples of every class to fit on, of those not held out. 0: all.",
+    lower_bound=0,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Which examples are held out and taken.")
-_EPOCHS = flags.DEFINE_integer("epochs", 100, "Passes of the linear probe.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples held out and taken.")
+_EPOCHS = flags.DEFINE_integer("epochs", 100, "Epochs of the linear probe.", lower_bound=1)
+_BATCH_SIZE = cli.define_batch_size()
 
 
 def main() -> None:
@@ -56,23 +50,23 @@ def main() -> None:
     output = Path(output)
     if _TRAIN_SPLIT.value == _SPLIT.value:
         raise UserError(
-            f"--split={_SPLIT.value} is what is fitted on: name another split, or --train_split."
+            f"--split={_SPLIT.value} is also --train_split, which is fitted on: name two splits."
         )
     if (output / "model").exists() and not (output / "features").exists():
         raise UserError(
-            f"--output={output} has a model of something else, which would be replaced; name "
-            "another folder."
+            f"--output={output} has a model that vitcls.probe did not write and would replace; "
+            "name another folder."
         )
     ownership.check(
         "--output", output, ["results.json", "model"],
         is_own=lambda: ownership.has_keys(output / "results.json", "checkpoint", "methods"),
     )  # fmt: skip
-    # These import jax: only once the flags are known to be right.
+    # These import jax, so they follow the checks of the flags.
     from vitcls.data import sources
     from vitcls.data.sources import classes
     from vitcls.data.sources.split import num_shared
     from vitcls.probe import fitting
-    from vitcls.run import seen
+    from vitcls.provenance import seen
 
     cli.prepare_jax()
     (train, _), (test, known) = (

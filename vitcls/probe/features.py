@@ -1,4 +1,4 @@
-"""Pooled features of a split by any checkpoint, computed once and kept in a folder.
+"""Pooled features of a split by any checkpoint, computed once and cached in a folder.
 
 N examples, D features.
 """
@@ -24,13 +24,14 @@ from vitcls.data import cache, loader
 from vitcls.data.sources.split import Split
 from vitcls.files import written_aside
 from vitcls.logs import progress
+from vitcls.processes.devices import start_devices
 from vitcls.step import sharding
 
 log = logging.getLogger("vitcls")
 
 
 class Features(NamedTuple):
-    """What a network says of the examples of a split, in its order."""
+    """Features of the examples of a split, in its order."""
 
     features: np.ndarray  # float32 (N, D)
     labels: np.ndarray  # int32 (N,)
@@ -41,7 +42,7 @@ class Backbone:
     """A network without its head, on all devices."""
 
     model: nn.Module
-    variables: Any  # on every device of `mesh`
+    variables: Any
     processor: pretrained.Processor
     mesh: Mesh
 
@@ -49,9 +50,10 @@ class Backbone:
     def forward(self) -> jax.stages.Wrapped:
         """`(variables, uint8 (B, H, W, 3)) -> float32 (B, D)`, on every device.
 
-        Jitted once, so that a second split with the same size of batch compiles nothing.
+        Jitted once, so that a second split with the same batch size compiles nothing.
         """
-        model, processor = self.model, self.processor  # not self, which would keep the variables
+        # The closure must not hold `self`, which would keep the variables in memory.
+        model, processor = self.model, self.processor
         return jax.jit(
             lambda variables, images: model.apply(
                 variables, processor.normalise(images), train=False
@@ -61,7 +63,7 @@ class Backbone:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Stands for the network, its weights and how images are prepared for it."""
+        """Hash of the network, its weights and its preprocessing."""
         prepared = dataclasses.replace(self.processor, id2label={})
         digest = hashlib.sha256(f"{self.model} {prepared}".encode())
         for name, leaf in sorted(flatten_dict(self.variables, sep="/").items()):
@@ -71,27 +73,27 @@ class Backbone:
 
 
 def load_backbone(checkpoint: str | Path) -> Backbone:
-    """Loads what `pretrained.load` takes, with or without a head, without it.
+    """Loads a checkpoint, as `pretrained.load` takes it, without its head.
 
     Raises:
-      UserError: nothing there that can be read.
+      UserError: The checkpoint cannot be read.
     """
     model, variables, processor = pretrained.load(checkpoint, num_classes=0)
-    mesh = sharding.make_mesh(-1, 1)
+    mesh = sharding.make_mesh(-1, 1, devices=start_devices())
     return Backbone(model, jax.device_put(variables, sharding.replicated(mesh)), processor, mesh)
 
 
 def features_of(backbone: Backbone, split: Split, *, folder: Path, batch_size: int = 0) -> Features:
-    """The features of all examples, from `folder` if they are there, else computed and kept.
+    """Returns the features of all examples, read from `folder` or computed and written there.
 
     Args:
       backbone: The network.
       split: The examples.
-      folder: Where files of features are, each named after the network and the images.
-      batch_size: Images at a time over all devices; 0: chosen by their memory.
+      folder: Holds files of features, each named after a hash of the network and the images.
+      batch_size: See `inference.compile_step`.
 
     Raises:
-      UserError: an image cannot be decoded, or its features are not finite (`NotFinite`).
+      UserError: An image cannot be decoded, or its features are not finite (`NotFinite`).
     """
     images, _ = cache.sample(split)
     key = hashlib.sha256(f"{backbone.digest} {images}".encode()).hexdigest()
@@ -104,7 +106,7 @@ def features_of(backbone: Backbone, split: Split, *, folder: Path, batch_size: i
     except FileNotFoundError:
         pass
     except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        log.warning("%s is damaged (%s) and computed again.", path, error)
+        log.warning("%s is damaged (%s) and is computed again.", path, error)
     found = extract(backbone, split, batch_size=batch_size)
     inference.check_answers(found.features, split.id)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,7 @@ def extract(backbone: Backbone, split: Split, *, batch_size: int = 0) -> Feature
     features, labels = [], []
     for batch in progress.track(batches, f"Features of {split.name}"):
         images = sharding.to_global({"image": batch["image"]}, mesh)["image"]
-        is_used = batch["index"] >= 0  # all but what fills up the last batch
+        is_used = batch["index"] >= 0  # not the padding of the last batch
         features.append(np.asarray(step(backbone.variables, images))[is_used])
         labels.append(batch["targets"][is_used].argmax(axis=-1).astype(np.int32))
     found = Features(np.concatenate(features), np.concatenate(labels))
@@ -142,7 +144,7 @@ def extract(backbone: Backbone, split: Split, *, batch_size: int = 0) -> Feature
 def compile_forward(
     backbone: Backbone, *, num_images: int, batch_size: int = 0
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], int]:
-    """Compiles `backbone.forward` for one size of batch; see `inference.compile_step`."""
+    """Compiles `backbone.forward` for one batch size; see `inference.compile_step`."""
     return inference.compile_step(
         backbone.forward,
         backbone.variables,

@@ -1,4 +1,4 @@
-"""Cheap heads for any checkpoint: features once, hyper-parameters chosen on a held-out part.
+"""Cheap heads on a checkpoint's features, with hyper-parameters chosen on held-out examples.
 
 N examples, D features, K classes.
 """
@@ -24,34 +24,33 @@ from vitcls.files import write_json
 from vitcls.logs.progress import doing
 from vitcls.models.vit_config import HEADS
 from vitcls.pretrained.saving import config_to_json
-from vitcls.probe import features as features_lib
 from vitcls.probe import heads
-from vitcls.probe.features import Backbone, Features
-from vitcls.run import records
+from vitcls.probe.features import Backbone, Features, features_of, load_backbone
+from vitcls.provenance import manifest
 from vitcls.step import sharding
 
 log = logging.getLogger("vitcls")
 
 NUM_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
-# On standardised features. Of a sum over examples, so that few need less than many.
+# For standardised features. The loss is a sum over examples, so few examples need less than many.
 REGULARISERS = tuple(2.0**power for power in range(-10, 21, 2))
 LRS = tuple(base * 10.0**power for power in range(-4, 1) for base in (1, 3))
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
 NUM_SEEDS = 5
-BATCH_SIZE = 256  # images in a step of the linear probe, at most
-_SHARE = 0.5  # of the free memory, for the trials that are trained at a time
+BATCH_SIZE = 256  # largest batch of the linear probe
+_SHARE = 0.5  # share of the free memory for trials that are trained together
 
 
 class Result(NamedTuple):
-    """What one method chose, and how good that is.
+    """The choice of one method, with its accuracy.
 
     Attributes:
-      method: Its name.
-      chosen: The hyper-parameters, by name.
-      validation_accuracy: Mean over seeds, where there are any.
-      test_hits: Which test examples are right, bool (S, N), a row for each seed.
-      head: The linear head of raw features that is best on the held-out part, if it is linear.
-      test_accuracy_of_head: The head's own.
+      method: "knn", "ridge" or "probe".
+      chosen: Hyper-parameters by name.
+      validation_accuracy: The mean over seeds, if the method has seeds.
+      test_hits: Which test examples are right, bool (S, N), with one row per seed.
+      head: The linear head for raw features that is best on the held-out part; None for "knn".
+      test_accuracy_of_head: Test accuracy of `head`.
     """
 
     method: str
@@ -63,7 +62,7 @@ class Result(NamedTuple):
 
     @property
     def test_accuracies(self) -> list[float]:
-        """One for each seed."""
+        """One per seed."""
         return self.test_hits.mean(axis=1).tolist()
 
 
@@ -78,33 +77,31 @@ def probe(
 ) -> dict[str, Any]:
     """Fits all heads, chooses their hyper-parameters, and measures each choice once.
 
-    Writes `features/`, which a later call uses again, `results.json`, and the checkpoint with the
+    Writes `features/`, which later calls use again, `results.json`, and the checkpoint with the
     better of the two linear heads in `model/`.
 
     Args:
       checkpoint: As `pretrained.load` takes it.
       parts: "train", "validation" and "test", with the same classes.
       output: An existing folder, empty or of an earlier call.
-      num_epochs: Of the linear probe.
-      batch_size: Images at a time through the network over all devices; 0: chosen by their memory.
-      trained_on: Images of "test" that the checkpoint was trained on; None: it is not known.
+      num_epochs: Epochs of the linear probe.
+      batch_size: Images per step of the network, see `inference.compile_step`.
+      trained_on: Images of "test" that the checkpoint was trained on; None: unknown.
 
     Returns:
-      What `results.json` holds.
+      The content of `results.json`.
 
     Raises:
-      UserError: no such checkpoint, one whose format cannot hold a head, or an image that cannot be
+      UserError: The checkpoint is missing, its format cannot hold a head, or an image cannot be
         decoded.
     """
     class_names = parts["train"].class_names
-    backbone = features_lib.load_backbone(checkpoint)
+    backbone = load_backbone(checkpoint)
     config = dataclasses.replace(backbone.model.config, num_classes=len(class_names))
-    config_to_json(config)  # complains now, and not after all the work
+    config_to_json(config)  # a format that cannot hold a head is an error before all the work
     start = time.monotonic()
     found = {
-        name: features_lib.features_of(
-            backbone, split, folder=output / "features", batch_size=batch_size
-        )
+        name: features_of(backbone, split, folder=output / "features", batch_size=batch_size)
         for name, split in parts.items()
     }
     extracted = time.monotonic()
@@ -113,21 +110,21 @@ def probe(
     shutil.rmtree(output / "model", ignore_errors=True)  # of an earlier call
     content = {
         "checkpoint": checkpoint,
-        "splits": records.describe_splits(parts),
+        "splits": manifest.describe_splits(parts),
         "trained_on": trained_on,
         "feature_dim": found["train"].features.shape[1],
         "methods": {result.method: _summary(result) for result in results},
         "model": {"method": best.method, "test_accuracy": best.test_accuracy_of_head},
         "seconds": {"features": extracted - start, "heads": time.monotonic() - extracted},
     }
-    # First what says whose folder this is.
+    # results.json comes first: it marks the folder as made by this command.
     write_json(output / "results.json", content)
     save_with_head(output / "model", backbone, best.head, class_names)
     return content
 
 
 def fit_all(parts: dict[str, Features], *, num_classes: int, num_epochs: int) -> list[Result]:
-    """The results of all methods on "train", "validation" and "test"."""
+    """Returns the results of all methods on "train", "validation" and "test"."""
     scaling, scaled = standardise(parts)
     with doing("Looking for neighbours"):
         results = [neighbours(parts, num_classes=num_classes)]
@@ -136,13 +133,13 @@ def fit_all(parts: dict[str, Features], *, num_classes: int, num_epochs: int) ->
         with doing(f"Fitting {fit.__name__}"):
             result = fit(scaled, num_classes=num_classes, **options)
         head = scaling.fold(result.head)
-        accuracy = float(_hits(_in_a_row(head), parts["test"]).mean())
+        accuracy = float(_hits(_stacked(head), parts["test"]).mean())
         results.append(result._replace(head=head, test_accuracy_of_head=accuracy))
     return results
 
 
 def standardise(parts: dict[str, Features]) -> tuple[heads.Scaling, dict[str, Features]]:
-    """Scales all parts so that the features of "train" have mean 0 and deviation 1."""
+    """Scales all parts so that the features of "train" have mean 0 and standard deviation 1."""
     scaling = heads.scaling_of(parts["train"].features)
     return scaling, {
         name: part._replace(features=scaling(part.features)) for name, part in parts.items()
@@ -150,10 +147,10 @@ def standardise(parts: dict[str, Features]) -> tuple[heads.Scaling, dict[str, Fe
 
 
 def neighbours(parts: dict[str, Features], *, num_classes: int) -> Result:
-    """Nearest neighbours; the fewest of the best k are chosen."""
+    """Nearest neighbours; chooses the smallest of the best k."""
     train = parts["train"]
-    most = len(train.labels)
-    tried = tuple(k for k in NUM_NEIGHBOURS if k < most) or (most,)
+    max_k = len(train.labels)
+    tried = tuple(k for k in NUM_NEIGHBOURS if k < max_k) or (max_k,)
 
     def hits(name: str, num_neighbours: tuple[int, ...]) -> np.ndarray:  # (number of k, N)
         votes = heads.neighbour_votes(
@@ -169,21 +166,20 @@ def neighbours(parts: dict[str, Features], *, num_classes: int) -> Result:
 
 
 def ridge(parts: dict[str, Features], *, num_classes: int) -> Result:
-    """Ridge regression; the largest of the best regularisers is chosen."""
+    """Ridge regression; chooses the largest of the best regularisers."""
     found = heads.ridge(*parts["train"], regularisers=REGULARISERS[::-1], num_classes=num_classes)
     validation = _hits(found, parts["validation"]).mean(axis=1)
     best = int(validation.argmax())
     head = jax.tree.map(lambda leaf: leaf[best], found)
     chosen = {"regulariser": REGULARISERS[::-1][best]}
-    test = _hits(_in_a_row(head), parts["test"])
+    test = _hits(_stacked(head), parts["test"])
     return Result("ridge", chosen, float(validation[best]), test, head)
 
 
 def linear_probe(parts: dict[str, Features], *, num_classes: int, num_epochs: int) -> Result:
-    """Softmax regression with the pair of learning rate and weight decay that is best in the mean.
+    """Softmax regression; chooses the learning rate and weight decay with the best mean accuracy.
 
-    Means are over seeds; of equal accuracies the one with the lower loss. The head is the best
-    seed's.
+    The mean is over seeds, and ties go to the lower mean loss. The head is that of the best seed.
     """
     train, validation = parts["train"], parts["validation"]
     pairs = np.array(list(itertools.product(LRS, WEIGHT_DECAYS)), np.float32)
@@ -211,12 +207,12 @@ def linear_probe(parts: dict[str, Features], *, num_classes: int, num_epochs: in
 
 
 def _best(accuracy: np.ndarray, loss: np.ndarray) -> int:
-    """Index of the highest accuracy, of equal ones that of the lowest loss, then the first.
+    """Index of the highest accuracy; ties go to the lowest loss, then to the first.
 
-    A head that diverged, whose loss is not finite, is never the best.
+    A head that diverged, so that its loss is not finite, is never the best.
 
     Raises:
-      UserError: all diverged.
+      UserError: All heads diverged.
     """
     is_finite = np.isfinite(loss) & np.isfinite(accuracy)
     if not is_finite.any():
@@ -229,7 +225,7 @@ def _best(accuracy: np.ndarray, loss: np.ndarray) -> int:
 
 
 def _at_once(num_pairs: int, dim: int, num_classes: int) -> int:
-    """Pairs of hyper-parameters whose trials fit into the first device's memory together."""
+    """Number of hyper-parameter pairs whose trials fit into the first device's memory together."""
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     needed = NUM_SEEDS * heads.probe_bytes(dim, num_classes=num_classes, batch_size=BATCH_SIZE)
     fitting = max(_SHARE * footprint.available_bytes(mesh) // needed, 1)
@@ -238,12 +234,12 @@ def _at_once(num_pairs: int, dim: int, num_classes: int) -> int:
 
 
 def _hits(found: heads.Linear, part: Features) -> np.ndarray:
-    """Which examples several heads in a row get right, bool (S, N)."""
+    """Which examples each of S stacked heads gets right, bool (S, N)."""
     as_float32 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), found)
     return np.asarray(heads.hits(as_float32, *part))
 
 
-def _in_a_row(head: heads.Linear) -> heads.Linear:
+def _stacked(head: heads.Linear) -> heads.Linear:
     return jax.tree.map(lambda leaf: leaf[None], head)
 
 
@@ -262,10 +258,10 @@ def save_with_head(
     """Writes the backbone with a head as a folder in Hugging Face format.
 
     Args:
-      directory: New.
+      directory: A new folder.
       backbone: The network.
-      head: Of its features as they are.
-      class_names: K.
+      head: A head for its raw features.
+      class_names: The K names.
     """
     id2label = dict(enumerate(class_names))
     config = dataclasses.replace(backbone.model.config, num_classes=len(id2label))
@@ -283,7 +279,7 @@ def _head_params(head: heads.Linear, config: pretrained.Config) -> dict[str, Any
     kernel = head.kernel.T  # (D, K)
     if getattr(config, "pool", None) != "cls_dist":
         return {HEADS[0]: {"kernel": kernel, "bias": head.bias}}
-    # Two heads, each of its half of the features, whose mean are the logits.
+    # The logits are the mean of two heads, each on half of the features.
     return {
         name: {"kernel": 2 * half, "bias": head.bias}
         for name, half in zip(HEADS, np.split(kernel, 2), strict=True)
@@ -291,7 +287,7 @@ def _head_params(head: heads.Linear, config: pretrained.Config) -> dict[str, Any
 
 
 def table(content: dict[str, Any]) -> str:
-    """Returns the results as lines for people."""
+    """Returns the results as a text table."""
     lines = [f"{'method':8}{'chosen':36}{'validation':>12}{'test (seeds: lowest to highest)':>36}"]
     for method, found in content["methods"].items():
         chosen = ", ".join(

@@ -1,4 +1,4 @@
-"""Heads on features that are computed once: neighbours, ridge regression, softmax regression.
+"""Heads on precomputed features: nearest neighbours, ridge regression, softmax regression.
 
 N examples, M queries, D features, K classes, k neighbours, B batch, T hyper-parameters, S seeds.
 """
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-# Of the weights of neighbours: Wu et al. 2018 (arXiv:1805.01978), section 3.4.
+# Temperature of neighbours' weights: Wu et al. 2018 (arXiv:1805.01978), section 3.4.
 TEMPERATURE = 0.07
 MOMENTUM = 0.9  # of the probe's SGD
-_EPSILON = 1e-6  # standard deviation of a feature that does not vary
-_ROWS = 1 << 14  # examples that ridge regression has in float64 at a time
-_QUERIES = 128  # whose similarities to all examples are in memory at a time
+_EPSILON = 1e-6  # added to standard deviations, since a feature may not vary
+_NUM_ROWS = 1 << 14  # examples that ridge regression converts to float64 at a time
+_NUM_QUERIES = 128  # queries whose similarities to all examples are in memory at a time
 
 
 class Linear(NamedTuple):
@@ -27,7 +27,7 @@ class Linear(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """Makes every feature of mean 0 and deviation 1: `(features - mean) / std`."""
+    """Gives every feature mean 0 and standard deviation 1: `(features - mean) / std`."""
 
     mean: np.ndarray  # float32 (D,)
     std: np.ndarray  # float32 (D,)
@@ -36,14 +36,14 @@ class Scaling(NamedTuple):
         return (features - self.mean) / self.std
 
     def fold(self, head: Linear) -> Linear:
-        """The head of raw features that says what `head` says of scaled ones, float32."""
+        """Returns the float32 head for raw features with the logits of `head` for scaled ones."""
         kernel = np.asarray(head.kernel, np.float64) / self.std
         bias = np.asarray(head.bias, np.float64) - kernel @ self.mean.astype(np.float64)
         return Linear(kernel.astype(np.float32), bias.astype(np.float32))
 
 
 def scaling_of(features: np.ndarray) -> Scaling:
-    """The scaling that standardises `features` (N, D)."""
+    """Returns the scaling that standardises `features` (N, D)."""
     mean = features.mean(axis=0, dtype=np.float64)
     std = features.std(axis=0, dtype=np.float64) + _EPSILON
     return Scaling(mean.astype(np.float32), std.astype(np.float32))
@@ -60,18 +60,18 @@ def neighbour_votes(
 ) -> jax.Array:
     """Votes for the classes of queries by the examples with the largest cosine similarity.
 
-    A neighbour of similarity s has the weight exp(s / TEMPERATURE), as in Wu et al. 2018
-    (arXiv:1805.01978), section 3.4; here divided by that of s = 1.
+    A neighbour of similarity s has weight exp(s / TEMPERATURE), as in Wu et al. 2018
+    (arXiv:1805.01978), section 3.4; here divided by the weight of s = 1.
 
     Args:
-      features: float32 (N, D) of the examples.
-      labels: Integers (N,).
-      queries: float32 (M, D).
-      num_neighbours: Several k, each at most N.
+      features: Features of the examples, float32 (N, D).
+      labels: Their labels, integers (N,).
+      queries: Features of the queries, float32 (M, D).
+      num_neighbours: Values of k, each at most N.
       num_classes: K.
 
     Returns:
-      float32 (M, number of k, K).
+      Votes, float32 (M, len(num_neighbours), K).
     """
     bank = _normalised(features)
 
@@ -82,7 +82,7 @@ def neighbour_votes(
         zeros = jnp.zeros(num_classes)
         return jnp.stack([zeros.at[found[:k]].add(weights[:k]) for k in num_neighbours])
 
-    return jax.lax.map(votes, _normalised(queries), batch_size=_QUERIES)
+    return jax.lax.map(votes, _normalised(queries), batch_size=_NUM_QUERIES)
 
 
 def _normalised(x: jax.Array) -> jax.Array:
@@ -94,18 +94,19 @@ def ridge(
 ) -> Linear:
     """Least squares to targets of 1 for the class and -1 for the others, in closed form.
 
-    Minimises sum |W x + b - y|^2 + r |W|^2 for every regulariser r by one decomposition of the
-    smaller of the two Gram matrices, in float64. The bias is not regularised. Few-shot evaluation
-    as in Kolesnikov et al. 2020 (arXiv:1912.11370) and Dosovitskiy et al. 2021 (arXiv:2010.11929).
+    Minimises sum |W x + b - y|^2 + r |W|^2 for every regulariser r, with one decomposition of the
+    smaller of the two Gram matrices in float64. The bias is not regularised. This is the few-shot
+    evaluation of Kolesnikov et al. 2020 (arXiv:1912.11370) and Dosovitskiy et al. 2021
+    (arXiv:2010.11929).
 
     Args:
       features: float (N, D).
       labels: Integers (N,).
-      regularisers: Positive.
+      regularisers: Positive values of r.
       num_classes: K.
 
     Returns:
-      float64 heads, one for each regulariser.
+      Stacked float64 heads, one for each regulariser.
     """
     mean = features.mean(axis=0, dtype=np.float64)
     share = np.bincount(labels, minlength=num_classes) / len(labels)
@@ -122,13 +123,14 @@ def ridge(
         outer, inner = x.T @ vectors, vectors.T @ y
     else:
         gram, moments = np.zeros((dim, dim)), np.zeros((dim, num_classes))
-        for start in range(0, num, _ROWS):  # whole, it would be twice the features' size
-            x, y = centred(start, start + _ROWS)
+        # A float64 copy of all features would take twice their memory.
+        for start in range(0, num, _NUM_ROWS):
+            x, y = centred(start, start + _NUM_ROWS)
             gram += x.T @ x
             moments += x.T @ y
         values, outer = np.linalg.eigh(gram)
         inner = outer.T @ moments
-    values = np.maximum(values, 0)[:, None]  # rounding makes zeros negative
+    values = np.maximum(values, 0)[:, None]  # rounding can make zeros negative
     kernel = np.stack([(outer @ (inner / (values + r))).T for r in regularisers])
     return Linear(kernel, targets_mean - kernel @ mean)
 
@@ -146,23 +148,23 @@ def fit_probe(
 ) -> Linear:
     """Softmax regression by SGD with momentum and a cosine schedule, from a zero head.
 
-    Minimises the mean cross-entropy + weight_decay / 2 |W|^2; the bias does not decay. Epochs are
-    cut into the fewest equal batches of at most `batch_size`, and leave out what cannot be divided,
-    at random. The kernel is (K, D) and not its transpose: of many trials at once it is then one
-    tall matrix whose product needs nothing moved.
+    Minimises the mean cross-entropy + weight_decay / 2 |W|^2; the bias does not decay. An epoch is
+    divided into the fewest equal batches of at most `batch_size` examples. The remainder, sampled
+    anew each epoch, is left out. The kernel is (K, D): the kernels of many trials are then one
+    tall matrix, whose product needs no transposition.
 
     Args:
       features: float32 (N, D).
       labels: Integers (N,).
-      seed: Integer (): the order of the examples.
-      lr: Peak of the schedule, ().
+      seed: Seed of the order of the examples, integer ().
+      lr: Peak learning rate, ().
       weight_decay: ().
       num_classes: K.
       num_epochs: Passes over the examples.
-      batch_size: B at most.
+      batch_size: Largest B.
 
     Returns:
-      One head, float32.
+      One float32 head.
     """
     num = len(features)
     num_batches = -(-num // batch_size)
@@ -207,22 +209,21 @@ def fit_probes(
 ) -> Linear:
     """`fit_probe` for every seed and every pair of hyper-parameters, in one program.
 
-    Trials of one seed see the same batches: the products of all of them are one.
+    Trials of one seed see the same batches, so their matrix products are computed as one.
 
     Args:
       features: float32 (N, D).
       labels: Integers (N,).
       seeds: Integers (S,).
       lrs: (T,).
-      weight_decays: (T,), one for each of `lrs`.
+      weight_decays: (T,), paired with `lrs`.
       num_classes: K.
       num_epochs: See `fit_probe`.
       batch_size: See `fit_probe`.
-      at_once: Pairs of hyper-parameters that are trained at a time, with all seeds; see
-        `probe_bytes`.
+      at_once: Pairs that are trained together, each with all seeds; see `probe_bytes`.
 
     Returns:
-      Heads, float32, stacked (S, T).
+      float32 heads, stacked (S, T).
     """
     fit = functools.partial(
         fit_probe, num_classes=num_classes, num_epochs=num_epochs, batch_size=batch_size
@@ -239,7 +240,7 @@ def fit_probes(
 
 
 def probe_bytes(dim: int, *, num_classes: int, batch_size: int) -> int:
-    """Memory that one trial of `fit_probes` takes: head, momentum, gradient, new ones; logits."""
+    """Memory of one trial of `fit_probes`: head, momentum, gradient, their updates, and logits."""
     return 4 * num_classes * (5 * dim + 4 * batch_size)
 
 
@@ -248,7 +249,7 @@ def score(heads: Linear, features: jax.Array, labels: jax.Array) -> tuple[jax.Ar
     """Accuracy and mean cross-entropy of each head on all examples, float32 (...,).
 
     Args:
-      heads: Stacked or one.
+      heads: One head, or stacked heads.
       features: float32 (N, D).
       labels: Integers (N,).
     """
@@ -265,12 +266,12 @@ def score(heads: Linear, features: jax.Array, labels: jax.Array) -> tuple[jax.Ar
 
 @jax.jit
 def hits(heads: Linear, features: jax.Array, labels: jax.Array) -> jax.Array:
-    """Which examples each of several heads in a row, (S, ...), gets right, bool (S, N)."""
+    """Which examples each of S stacked heads gets right, bool (S, N)."""
     return jax.lax.map(lambda head: _is_right(_logits(head, features), labels), heads)
 
 
 def _is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    # A row with nan is no answer: its argmax would be the place of the nan.
+    # The argmax of a row with nan is the position of the nan, which is not an answer.
     return (logits.argmax(axis=-1) == labels) & ~jnp.isnan(logits).any(axis=-1)
 
 

@@ -28,8 +28,8 @@ from jax._src.distributed import global_state  # the store has no public interfa
 from jax.sharding import Mesh
 
 from vitcls.errors import STALLED, Unavailable, UserError
+from vitcls.processes.devices import settings
 from vitcls.step import sharding
-from vitcls.step.devices import settings
 
 log = logging.getLogger("vitcls")
 

@@ -19,7 +19,7 @@ log = logging.getLogger("vitcls")
 
 
 def open_model(
-    config: ConfigDict, class_names: tuple[str, ...], *, begun: Path | None = None
+    config: ConfigDict, class_names: tuple[str, ...], *, own: Path | None = None
 ) -> tuple[pretrained.Files | None, pretrained.Config, pretrained.Processor]:
     """Returns the checkpoint's files (None without one), the network's config and the processor.
 
@@ -28,15 +28,15 @@ def open_model(
     Args:
       config: The run's.
       class_names: The data's.
-      begun: The workdir of a run that goes on, which has both already: the pretrained checkpoint
-        is not needed any more.
+      own: Folder with the config and the processor of a run that is continued. The pretrained
+        checkpoint is not read again.
     """
-    if begun is not None:
+    if own is not None:
         try:
-            return None, *pretrained.read_json(begun / "model", tensors=None)
+            return None, *pretrained.read_json(own, tensors=None)
         except UserError as error:
             raise UserError(
-                f"{error} It is of a run that has checkpoints: put it back, or use another "
+                f"{error} It belongs to a run that has checkpoints: put it back, or use another "
                 "--workdir."
             ) from error
     image_size = config.data.image_size
@@ -50,9 +50,11 @@ def open_model(
         files = pretrained.find(config.model.pretrained, allow_pickle=config.model.allow_pickle)
         model_config, processor = pretrained.read_config(files, new_head=config.model.head == "new")
         if config.model.head == "keep":
-            _check_kept_head(model_config, processor, class_names)
-            class_names = tuple(processor.id2label.values())
+            kept, num_classes = processor.class_names, model_config.num_classes
+            classes.check_kept(kept, class_names, num_classes=num_classes)
+            class_names = kept
         model_config = dataclasses.replace(model_config, num_classes=len(class_names))
+        # Without a size of its own the run has that of the checkpoint, whose positions then fit.
         if image_size:
             model_config = model_config.resized(image_size)
         processor = processor.resized(model_config.image_size)
@@ -80,34 +82,12 @@ def open_model(
 
 
 def _arch_config(arch: str, *, num_classes: int, image_size: tuple[int, int]) -> pretrained.Config:
-    """The config of a network by its name, in whichever family it is."""
+    """Returns the config of a network by its name."""
     if arch in resnet.SIZES:
         return resnet.resnet_config(arch, num_classes=num_classes, image_size=image_size)
     if vit_config.NAME.fullmatch(arch):
         return vit_config.vit_config(arch, num_classes=num_classes, image_size=image_size)
     raise unknown("architecture model.arch", arch, [*vit_config.EXAMPLES, *resnet.SIZES])
-
-
-def _check_kept_head(
-    model_config: pretrained.Config, processor: pretrained.Processor, class_names: tuple[str, ...]
-) -> None:
-    kept = tuple(processor.id2label.values())
-    if model_config.num_classes != len(class_names):
-        raise UserError(
-            f"model.head='keep' keeps {model_config.num_classes} classes, but the data has "
-            f"{len(class_names)}; use model.head='new'."
-        )
-    if moved := classes.find_moved(class_names, kept):
-        raise UserError(
-            "model.head='keep': the checkpoint has the data's classes in another order, such as "
-            f"{moved[0]!r}: {kept[:5]} ... there, {class_names[:5]} ... in the data. Use "
-            "model.head='new'."
-        )
-    if kept != class_names:
-        log.warning(
-            "model.head='keep': class names differ (%s ... kept, %s ... in the data); classes are "
-            "matched by position.", kept[:3], class_names[:3],
-        )  # fmt: skip
 
 
 def train_transform(config: ConfigDict, processor: pretrained.Processor) -> Callable:

@@ -1,11 +1,11 @@
-"""In how many passes a step takes its batch."""
+"""Divides the batch of a step into passes."""
 
 from ml_collections import ConfigDict
 
 from vitcls.errors import UserError
 
 
-def _group_size(config: ConfigDict) -> int:
+def group_size(config: ConfigDict) -> int:
     """Neighbours that a pass keeps together: pairs are mixed."""
     return 2 if config.augment.mixup or config.augment.cutmix else 1
 
@@ -13,7 +13,7 @@ def _group_size(config: ConfigDict) -> int:
 def pass_sizes(config: ConfigDict, num_devices: int) -> list[int]:
     """Returns the sizes of passes, on each device, that divide a step's batch; largest first."""
     num_rows = config.train.global_batch_size // num_devices
-    return _divisors(num_rows, _group_size(config))[::-1]
+    return _divisors(num_rows, group_size(config))[::-1]
 
 
 def _divisors(num_rows: int, group_size: int) -> list[int]:
@@ -21,8 +21,17 @@ def _divisors(num_rows: int, group_size: int) -> list[int]:
     return [size for size in sizes if num_rows % size == 0]
 
 
-def _pass_size(num_rows: int, micro_batch: int | None, *, group_size: int = 1) -> int:
-    """The most images, `micro_batch` at most, that a device's rows can be divided by, in groups."""
+def pass_size(num_rows: int, micro_batch: int | None, *, group_size: int = 1) -> int:
+    """Returns how many of a device's rows are one pass.
+
+    Args:
+      num_rows: Images that the device has of a batch.
+      micro_batch: Limit on the size of a pass; None: one pass takes all rows.
+      group_size: Neighbours that a pass keeps together.
+
+    Raises:
+      UserError: the rows cannot be divided so, or only into much smaller passes.
+    """
     if num_rows % group_size or (micro_batch is not None and micro_batch < group_size):
         raise UserError(
             f"augment.mixup and augment.cutmix mix pairs, which {num_rows} images on each device "

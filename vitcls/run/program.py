@@ -1,12 +1,12 @@
-"""What a run computes on the devices: its state and its two steps, made from the config."""
+"""The program of a run: its state and its two steps on the devices, made from the config."""
 
 import dataclasses
 import functools
-import logging
 import re
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,17 +16,15 @@ from ml_collections import ConfigDict
 
 from vitcls import pretrained
 from vitcls.augment import prepare as augment
-from vitcls.costs import footprint
 from vitcls.errors import UserError
 from vitcls.models.attention import check_cudnn
-from vitcls.run.passes import _group_size, _pass_size, pass_sizes
-from vitcls.run.teacher import Teacher
+from vitcls.pretrained.teacher import Teacher
+from vitcls.run.passes import group_size, pass_size
 from vitcls.step import adapt, losses, optim, sharding
 from vitcls.step import train_step as steps
 from vitcls.step.eval_step import make_eval_step, over_mirror_images
 
 PyTree = Any
-log = logging.getLogger("vitcls")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +32,23 @@ class Program:
     """Functions and shapes; nothing is compiled or placed before it is called.
 
     Attributes:
+      config: What it was made from.
       mesh: The devices.
       state_shapes: A `TrainState` of `jax.ShapeDtypeStruct`.
       state_shardings: A `TrainState` of `jax.sharding.NamedSharding`.
       train_step: Jitted `(state, batch) -> (state, metrics)`; the state's memory is reused.
       eval_step: Jitted `(variables, batch) -> (sums, predictions)`.
-      prepare: `(step, batch) -> (images, targets, weights)`, what the network and the loss are
-        given in the training step that comes after `step` others and takes one pass.
+      prepare: `(step, batch) -> (images, targets, weights)`, the inputs of network and loss in the
+        training step that follows `step` others and takes one pass.
       num_passes: Parts of the batch that a training step takes one after the other.
       pass_size: Images of one part, on each device.
       row: Shapes and dtypes of one image's part of a batch, as the loader makes it.
       init: Returns random variables.
       init_state: Makes a `TrainState`, without a teacher, of variables.
-      teacher: The teacher's variables, on the host, or None.
+      teacher: Network to distil from, or None.
     """
 
+    config: ConfigDict
     mesh: Mesh
     state_shapes: steps.TrainState
     state_shardings: steps.TrainState
@@ -60,7 +60,12 @@ class Program:
     row: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[], PyTree]
     init_state: Callable[[PyTree], steps.TrainState]
-    teacher: PyTree | None
+    teacher: Teacher | None
+
+    @property
+    def teacher_sha256(self) -> str | None:
+        """Hash of the teacher's weights; None: no distillation."""
+        return None if self.teacher is None else self.teacher.sha256
 
     def passes_line(self) -> str:
         """Returns how a step takes its batch, for the log."""
@@ -74,15 +79,19 @@ class Program:
             lambda leaf: leaf.update(shape=(num_images, *leaf.shape), sharding=split), self.row
         )
 
+    def placed_state(self) -> steps.TrainState:
+        """Returns a `TrainState` of shapes with their shardings."""
+        return sharding.placed(self.state_shapes, self.state_shardings)
+
     def lower(self) -> jax.stages.Lowered:
-        """Returns the training step as it is called, which compiling it once serves, too."""
+        """Returns the training step for the shapes and places with which it is called."""
         batch = self.batch_shapes(self.num_passes * self.pass_size * self.mesh.size)
-        return self.train_step.lower(_placed(self.state_shapes, self.state_shardings), batch)
+        return self.train_step.lower(self.placed_state(), batch)
 
     def lower_eval(self, num_images: int) -> jax.stages.Lowered:
         """Returns the evaluation step for batches of so many images."""
         shapes = jax.eval_shape(steps.TrainState.eval_variables, self.state_shapes)
-        placed = _placed(shapes, sharding.state_shardings(shapes, self.mesh))
+        placed = sharding.placed(shapes, sharding.state_shardings(shapes, self.mesh))
         return self.eval_step.lower(placed, self.batch_shapes(num_images))
 
     def first_state(self, variables: PyTree | None) -> steps.TrainState:
@@ -102,7 +111,10 @@ class Program:
 
     def with_teacher(self, state: steps.TrainState) -> steps.TrainState:
         """Returns the state with the teacher's variables, if there are any, on the devices."""
-        return state.replace(teacher=sharding.put(self.teacher, self.state_shardings.teacher))
+        if self.teacher is None:
+            return state
+        placed = sharding.put(self.teacher.variables, self.state_shardings.teacher)
+        return state.replace(teacher=placed)
 
 
 def make_program(
@@ -117,105 +129,25 @@ def make_program(
 ) -> Program:
     """Returns what `config`, with every derived field filled in, trains and evaluates.
 
-    With `train.micro_batch=0` the step is compiled, for smaller passes until its memory suffices.
-
     Args:
-      config: The run's, as `run.resolve` returns it.
+      config: The run's, as `run.resolve` returns it, with passes chosen (`run.fitting`).
       model_config: The network's.
       processor: How its images are normalised.
       mesh: The devices.
       class_names: The data's.
       class_counts: Training images of each class, int (K,).
-      teacher: Whose logits the loss draws to.
+      teacher: Network to distil from; None: no distillation.
 
     Raises:
       UserError: a pattern matches no parameter, an option means nothing to this network, the batch
-        cannot be divided into passes of about the size that is asked for, or no size fits.
+        cannot be divided into passes of about the size that is asked for.
     """
-    make = functools.partial(
-        _make_program, model_config=model_config, processor=processor, mesh=mesh,
-        class_names=class_names, class_counts=class_counts, teacher=teacher,
-    )  # fmt: skip
-    return _with_fitting_passes(config, make) if config.train.micro_batch == 0 else make(config)
-
-
-def _with_fitting_passes(config: ConfigDict, make: Callable[[ConfigDict], Program]) -> Program:
-    """Returns the program whose passes are the largest that fit into the devices' memory."""
-    whole = make(with_fields(config, {"train.micro_batch": None}))
-    check_passes_are_free(config, whole)
-    available = footprint.usable_bytes(whole.mesh)
-    programs = {whole.pass_size: whole}
-
-    def needed(size: int) -> float:
-        if size not in programs:
-            programs[size] = make(with_fields(config, {"train.micro_batch": size}))
-        return footprint.bytes_needed(programs[size])
-
-    size = footprint.largest_fitting(
-        pass_sizes(config, whole.mesh.size),
-        needed,
-        fixed=footprint.state_bytes(whole),
-        available=available,
-    )
-    if size is None:
-        raise UserError(
-            f"train.micro_batch=0: not even the smallest pass fits into the {available / 1e9:.2f} "
-            "GB that each device has free. Set mesh.fsdp, model.remat or a smaller "
-            "data.image_size; `python -m vitcls.plan` finds what fits."
-        )
-    log.info("train.micro_batch=0: %d images of %d in a pass.", size, whole.pass_size)
-    return programs[size]
-
-
-def with_fields(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
-    """Returns a copy with other values of some `group.field`."""
-    config = ConfigDict(config.to_dict())
-    config.update_from_flattened_dict(values)
-    return config
-
-
-def trains_statistics(config: ConfigDict, program: Program) -> bool:
-    """Whether the size of a pass changes the result: BatchNorm normalises each by itself."""
-    return config.model.batch_norm == "train" and bool(program.state_shapes.batch_stats)
-
-
-def check_passes_are_free(config: ConfigDict, program: Program) -> None:
-    """Raises `UserError` where `train.micro_batch=0` would change the result."""
-    if trains_statistics(config, program):
-        raise UserError(
-            "train.micro_batch=0 makes passes as large as the devices' memory allows, but "
-            "BatchNorm normalises each pass by itself: the result would depend on the devices. Set "
-            "train.micro_batch to a number, or model.batch_norm='frozen'."
-        )
-
-
-def _make_program(
-    config: ConfigDict,
-    *,
-    model_config: pretrained.Config,
-    processor: pretrained.Processor,
-    mesh: Mesh,
-    class_names: tuple[str, ...],
-    class_counts: np.ndarray,
-    teacher: Teacher | None,
-) -> Program:
-    """Does what `make_program` says."""
-    model = pretrained.make_model(
-        model_config,
-        dtype=jnp.dtype(config.model.dtype),
-        dropout_rate=config.model.dropout,
-        drop_path_rate=config.model.drop_path,
-        patch_dropout_rate=config.model.patch_dropout,
-        train_batch_norm=config.model.batch_norm == "train",
-        attention=config.model.attention,
-        remat=config.model.remat,
-    )
-    if config.model.attention == "cudnn":
-        check_cudnn(mesh.devices.flat[0], config.model.dtype)
+    model = _make_network(config, model_config, mesh)
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     init = functools.partial(
         model.init, init_key, jnp.zeros((1, *config.data.image_size, 3)), train=False
     )
+    # Only shapes are computed: mistakes show, and memory is counted, before anything is placed.
     variable_shapes = jax.eval_shape(init)
     split = functools.partial(_split, config, jax.random.fold_in(init_key, 1))
     trained, frozen = jax.eval_shape(split, variable_shapes["params"])
@@ -227,12 +159,12 @@ def _make_program(
     if teacher is not None:
         state_shapes = state_shapes.replace(teacher=jax.eval_shape(lambda: teacher.variables))
     state_shardings = sharding.state_shardings(state_shapes, mesh)
-    num_rows = config.train.global_batch_size // mesh.size
-    group_size = _group_size(config)
-    pass_size = _pass_size(num_rows, config.train.micro_batch, group_size=group_size)
+    num_rows, group = config.train.global_batch_size // mesh.size, group_size(config)
+    size = pass_size(num_rows, config.train.micro_batch, group_size=group)
     prepare = augment.make_prepare(
         processor.normalise, label_smoothing=config.loss.label_smoothing, **config.augment
     )
+    # Augmentation needs no neighbour but that of a pair, so no row leaves its device.
     prepare = sharding.on_each_device(prepare, mesh)
 
     @jax.jit
@@ -247,20 +179,22 @@ def _make_program(
         key=step_key,
         schedule=schedule,
         ema_decay=config.optim.ema_decay,
-        num_passes=num_rows // pass_size,
-        group_size=group_size,
+        num_passes=num_rows // size,
+        group_size=group,
         probe_steps=config.adapt.probe_steps,
     )
     eval_apply = over_mirror_images(model.apply) if config.eval.tta == "flip" else model.apply
     everywhere = sharding.replicated(mesh)
-    # What the flag --xla_gpu_deterministic_ops does, for these programs; elsewhere it does nothing.
+    # The flag --xla_gpu_deterministic_ops would do this for all programs. Other devices ignore it.
     options = {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None
     return Program(
+        config=config,
         mesh=mesh,
         state_shapes=state_shapes,
         state_shardings=state_shardings,
         train_step=jax.jit(
             train_step,
+            # The new state takes the memory of the old one.
             donate_argnums=0,
             out_shardings=(state_shardings, everywhere),
             compiler_options=options,
@@ -271,8 +205,8 @@ def _make_program(
             compiler_options=options,
         ),
         prepare=prepare_step,
-        num_passes=num_rows // pass_size,
-        pass_size=pass_size,
+        num_passes=num_rows // size,
+        pass_size=size,
         row={
             "image": jax.ShapeDtypeStruct((*config.data.image_size, 3), np.uint8),
             "targets": jax.ShapeDtypeStruct((len(class_names),), np.float32),
@@ -281,8 +215,24 @@ def _make_program(
         },
         init=init,
         init_state=init_state,
-        teacher=teacher and teacher.variables,
+        teacher=teacher,
     )
+
+
+def _make_network(config: ConfigDict, model_config: pretrained.Config, mesh: Mesh) -> nn.Module:
+    network = pretrained.make_model(
+        model_config,
+        dtype=jnp.dtype(config.model.dtype),
+        dropout_rate=config.model.dropout,
+        drop_path_rate=config.model.drop_path,
+        patch_dropout_rate=config.model.patch_dropout,
+        train_batch_norm=config.model.batch_norm == "train",
+        attention=config.model.attention,
+        remat=config.model.remat,
+    )
+    if config.model.attention == "cudnn":
+        check_cudnn(mesh.devices.flat[0], config.model.dtype)
+    return network
 
 
 def _make_loss_fn(
@@ -292,7 +242,7 @@ def _make_loss_fn(
     class_names: tuple[str, ...],
     class_counts: np.ndarray,
 ) -> Callable[..., Any]:
-    """Returns the loss of a pass, of the network's function and, if there is one, the teacher."""
+    """Returns the loss of a pass, with or without a teacher."""
     fields, distil = config.loss, None
     if teacher is not None:
         distil = steps.make_distil(
@@ -313,7 +263,7 @@ def _make_loss_fn(
 
 
 def _split(config: ConfigDict, key: jax.Array, params: PyTree) -> tuple[PyTree, PyTree]:
-    """Divides the network's parameters into (trained, frozen); `key` draws LoRA's."""
+    """Divides the network's parameters into (trained, frozen); `key` samples LoRA's."""
     fields = config.adapt
     train = fields.train or ("head" if fields.lora_rank else "all")
     trained, frozen = adapt.split(params, fields.freeze, train=train)
@@ -332,7 +282,7 @@ def _split(config: ConfigDict, key: jax.Array, params: PyTree) -> tuple[PyTree, 
 def _make_optimizer(
     config: ConfigDict, trained: PyTree, frozen: PyTree
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer and its learning rate by step, of parameters of these shapes."""
+    """Returns the optimizer for parameters of these shapes, and its learning rate by step."""
     fields, probe_steps = config.optim, config.adapt.probe_steps
     probe_schedule, schedule = _make_schedules(config)
     alpha = config.adapt.l2_sp
@@ -357,7 +307,7 @@ def _make_optimizer(
         return make(schedule), schedule
     if not any(re.fullmatch(adapt.HEAD, name) for name in adapt.names(trained)):
         raise UserError(
-            f"adapt.probe_steps={probe_steps} train the head alone, which adapt.freeze="
+            f"adapt.probe_steps={probe_steps} trains the head alone, which adapt.freeze="
             f"{config.adapt.freeze!r} keeps as it is; change one of the two."
         )
     tx = optim.probe_first(make(probe_schedule), make(schedule), num_steps=probe_steps)
@@ -385,5 +335,8 @@ def _make_schedules(config: ConfigDict) -> tuple[optax.Schedule, optax.Schedule]
     )
 
 
-def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
+def with_fields(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+    """Returns a copy with other values of some `group.field`."""
+    config = ConfigDict(config.to_dict())
+    config.update_from_flattened_dict(values)
+    return config

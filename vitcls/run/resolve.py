@@ -1,19 +1,17 @@
-"""Fields that follow from data, checkpoint and devices."""
+"""Computes the fields that follow from data, checkpoint and devices."""
 
 import math
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vitcls.config.checks import check_num_steps, cycle_lengths
 from vitcls.config.parse import read_class_weights
-from vitcls.config.saved import read_saved_config
 from vitcls.errors import UserError
 
-# Below so many training images BiT-HyperRule trains for 500 steps.
+# BiT-HyperRule trains for 500 steps if there are fewer training images.
 _SMALL_DATA = 20_000
 
-# Between evaluations where eval.every_steps leaves it open.
+# Shortest interval of evaluations if eval.every_steps is unset.
 _MIN_EVERY_STEPS = 50
 
 
@@ -23,15 +21,14 @@ def resolve(
     num_train: int,
     image_size: tuple[int, int],
     num_devices: int,
-    begun: Path | None = None,
+    saved: ConfigDict | None = None,
 ) -> ConfigDict:
-    """Returns a copy with what follows from data, checkpoint and devices filled in.
+    """Returns a copy with the fields filled in that follow from data, checkpoint and devices.
 
-    What the config leaves open was chosen when a run began: `begun`, the workdir of a run that is
-    continued, has it.
+    A run makes the choices that its config leaves open when it begins. `saved` is the config of a
+    run that is continued, which has these choices.
     """
     config = ConfigDict(config.to_dict())
-    saved = read_saved_config(begun / "config.json") if begun is not None else None
     if saved is not None and config.train.micro_batch == 0:
         config.train.micro_batch = saved.train.micro_batch or 0
     batch_size = config.train.global_batch_size
@@ -52,6 +49,7 @@ def resolve(
         planned = max(config.train.total_steps // 10, _MIN_EVERY_STEPS)
         planned = planned if saved is None else saved.eval.every_steps
         config.eval.every_steps = planned if config.eval.select_split else 0
+    # Epochs and open fields have become steps only now, so their sum is checked again.
     check_num_steps(config)
     if config.optim.lr_batch_size:
         factor = batch_size / config.optim.lr_batch_size
@@ -60,17 +58,18 @@ def resolve(
             config.adapt.probe_lr *= factor
     eval_batch_size = config.eval.batch_size or batch_size
     config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
+    # The file with the weights may change later, so the config keeps its content.
     config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)
     return config
 
 
 def planned_warmup(num_steps: int, *, num_train: int) -> int:
-    """Returns the warm-up of so many steps where `optim.warmup_steps` leaves it open.
+    """Returns the steps of warm-up if `optim.warmup_steps` is unset.
 
-    The numbers are those of BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3),
-    100 of 500 steps for small data and 500 of 10 000 or more for others, with the shares that
-    google-research/vision_transformer's README has for shorter training: 50 of 500, 100 of 1000.
+    BiT-HyperRule (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3) warms up for 100 of 500
+    steps with small data, and for 500 of 10 000 or more steps otherwise. The README of
+    google-research/vision_transformer has the shares for shorter training: 50 of 500, 100 of 1000.
     """
     if num_train < _SMALL_DATA:
         return min(num_steps // 5, 100)

@@ -2,45 +2,30 @@
 
 import functools
 import logging
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vitcls.config.parse import parse_fold
-from vitcls.config.saved import read_saved_config
 from vitcls.data import sources
 from vitcls.data.cache import cached
 from vitcls.data.sources import classes
 from vitcls.data.sources.division import DIVISIONS
-from vitcls.data.sources.split import check_no_class_is_empty, num_shared
+from vitcls.data.sources.overlap import check_apart
+from vitcls.data.sources.split import check_no_class_is_empty
 from vitcls.errors import UserError
 
 log = logging.getLogger("vitcls")
 
 
-def keep_division(config: ConfigDict, begun: Path | None) -> ConfigDict:
-    """Returns a copy whose data.division is not empty: that of the run begun, if there is one."""
-    config = ConfigDict(config.to_dict())
-    if begun is not None and not config.data.division:
-        config.data.division = read_saved_config(begun / "config.json").data.division
-        if config.data.division == "position":
-            log.info(
-                "This run began before images were chosen by a hash of their ids, and keeps its "
-                "data.division='position': the same images are held out, sampled and tested on."
-            )
-    config.data.division = config.data.division or DIVISIONS[0]
-    return config
-
-
 def open_splits(
-    config: ConfigDict, *, begun: bool = False
+    config: ConfigDict, *, is_continued: bool = False
 ) -> tuple[sources.Split, dict[str, sources.Split]]:
-    """Returns the split to train on, and by name those that are evaluated.
+    """Returns the split to train on, and the splits that are evaluated by name.
 
     Args:
       config: The run's.
-      begun: Whether it began already. Then it may have what is refused in a new one: classes
-        without training images, and images that are trained on and evaluated; this is warned of.
+      is_continued: Whether the run began already. A warning then replaces the error about classes
+        without training images, and about images that are both trained on and evaluated.
     """
     data = config.data
     chosen = dict(seed=config.train.seed, division=data.division or DIVISIONS[0])
@@ -53,8 +38,10 @@ def open_splits(
     keep = functools.partial(cached, where=data.cache)
     train, evaluated = open_split(data.train_split), {}
     is_thinned = data.per_class or data.long_tail
-    if not is_thinned:  # whole, and so the same on disk for runs with other seeds
+    # The whole split is the same for all seeds, so that runs share its cache on disk.
+    if not is_thinned:
         train = keep(train)
+    # The hold-out is taken before classes are thinned, so that it is the same for all sizes.
     if "holdout" in (config.eval.select_split, *data.eval_splits):
         if data.fold:
             train, evaluated["holdout"] = sources.take_fold(train, *parse_fold(data.fold), **chosen)
@@ -73,67 +60,17 @@ def open_splits(
     evaluated = {name: classes.align(train, split) for name, split in evaluated.items()}
     try:
         check_no_class_is_empty(train)
-        _check_apart(config, train, evaluated)
+        check_apart(
+            train, evaluated, train_name=data.train_split,
+            select=config.eval.select_split, measured=data.eval_splits,
+        )  # fmt: skip
     except UserError as error:
-        if not begun:
+        if not is_continued:
             raise
         log.warning("%s (The run began so, and continues.)", error)
     if config.eval.select_metric == "top5_accuracy" and len(train.class_names) <= 5:
         raise UserError(
-            f"eval.select_metric='top5_accuracy' says nothing with {len(train.class_names)} "
+            f"eval.select_metric='top5_accuracy' is always 1 with {len(train.class_names)} "
             "classes; use 'accuracy'."
         )
     return train, evaluated
-
-
-def _check_apart(
-    config: ConfigDict, train: sources.Split, evaluated: dict[str, sources.Split]
-) -> None:
-    """Refuses images that both fit and choose, fit and measure, or choose and measure."""
-    select, eval_splits = config.eval.select_split, config.data.eval_splits
-    for name, split in evaluated.items():
-        if shared := num_shared(split, train):
-            field, does = "data.eval_splits", "measure it"
-            if name == select:
-                field, does = "eval.select_split", "choose its checkpoint"
-            raise UserError(
-                f"{name!r} of {field} shares {shared} of its {len(split)} images with "
-                f"data.train_split={config.data.train_split!r}: images that a network is trained "
-                f"on cannot {does}. Name a split of other images, such as 'holdout', or a "
-                "data.train_split without them."
-            )
-    for name in eval_splits if select else ():
-        if num_shared(evaluated[name], evaluated[select]):
-            raise UserError(
-                f"eval.select_split={select!r} shares images with {name!r} of data.eval_splits: "
-                "images that choose the checkpoint cannot measure it. Select on 'holdout'."
-            )
-
-
-def warn_of_changed_splits(
-    known: dict[str, str], splits: dict[str, sources.Split], *, select: str
-) -> None:
-    """Warns of every evaluated split that is not what it was.
-
-    Args:
-      known: The fingerprints of then by the splits' names.
-      splits: By name, what is evaluated now.
-      select: Name of the one that chooses the checkpoint.
-    """
-    for name, split in splits.items():
-        if known.get(name, split.fingerprint) != split.fingerprint:
-            log.warning(
-                "Split %r has changed since it was last evaluated or described here: files or "
-                "labels are not what they were, and it now has %d images. Earlier figures of it "
-                "are not comparable%s.", name, len(split),
-                ", and earlier checkpoints were scored on other images" if name == select else "",
-            )  # fmt: skip
-
-
-def check_same_data(fingerprint: str, split: sources.Split) -> None:
-    """Raises `UserError` when the split is not the one with this fingerprint."""
-    if fingerprint != split.fingerprint:
-        raise UserError(
-            f"The training data ({split.name}, {len(split)} images) is not what this run began "
-            "with: files or labels changed. Use another --workdir, or restore the data."
-        )

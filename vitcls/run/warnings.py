@@ -1,65 +1,35 @@
-"""What leads to a bad result, or to another than was planned."""
+"""Warns of the known ways to a bad result."""
 
-import json
+import logging
 import math
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
 from vitcls.config.checks import cycle_lengths
-from vitcls.config.saved import read_saved_config
 from vitcls.models import vit_config
-from vitcls.run.program import learning_rate, with_fields
+from vitcls.run.opened import Run
 
-# What `traps` warns of: fewer images that select, and of Adam on all of a ViT of this width or
-# more, a higher rate.
-_FEW_IMAGES, _SMALL_WIDTH, _MOST_LR = 100, 192, 3e-4
+log = logging.getLogger("vitcls")
 
-# Of a run that should be saved before its end.
+# Fewer images choose a checkpoint by chance. On all of a ViT of this width or more, a higher rate
+# of Adam destroys what was pretrained.
+_FEW_IMAGES, _SMALL_WIDTH, _MAX_LR = 100, 192, 3e-4
+
+# A run of so many steps should be saved before its end.
 _MANY_STEPS = 1000
 
 
-def rate_changes(config: ConfigDict, path: Path, *, step: int) -> list[str]:
-    """Returns a warning for each way in which a continued run has another rate than was planned.
-
-    Args:
-      config: The run's, as `resolve` returns it.
-      path: Its config as it was saved.
-      step: The last step that was saved.
-    """
-    changes, total_steps, saved = [], config.train.total_steps, read_saved_config(path)
-    planned, restarts = saved.train.total_steps, tuple(saved.optim.restarts)
-    before = with_fields(config, {"train.total_steps": planned, "optim.restarts": restarts})
-    # The field came along with the change.
-    is_old = "restarts" not in json.loads(path.read_text())["optim"]
-    if is_old and config.optim.schedule == "step" and config.optim.warmup_steps and step < planned:
-        changes.append(
-            "optim.schedule='step' divides at 30, 60 and 90 % of all steps; this run began when it "
-            f"did so at those of what follows the warm-up. It continues with a learning rate of "
-            f"{float(learning_rate(before)(step)):.2g}."
-        )
-    last = float(learning_rate(before)(step - 1))
-    rate = float(learning_rate(config)(step))
-    if planned >= total_steps or (config.optim.restarts == restarts and rate == last):
-        return changes
-    if config.optim.restarts != restarts:
-        how = f"optim.restarts={config.optim.restarts} begins optim.schedule anew"
-    else:
-        how = (
-            f"optim.schedule={config.optim.schedule!r} is laid out anew over all steps. Given in "
-            f"the first longer start, --config.optim.restarts='{(*restarts, planned)}' begins it "
-            f"anew after step {planned} instead, with its warm-up"
-        )
-    return [
-        *changes,
-        f"train.total_steps={total_steps} lengthens a run of {planned} steps: the learning rate "
-        f"goes from {last:.2g} in step {step} to {rate:.2g} in the next. {how}.",
-    ]
+def warn_of_traps(run: Run) -> None:
+    """Logs a warning, with its reason, for each known way to a bad result."""
+    select = run.config.eval.select_split
+    num_select = len(run.eval_splits[select]) if select else 0
+    for trap in traps(run.config, run.model_config, num_select=num_select):
+        log.warning("%s", trap)
 
 
 def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: int) -> list[str]:
-    """Returns a warning, with its reason, for each known way to a bad result.
+    """Returns these warnings.
 
     Args:
       config: The run's, as `resolve` returns it.
@@ -71,12 +41,12 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
     is_vit = isinstance(model_config, vit_config.ViTConfig) and model_config.width >= _SMALL_WIDTH
     if (
         config.model.pretrained and is_vit and is_whole and adapt.layer_decay == 1
-        and "adam" in optim.name and optim.lr > _MOST_LR
+        and "adam" in optim.name and optim.lr > _MAX_LR
     ):  # fmt: skip
         found.append(
             f"optim.lr={optim.lr:g} is high for {optim.name} on all of a pretrained ViT: a step "
-            "moves every weight by about the rate, however small its gradient, and so soon away "
-            "from what was pretrained. Try 1e-5 to 1e-4, or adapt.layer_decay."
+            "moves every weight by about the rate, however small its gradient, so that the "
+            "pretrained weights are soon lost. Try 1e-5 to 1e-4, or adapt.layer_decay."
         )
     if 0 < num_select < _FEW_IMAGES:
         error = 100 * math.sqrt(0.9 * 0.1 / num_select)
@@ -95,8 +65,8 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
     is_saved = config.checkpoint.every_steps or config.eval.every_steps
     if not is_saved and config.train.total_steps >= _MANY_STEPS:
         found.append(
-            f"Nothing of the {config.train.total_steps} steps is saved before the end, unless a "
-            "signal stops them: a crash loses all. Set checkpoint.every_steps."
+            f"No checkpoint is saved before the end of the {config.train.total_steps} steps, "
+            "unless a signal stops the run: a crash loses all. Set checkpoint.every_steps."
         )
     corrections = {
         "loss.class_weights": config.loss.class_weights != "none",
@@ -111,7 +81,7 @@ def traps(config: ConfigDict, model_config: pretrained.Config, *, num_select: in
         )
     if adapt.l2_sp and optim.weight_decay:
         found.append(
-            "adapt.l2_sp draws weights to the pretrained ones and optim.weight_decay draws the "
+            "adapt.l2_sp pulls weights to the pretrained ones, and optim.weight_decay pulls the "
             "same weights to 0. Set optim.weight_decay=0."
         )
     return found

@@ -1,23 +1,23 @@
-"""Averages weights of checkpoints: uniform soups, greedy soups and WiSE-FT.
+"""Averages the weights of checkpoints: uniform soups, greedy soups and WiSE-FT.
 
   python -m vitcls.soup --checkpoints='runs/seed-*' --how=uniform --output=soup
   python -m vitcls.soup --checkpoints=runs/a,runs/b@best,runs/c@900 --how=greedy --output=soup
   python -m vitcls.soup --checkpoints=runs/a --how=wise --output=soup
 
 --how=uniform: the mean of all weights.
---how=greedy: from the best checkpoint to the worst, each stays if the mean with it is as good.
+--how=greedy: adds checkpoints from the best to the worst; keeps each that does not lower the score.
 --how=wise: WiSE-FT, the best of eleven points between the pretrained weights and those of one
-checkpoint; with --alpha that point, and nothing is evaluated.
+checkpoint. With --alpha it takes that point and evaluates nothing.
 
 Checkpoints are workdirs (DIR, DIR@best, DIR@last, DIR@STEP, or DIR@all for all that a run keeps),
 folders in Hugging Face format, hub ids, or patterns of folders in quotes. They must be the same
-network with the same classes. Where a run averaged its weights (optim.ema_decay) these are taken.
+network with the same classes. If a run averaged its weights (optim.ema_decay), these are used.
 
-What chooses is the split that the runs chose their best checkpoints on. Images that a run was
+Soups are chosen on the split that the runs chose their best checkpoints on. Images that a run was
 trained on are refused, and so are those of its data.eval_splits.
 
---output is then a folder in Hugging Face format, which evaluate, predict, export and the next
-training take, with soup.json, the record of what was tried. docs/recipes.md says when to use which.
+--output becomes a folder in Hugging Face format, for evaluate, predict, export and further
+training, with a record of all trials in soup.json. docs/recipes.md says when to use which.
 """
 
 from absl import flags
@@ -27,42 +27,31 @@ from vitcls.config.fields import SELECT_METRICS
 from vitcls.errors import UserError
 
 _CHECKPOINTS = flags.DEFINE_string("checkpoints", None, "Checkpoints, separated by commas.")
-_HOW = flags.DEFINE_enum("how", None, ["uniform", "greedy", "wise"], "uniform|greedy|wise.")
-_OUTPUT = flags.DEFINE(cli.PATH, "output", None, "Folder to make; if it exists, it must be empty.")
-_DATA = flags.DEFINE_string(
-    "data", "", "Data set that chooses, such as digits or folder:PATH; empty: that of the runs."
-)
-_SPLIT = flags.DEFINE_string(
-    "split", "",
-    "Its split; empty: the one that the runs chose on, such as holdout, which is what a run held "
-    "out of its training images.",
+_HOW = flags.DEFINE_enum("how", None, ["uniform", "greedy", "wise"], "What to make, see above.")
+_OUTPUT = cli.define_new_folder()
+_DATA = cli.define_data("It is evaluated to choose. Empty: that of the runs.")
+_SPLIT = cli.define_split(
+    "Split of --data", default="",
+    note="Empty: the one that the runs chose on; holdout: the images that a run held out of its "
+    "training images.",
 )  # fmt: skip
-_DATA_DIR = flags.DEFINE(
-    cli.PATH, "data_dir", "", "Where prepared data sets are kept; empty: where the runs had them."
-)
+_DATA_DIR = cli.define_data_dir("where the runs had them")
 _ALLOW_EVAL_SPLIT = flags.DEFINE_bool(
     "allow_eval_split", False,
-    "Whether images of the runs' data.eval_splits may choose; they cannot measure what comes out.",
+    "Allow images of the runs' data.eval_splits to choose; they cannot measure the soup then.",
 )  # fmt: skip
-_METRIC = flags.DEFINE_enum("metric", "accuracy", SELECT_METRICS, "What chooses.")
-_LABELS = flags.DEFINE_enum(
-    "labels", "name", ["name", "index"], "Match the data's classes to the checkpoint's: name|index."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time over all devices; 0: chosen by their memory.", lower_bound=0
-)
-_ON_ERROR = flags.DEFINE_enum(
-    "on_error", "raise", ["raise", "skip"],
-    "An image that cannot be decoded: raise|skip; skip lists it in OUTPUT/skipped.jsonl.",
-)  # fmt: skip
+_METRIC = flags.DEFINE_enum("metric", "accuracy", SELECT_METRICS, "Metric that chooses.")
+_LABELS = cli.define_labels()
+_BATCH_SIZE = cli.define_batch_size()
+_ON_ERROR = cli.define_on_error()
 _ALPHA = flags.DEFINE_float(
     "alpha", None,
-    "Of wise: the point on the line, from 0, pretrained, to 1, fine-tuned; the paper recommends "
-    "0.5 where nothing can choose. Not set: the best of 0, 0.1, ... 1.",
+    "--how=wise: the point on the line, from 0, pretrained, to 1, fine-tuned. The paper recommends "
+    "0.5 without images to choose on. Not set: the best of 0, 0.1, ... 1.",
     lower_bound=0, upper_bound=1,
 )  # fmt: skip
 _PRETRAINED = flags.DEFINE_string(
-    "pretrained", "", "Of wise: the pretrained checkpoint; empty: the one that the run names."
+    "pretrained", "", "--how=wise: the pretrained checkpoint. Empty: the one that the run names."
 )
 
 _SELECTION = (
@@ -74,14 +63,14 @@ def main() -> None:
     """Checks the flags, then makes the soup."""
     checkpoints, how, output = map(cli.required, (_CHECKPOINTS, _HOW, _OUTPUT))
     if how != "wise":
-        _refuse((_ALPHA, _PRETRAINED), f"is of --how=wise only, and --how={how}")
+        _refuse((_ALPHA, _PRETRAINED), f"is for --how=wise only, not for --how={how}")
     if how == "uniform" or _ALPHA.value is not None:
         _refuse(
             _SELECTION,
-            "chooses nothing here: uniform soups, and WiSE-FT with --alpha, evaluate nothing "
+            "has no effect: uniform soups, and WiSE-FT with --alpha, evaluate nothing "
             f"(python -m vitcls.evaluate --checkpoint={output} does)",
         )
-    from vitcls.soup import mixing  # imports jax: only once the flags are known to be right
+    from vitcls.soup import mixing  # imports jax, so it follows the checks of the flags
 
     cli.prepare_jax()
     record = mixing.make(

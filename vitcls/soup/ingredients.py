@@ -1,4 +1,4 @@
-"""What a soup is made of: checkpoints of one network, where they began, and what chooses them."""
+"""The ingredients of a soup: checkpoints of one network, their start, and images to choose on."""
 
 import dataclasses
 import glob
@@ -12,20 +12,20 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vitcls import pretrained
-from vitcls.config.saved import restore_config
 from vitcls.data import sources
 from vitcls.data.sources.division import DIVISIONS
 from vitcls.errors import UserError
 from vitcls.files import read_json
 from vitcls.models.vit_config import HEADS
 from vitcls.pretrained.run import find_run
-from vitcls.run import seen
+from vitcls.provenance import seen
+from vitcls.provenance.saved_config import restore_config
 from vitcls.run.splits import open_splits
 
 PyTree = Any
 log = logging.getLogger("vitcls")
 
-_MOST_SHOWN = 8  # differences in a message
+_MAX_SHOWN = 8  # differences in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Ingredient:
     """One checkpoint.
 
     Attributes:
-      name: A checkpoint for `pretrained.load` that stays what it is.
-      location: The same without asking the hub again.
+      name: The checkpoint for `pretrained.load`, with a fixed step or revision.
+      location: The same checkpoint on this machine, so that the hub is not asked again.
       network: The network's config.
-      processor: How images are prepared for it, and its classes.
-      workdir: Of a run; None: of other checkpoints nothing more is known.
-      step: The run's training step.
+      processor: Prepares its images and names its classes.
+      workdir: The run's workdir; None for other checkpoints.
+      step: The run's training step; None for other checkpoints.
     """
 
     name: str
@@ -49,16 +49,16 @@ class Ingredient:
     step: int | None = None
 
     def read(self) -> PyTree:
-        """The weights, float32 numpy arrays: a run's averaged ones if there are any."""
+        """Reads the weights, float32 numpy arrays; a run's averaged ones if there are any."""
         return pretrained.load(self.location)[1]
 
     def run_config(self) -> ConfigDict | None:
-        """The run's config; fields that were added after it have their defaults."""
+        """The run's config, in which newer fields have their defaults; None without a run."""
         saved = self._read_json("config.json")
         return None if saved is None else restore_config(saved)
 
     def manifest(self) -> dict[str, Any]:
-        """The run's manifest, empty where there is none."""
+        """The run's manifest; empty if there is none."""
         return self._read_json("manifest.json") or {}
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
@@ -69,14 +69,14 @@ class Ingredient:
 
 
 def find(references: str) -> list[Ingredient]:
-    """Finds all that `--checkpoints` names.
+    """Finds the checkpoints that `--checkpoints` names.
 
     Args:
-      references: Separated by commas, each as `pretrained.load` takes it; `DIR@all`, every
+      references: Separated by commas. Each is a checkpoint for `pretrained.load`; `DIR@all`, every
         checkpoint that a run keeps; or a pattern of folders, `runs/*`, with or without an @ part.
 
     Raises:
-      UserError: nothing there, one of them twice, or not all the same network.
+      UserError: There is none, one is named twice, or they are not all the same network.
     """
     found = [
         ingredient
@@ -89,7 +89,7 @@ def find(references: str) -> list[Ingredient]:
     names = [ingredient.name for ingredient in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"--checkpoints={references} names {twice[0]} twice, which would count twice; name "
+            f"--checkpoints={references} names {twice[0]} twice, so it would count twice; name "
             "every checkpoint once."
         )
     for other in found[1:]:
@@ -99,7 +99,7 @@ def find(references: str) -> list[Ingredient]:
 
 
 def _match(reference: str) -> list[str]:
-    """The folders that a pattern matches, with its @ part; what is no pattern as it is."""
+    """The folders that a pattern matches, with its @ part; other references unchanged."""
     is_folder = Path(reference).expanduser().is_dir()
     if is_folder or not glob.has_magic(reference) or find_run(reference) is not None:
         return [reference]
@@ -142,12 +142,12 @@ def _facts(network: pretrained.Config, processor: pretrained.Processor) -> dict[
 
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> str:
     fields = [field for field in one | other if one.get(field) != other.get(field)]
-    lines = [f"  {field}: {one.get(field)}, {other.get(field)}" for field in fields[:_MOST_SHOWN]]
-    return "\n".join(lines + (["  ..."] if len(fields) > _MOST_SHOWN else []))
+    lines = [f"  {field}: {one.get(field)}, {other.get(field)}" for field in fields[:_MAX_SHOWN]]
+    return "\n".join(lines + (["  ..."] if len(fields) > _MAX_SHOWN else []))
 
 
 def _warn_of_starts(found: list[Ingredient]) -> None:
-    """Where runs began from different weights; those that began from random ones all did."""
+    """Warns if runs began from different weights; random ones count as different."""
     starts = {}
     for one in found:
         if manifest := one.manifest():
@@ -155,8 +155,8 @@ def _warn_of_starts(found: list[Ingredient]) -> None:
             starts.setdefault(str(sha256), one.name)
     if len(starts) > 1:
         log.warning(
-            "%s began from different weights: only networks that were fine-tuned from the same "
-            "ones can be expected to have a good mean.", " and ".join(starts.values()),
+            "%s began from different weights. Only networks that were fine-tuned from the same "
+            "weights can be expected to have a good mean.", " and ".join(starts.values()),
         )  # fmt: skip
 
 
@@ -165,19 +165,19 @@ def read_start(
 ) -> tuple[PyTree, dict[str, Any]]:
     """Reads the weights that fine-tuning began with.
 
-    Position embeddings are resized to the fine-tuned network's images. The head is the pretrained
-    one where fine-tuning kept it, otherwise the fine-tuned one.
+    Position embeddings are resized to the image size of the fine-tuned network. The head is the
+    pretrained one if fine-tuning kept it, otherwise the fine-tuned one.
 
     Args:
       ingredient: The fine-tuned checkpoint.
       end: Its weights.
-      checkpoint: The pretrained one; "": what the run's config and manifest say.
+      checkpoint: The pretrained checkpoint; "": the one in the run's config and manifest.
 
     Returns:
-      The weights, and what `soup.json` says of them.
+      The weights, and their record in `soup.json`.
 
     Raises:
-      UserError: it is not known or not there, has changed since, or is another network.
+      UserError: The checkpoint is unknown or missing, has changed since, or is another network.
     """
     config = ingredient.run_config()
     source, sha256 = checkpoint, None
@@ -188,7 +188,7 @@ def read_start(
     num_classes = ingredient.network.num_classes
     try:
         if sha256 and pretrained.find(source, allow_pickle=allow_pickle).sha256() != sha256:
-            raise UserError("its files are not those of then, see manifest.json.")
+            raise UserError("Its files changed since the run began, see manifest.json.")
         model, start, processor = pretrained.load(
             source,
             num_classes=0 if has_new_head else num_classes,
@@ -198,7 +198,7 @@ def read_start(
     except UserError as error:
         raise UserError(
             f"The pretrained {source!r} of {ingredient.name} cannot be used: {error} Name the "
-            "checkpoint that fine-tuning began from, wherever it is now, with --pretrained."
+            "checkpoint that fine-tuning began from with --pretrained."
         ) from error
     network = dataclasses.replace(model.config, num_classes=num_classes)
     lines = _differences(dataclasses.asdict(network), dataclasses.asdict(ingredient.network))
@@ -220,9 +220,9 @@ def read_start(
 def _recorded_start(
     ingredient: Ingredient, config: ConfigDict | None
 ) -> tuple[str, dict[str, str] | None]:
-    """The checkpoint that a run's files name, and the digests of its files if they are known."""
+    """The checkpoint that a run's files name, and the hashes of its files if they are known."""
     if config is None or not config.model.pretrained:
-        why = "is no run" if config is None else "began from random weights (model.arch)"
+        why = "is not a run" if config is None else "began from random weights (model.arch)"
         raise UserError(
             f"--how=wise goes from the pretrained weights to {ingredient.name}, which {why}. Name "
             "the pretrained checkpoint with --pretrained."
@@ -242,23 +242,24 @@ def open_selection(
     data_dir: str = "",
     allow_eval_split: bool = False,
 ) -> tuple[str, sources.Split]:
-    """Opens the images that choose: none that an ingredient was trained on or is measured by.
+    """Opens the images to choose on, which no run was trained on or is measured by.
 
-    Runs on other sources than `source` are compared where `seen.find` knows them to be the same.
+    Runs on other sources than `source` are compared if `seen.find` knows that the data are the
+    same.
 
     Args:
       ingredients: The checkpoints.
       source: Data set; "": the runs' own.
-      split: Of the data set; "": the one that the runs chose their best checkpoints on. A run's
-        "holdout" is what it held out of its training images.
-      data_dir: Where prepared data sets are kept; "": where the runs had them.
+      split: A split of the data set; "": the one that the runs chose their best checkpoints on.
+        "holdout": the images that a run held out of its training images.
+      data_dir: Folder of prepared data sets; "": where the runs had them.
       allow_eval_split: Whether images of the runs' data.eval_splits may be among them.
 
     Returns:
       The data set and its split.
 
     Raises:
-      UserError: it is not known which, or an image was trained on, or must not choose.
+      UserError: The data set is unknown, or a run was trained on or is measured by an image.
     """
     # Checkpoints of one run, and runs that differ in other fields only, have the same images.
     runs = {}
@@ -274,7 +275,9 @@ def open_selection(
     elsewhere = [pair for pair in runs.values() if pair[1].data.source != source]
     runs = [pair for pair in runs.values() if pair[1].data.source == source]
     split = split or _only("--split", {config.eval.select_split for _, config in runs})
-    opened = [(ingredient, config, *open_splits(config, begun=True)) for ingredient, config in runs]
+    opened = [
+        (ingredient, config, *open_splits(config, is_continued=True)) for ingredient, config in runs
+    ]
     selection = next((held[split] for *_, held in opened if split in held), None)
     if selection is None:
         data_dir = data_dir or next((config.data.data_dir for _, config in runs), "")
@@ -289,18 +292,17 @@ def open_selection(
         if shared := _shared(chosen, train):
             raise UserError(
                 f"{len(shared)} of the {len(chosen)} images of {split!r} that would choose, such "
-                f"as {shared[0]}, were trained on by {ingredient.name}. Runs hold out by "
-                "train.seed: give runs for a soup the same one, or a validation split "
-                "(eval.select_split). Of these, name a --split that none was trained on, or use "
-                "--how=uniform."
+                f"as {shared[0]}, were trained on by {ingredient.name}. Name a --split that no run "
+                "was trained on, or use --how=uniform. Hold-outs depend on train.seed: train runs "
+                "for a soup with the same one, or with a validation split (eval.select_split)."
             )
         for name in config.data.eval_splits:
             if not allow_eval_split and _shared(chosen, evaluated[name]):
                 raise UserError(
                     f"--split={split} shares images with {name!r} of data.eval_splits of "
-                    f"{ingredient.name}: what chooses weights cannot measure them. Leave --split "
-                    "out to choose on what the runs chose on; or, if you have other images to "
-                    "measure with, add --allow_eval_split."
+                    f"{ingredient.name}: images that choose weights cannot measure them. Leave out "
+                    "--split to choose on the split that the runs chose on; or, if you have other "
+                    "images to measure with, add --allow_eval_split."
                 )
     return source, selection
 
@@ -312,10 +314,10 @@ def _check_elsewhere(
     data_dir: str,
     measures: Iterable[str],
 ) -> None:
-    """Refuses what a run has seen that names its data otherwise: moved, or listed anew.
+    """Refuses images of a run whose data are the same under another name, e.g. moved.
 
     Args:
-      ingredient: Of the run.
+      ingredient: A checkpoint of the run.
       selection: The images that would choose.
       source: Their data set.
       data_dir: Folder of all tfds data.
@@ -332,16 +334,16 @@ def _check_elsewhere(
     if shared:
         raise UserError(
             f"{shared} of the {len(selection)} images of {selection.name!r} that would choose were "
-            f"{what} {ingredient.name}, where the data have another place. Name a --split of "
-            "other images, or use --how=uniform."
+            f"{what} {ingredient.name}, whose data have another path. Name a --split of other "
+            "images, or use --how=uniform."
         )
 
 
 def _only(flag: str, values: set[str]) -> str:
     if len(values) == 1 and "" not in values:
         return values.pop()
-    listed = f"the runs have {sorted(values)}" if values else "no run among the checkpoints says it"
-    raise UserError(f"{flag} is missing: name what the soup is chosen on; {listed}.")
+    listed = f"the runs have {sorted(values)}" if values else "no checkpoint is a run that names it"
+    raise UserError(f"{flag} is missing: name the images to choose on; {listed}.")
 
 
 def _shared(chosen: set[str], split: sources.Split) -> list[str]:
@@ -353,7 +355,7 @@ def _check_same_data(ingredient: Ingredient, train: sources.Split) -> None:
     recorded = ingredient.manifest().get("data", {}).get(train.name, {})
     if recorded.get("fingerprint", train.fingerprint) != train.fingerprint:
         raise UserError(
-            f"The training data of {ingredient.name} ({train.name}) is not what it was: files or "
-            "labels changed, so that nobody knows what it held out. Restore the data, or name "
-            "other data with --data and --split."
+            f"The training data of {ingredient.name} ({train.name}) has changed: files or labels "
+            "differ, so the images that it held out are unknown. Restore the data, or name other "
+            "data with --data and --split."
         )

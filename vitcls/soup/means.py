@@ -1,7 +1,8 @@
-"""Several weights of one network made into one: means, a greedy choice, points on a line.
+"""Averages of weights of one network: means, greedy soups, points on a line.
 
-Weights are trees of float32 numpy arrays, on the host. One at a time is read, and sums are float64:
-memory does not grow with their number, and the mean of equal weights is those weights bit for bit.
+Weights are trees of float32 numpy arrays on the host. They are read one after the other, so memory
+does not grow with their number. Sums are float64, so the mean of equal weights equals them bit for
+bit.
 """
 
 import math
@@ -16,7 +17,7 @@ Metrics = dict[str, float]
 
 
 class Addition(NamedTuple):
-    """A trial of a greedy soup: what was added, and what the soup with it scores."""
+    """A trial of a greedy soup: the weights added, and the metrics of the soup with them."""
 
     name: str
     metrics: Metrics
@@ -24,7 +25,7 @@ class Addition(NamedTuple):
 
 
 class GreedySoup(NamedTuple):
-    """The mean of what was kept, the metrics of each weight alone, and the trials in order."""
+    """The mean of the weights kept, the metrics of each alone, and the trials in order."""
 
     weights: PyTree
     alone: dict[str, Metrics]
@@ -35,7 +36,7 @@ def average(trees: Iterable[PyTree]) -> PyTree:
     """Returns the mean, a uniform soup (Wortsman et al. 2022, arXiv:2203.05482).
 
     Args:
-      trees: One or more, of the same shapes; taken one after the other.
+      trees: One or more weights of the same shapes.
     """
     total, count = None, 0
     for tree in trees:
@@ -52,14 +53,13 @@ def greedy(
 ) -> GreedySoup:
     """Makes a greedy soup: Wortsman et al. 2022 (arXiv:2203.05482), recipe 1.
 
-    From the best weights to the worst, each is kept where the mean with it is as good as without.
+    Weights are added from the best to the worst, and kept unless the mean with them scores lower.
 
     Args:
-      names: One or more.
-      load: Gives the weights of a name; called twice for each.
-      evaluate: Gives the metrics of weights; the text says for people what they are.
-      score: Of metrics, higher is better; nan is worst, and never added. Of equal ones the first
-        name comes first.
+      names: One or more names of weights. Equal scores keep their order.
+      load: Returns the weights of a name; called twice for each.
+      evaluate: Returns the metrics of weights; the text describes them for the log.
+      score: Returns the score of metrics, higher is better. Weights with nan are never added.
     """
 
     def finite_score(metrics: Metrics) -> float:
@@ -71,7 +71,7 @@ def greedy(
     additions = []
     for name in sorted(names, key=lambda name: -finite_score(alone[name])):
         candidate = _add(total, load(name))
-        # The first is what it was alone, bit for bit.
+        # The mean of the first alone equals it bit for bit, so it has been evaluated already.
         metrics = alone[name]
         if num_kept:
             metrics = evaluate(f"{num_kept} and {name}", _mean(candidate, num_kept + 1))
@@ -83,7 +83,7 @@ def greedy(
 
 
 def interpolate(start: PyTree, end: PyTree, alpha: float) -> PyTree:
-    """Returns (1 - alpha) start + alpha end; at 0 and at 1 one of them bit for bit."""
+    """Returns (1 - alpha) start + alpha end; for 0 and 1 one of them bit for bit."""
     if alpha in (0, 1):  # -0.0 + 0.0 would lose its sign
         return end if alpha else start
 

@@ -1,4 +1,4 @@
-"""From checkpoints to a soup: read, chosen, averaged, and written with the record of how."""
+"""Makes soups: reads checkpoints, chooses, averages, and writes the result with a record."""
 
 import logging
 import shutil
@@ -14,7 +14,9 @@ from vitcls.errors import NotFinite, UserError
 from vitcls.evaluate import exact
 from vitcls.files import folder_aside, write_json
 from vitcls.logs import parameters, progress
-from vitcls.run import records
+from vitcls.processes.devices import start_devices
+from vitcls.provenance import manifest
+from vitcls.provenance.results import count_images
 from vitcls.soup import ingredients, means
 from vitcls.step import sharding
 from vitcls.step.metrics import best_name, select_score
@@ -24,7 +26,7 @@ log = logging.getLogger("vitcls")
 PyTree = Any
 Evaluate = Callable[[str, PyTree], means.Metrics]
 
-# Of WiSE-FT, from the pretrained weights to the fine-tuned ones.
+# Points of WiSE-FT, from the pretrained weights to the fine-tuned ones.
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
 
 
@@ -47,19 +49,19 @@ def make(
       checkpoints: See `ingredients.find`.
       how: "uniform", "greedy", or "wise" for WiSE-FT.
       output: The folder to make, new or empty.
-      start: Of "wise": the pretrained checkpoint, see `ingredients.read_start`.
-      alpha: Of "wise": the point on the line; None: the best of ALPHAS.
-      metric: What chooses, a name in `config.SELECT_METRICS`.
-      on_error: An image that cannot be decoded: "raise"; "skip" lists it in the folder.
+      start: The pretrained checkpoint for "wise", see `ingredients.read_start`.
+      alpha: The point on the line for "wise"; None: the best of ALPHAS.
+      metric: Name of the metric that chooses, in `config.SELECT_METRICS`.
+      on_error: For images that cannot be decoded: "raise", or "skip" and list them in the folder.
       labels: See `classes.match`.
-      batch_size: Images at a time over all devices; 0: chosen by their memory.
+      batch_size: See `inference.compile_step`.
       **selection: See `ingredients.open_selection`.
 
     Returns:
-      What `soup.json` holds.
+      The content of `soup.json`.
 
     Raises:
-      UserError: checkpoints or images are not there, or do not fit together.
+      UserError: Checkpoints or images are missing, or do not fit together.
     """
     with folder_aside(output) as aside, tempfile.TemporaryDirectory() as scratch:
         found = {one.name: one for one in ingredients.find(checkpoints)}
@@ -67,7 +69,7 @@ def make(
         if how == "wise" and len(found) > 1:
             raise UserError(
                 f"--how=wise takes one checkpoint, and --checkpoints={checkpoints} names "
-                f"{len(found)}; make a soup of them first, then this of the soup."
+                f"{len(found)}; make a soup of them first, then use --how=wise on the soup."
             )
 
         def read(name: str) -> PyTree:
@@ -107,12 +109,13 @@ def make(
             "selection": chosen_on,
             **made,
             "sha256": parameters.sha256(weights),
-            "environment": records.environment(sharding.make_mesh(-1, 1)),
+            "environment": manifest.environment(sharding.make_mesh(-1, 1, devices=start_devices())),
         }
         if "batch_stats" in weights and record["sha256"] not in digests.values():
             log.warning(
-                "BatchNorm's running statistics are averaged like weights, and are not what this "
-                "network would measure: compare it with a single checkpoint before you use it."
+                "The running statistics of BatchNorm are averaged like weights, and differ from "
+                "those that this network would measure: compare it with a single checkpoint before "
+                "you use it."
             )
         pretrained.save(aside, pretrained.make_model(first.network), weights, first.processor)
         write_json(aside / "soup.json", record)
@@ -122,7 +125,7 @@ def make(
 
 
 def _make_evaluate(checkpoint: str | Path, split: Split, **options: Any) -> Evaluate:
-    """One compiled program for all weights of the network that `checkpoint` holds."""
+    """Compiles one program, which evaluates any weights of the network of `checkpoint`."""
     model, variables, processor, mesh = inference.load_classifier(checkpoint)
     evaluator = exact.make_evaluator(model, variables, processor, split, mesh=mesh, **options)
 
@@ -133,7 +136,7 @@ def _make_evaluate(checkpoint: str | Path, split: Split, **options: Any) -> Eval
             raise NotFinite(f"{what}: {error}") from error
         log.info(
             "%s: %s accuracy %.4f, loss %.4f (%s)",
-            what, split.name, metrics["accuracy"], metrics["loss"], records.count_images(metrics),
+            what, split.name, metrics["accuracy"], metrics["loss"], count_images(metrics),
         )  # fmt: skip
         return metrics
 
@@ -144,7 +147,7 @@ def _greedy(
     names: Sequence[str], read: Callable[[str], PyTree], evaluate: Evaluate, metric: str
 ) -> tuple[PyTree, dict[str, Any]]:
     soup = means.greedy(names, read, evaluate, score=lambda found: select_score(found, metric))
-    best_name(soup.alone, metric)  # or complains
+    best_name(soup.alone, metric)  # raises an error if no score is finite
     kept = [addition for addition in soup.additions if addition.is_kept]
     return soup.weights, {
         "used": [addition.name for addition in kept],
@@ -157,7 +160,7 @@ def _greedy(
 def _wise(
     begin: PyTree, end: PyTree, evaluate: Evaluate | None, metric: str, *, alphas: Sequence[float]
 ) -> tuple[PyTree, dict[str, Any]]:
-    """The one point, or the best of several; of equals the one with the lowest loss."""
+    """The given point, or the best of several; ties go to the lowest loss."""
     if evaluate is None:
         (alpha,) = alphas
         return means.interpolate(begin, end, alpha), {"alpha": alpha, "metrics": None}
@@ -180,4 +183,4 @@ def describe(record: dict[str, Any]) -> str:
     if record["metrics"] is None:
         return line
     split, metrics = record["selection"]["split"], record["metrics"]
-    return f"{line}, {split} accuracy {metrics['accuracy']:.4f} ({records.count_images(metrics)})"
+    return f"{line}, {split} accuracy {metrics['accuracy']:.4f} ({count_images(metrics)})"

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vitcls.errors import UserError
-from vitcls.step.devices import start_devices
 
 # Smaller arrays are replicated: gathering them would cost more than splitting saves.
 MIN_SHARDED_SIZE = 2**16
@@ -24,15 +23,12 @@ def make_mesh(data: int, fsdp: int, *, devices: list[jax.Device] | None = None) 
     Args:
       data: Size of the data axis; -1: all devices that `fsdp` leaves.
       fsdp: Size of the axis over which large parameters are split.
-      devices: The devices to use; default all.
+      devices: The devices to use; default all, which `processes.devices` starts.
 
     Raises:
       UserError: the product of the sizes is not the number of devices.
-      Unavailable: see `devices.start_devices`.
     """
-    if devices is None:
-        start_devices()
-        devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if data == -1 and len(devices) % fsdp == 0:
         data = len(devices) // fsdp
     if data * fsdp != len(devices):
@@ -72,6 +68,11 @@ def _partition_spec(leaf: Any, mesh: Mesh) -> PartitionSpec:
         return PartitionSpec()
     largest = max(divisible, key=lambda dim: leaf.shape[dim])
     return PartitionSpec(*(("fsdp" if dim == largest else None) for dim in range(leaf.ndim)))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Returns shapes that say where their arrays lie."""
+    return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -70,13 +70,14 @@ def test_equal_lists_match_although_names_repeat():
     ("class_names", "model_names", "by", "message"),
     [
         (("n01", "bee"), ("ant", "bee"), "name",
-         "--labels=name cannot match 1 of the data's classes, such as 'n01', to exactly one of the "
-         "checkpoint's: the data has 2 ('n01', 'bee'); the checkpoint has 2 ('ant', 'bee'). If "),
+         "--labels=name: 1 of the data's classes, such as 'n01', cannot be matched to exactly one "
+         "of the checkpoint's: the data has 2 ('n01', 'bee'); the checkpoint has 2 ('ant', 'bee'). "
+         "If "),
         (("a",), tuple("xbcdefgh"), "name",
          "the checkpoint has 8 ('x', 'b', 'c', 'd', 'e', ...). If they are the same in the same "
          "order under other names, use --labels=index"),
-        (("crane",), ("crane", "eel", "crane"), "name", "cannot match 1 of the data's classes"),
-        (("eel", "eel"), ("eel", "fox"), "name", "cannot match 2 of the data's classes"),
+        (("crane",), ("crane", "eel", "crane"), "name", "1 of the data's classes, such as 'crane'"),
+        (("eel", "eel"), ("eel", "fox"), "name", "2 of the data's classes, such as 'eel'"),
         (("a", "b"), ("a", "b", "c"), "index",
          "--labels=index needs the same number of classes: the data has 2 ('a', 'b'); the "
          "checkpoint has 3 ('a', 'b', 'c'). Use --labels=name."),
@@ -93,6 +94,13 @@ def test_equal_lists_match_although_names_repeat():
 def test_classes_that_do_not_match_are_shown(class_names, model_names, by, message):
     with pytest.raises(UserError, match=re.escape(message)):
         classes.match(class_names, model_names, by=by)
+
+
+def test_classes_that_no_flag_can_match_are_shown_without_one():
+    with pytest.raises(UserError, match="1 of the data's classes, such as 'a', cannot") as error:
+        classes.match_names(("a", "b"), ("b", "c"))
+    assert "the data has 2 ('a', 'b'); the checkpoint has 2 ('b', 'c')." in str(error.value)
+    assert "--" not in str(error.value)
 
 
 def test_a_split_is_brought_to_the_classes_of_another(caplog):

@@ -54,25 +54,36 @@ def match(class_names: Sequence[str], model_names: Sequence[str], *, by: str) ->
     Raises:
       UserError: they do not match; shows both.
     """
+    if by == "index":
+        return _match_by_index(tuple(class_names), tuple(model_names))
+    try:
+        return match_names(class_names, model_names)
+    except UserError as error:
+        raise UserError(
+            f"--labels=name: {error} If they are the same in the same order under other names, use "
+            "--labels=index; otherwise choose other data or another checkpoint."
+        ) from error
+
+
+def match_names(class_names: Sequence[str], model_names: Sequence[str]) -> np.ndarray:
+    """`match` by name, for commands without --labels: the message names no flag."""
     class_names, model_names = tuple(class_names), tuple(model_names)
     if class_names == model_names:
         return np.arange(len(class_names))
-    both = f"{_show('the data has', class_names)}; {_show('the checkpoint has', model_names)}."
-    if by == "index":
-        return _by_index(class_names, model_names, both)
     counts, own = Counter(model_names), Counter(class_names)
     unclear = [name for name in class_names if counts[name] != 1 or own[name] != 1]
     if unclear:
         raise UserError(
-            f"--labels=name cannot match {len(unclear)} of the data's classes, such as "
-            f"{unclear[0]!r}, to exactly one of the checkpoint's: {both} If they are the same in "
-            "the same order under other names, use --labels=index; otherwise choose other data or "
-            "another checkpoint."
+            f"{len(unclear)} of the data's classes, such as {unclear[0]!r}, cannot be matched to "
+            f"exactly one of the checkpoint's: {_show_both(class_names, model_names)}"
         )
     return np.array([model_names.index(name) for name in class_names])
 
 
-def _by_index(class_names: tuple[str, ...], model_names: tuple[str, ...], both: str) -> np.ndarray:
+def _match_by_index(class_names: tuple[str, ...], model_names: tuple[str, ...]) -> np.ndarray:
+    if class_names == model_names:
+        return np.arange(len(class_names))
+    both = _show_both(class_names, model_names)
     if moved := find_moved(class_names, model_names):
         raise UserError(
             f"--labels=index: {moved[0]!r} is in the data and in the checkpoint, but in another "
@@ -102,9 +113,41 @@ def find_moved(class_names: Sequence[str], model_names: Sequence[str]) -> list[s
     ]
 
 
+def _show_both(class_names: tuple[str, ...], model_names: tuple[str, ...]) -> str:
+    return f"{_show('the data has', class_names)}; {_show('the checkpoint has', model_names)}."
+
+
 def _show(whose: str, names: tuple[str, ...]) -> str:
     listed = ", ".join(map(repr, names[:_MAX_SHOWN]))
     return f"{whose} {len(names)} ({listed}{', ...' if len(names) > _MAX_SHOWN else ''})"
+
+
+def check_kept(kept: tuple[str, ...], class_names: tuple[str, ...], *, num_classes: int) -> None:
+    """Raises `UserError` if a head that is kept has other classes than the data, or another order.
+
+    Classes are matched by position, so that names may differ; a warning says so.
+
+    Args:
+      kept: The checkpoint's class names.
+      class_names: The data's.
+      num_classes: Number of outputs of the head.
+    """
+    if num_classes != len(class_names):
+        raise UserError(
+            f"model.head='keep' keeps {num_classes} classes, but the data has "
+            f"{len(class_names)}; use model.head='new'."
+        )
+    if moved := find_moved(class_names, kept):
+        raise UserError(
+            "model.head='keep': the checkpoint has the data's classes in another order, such as "
+            f"{moved[0]!r}: {kept[:5]} ... there, {class_names[:5]} ... in the data. Use "
+            "model.head='new'."
+        )
+    if kept != class_names:
+        log.warning(
+            "model.head='keep': class names differ (%s ... kept, %s ... in the data); classes are "
+            "matched by position.", kept[:3], class_names[:3],
+        )  # fmt: skip
 
 
 def align(train: Split, other: Split) -> Split:

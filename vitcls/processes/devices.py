@@ -36,8 +36,8 @@ def settings() -> dict[str, str]:
     return {name: str(getattr(jax.config, name)) for name in _RECORDED}
 
 
-def start_devices() -> None:
-    """Starts the devices, once, before they are used.
+def start_devices() -> list[jax.Device]:
+    """Starts the devices, once, before they are used, and returns those of all processes.
 
     Raises:
       UserError: see `check_settings`.
@@ -45,6 +45,7 @@ def start_devices() -> None:
     """
     check_settings()
     _start()
+    return jax.devices()
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def _start() -> None:
     # Without a driver, jax skips "cuda" and computes on the CPU. Training would take months.
     wanted = (platforms or "").partition(",")[0]
     if devices[0].platform == "cpu" and wanted not in ("", "cpu"):
-        raise _unavailable(f"there is no device of {wanted!r} here, only a processor", platforms)
+        raise _unavailable(f"no device of {wanted!r} is here, only a processor", platforms)
 
 
 def _unavailable(reason: str, platforms: str | None) -> Unavailable:

@@ -46,15 +46,16 @@ def open_teacher(
       dtype: Of the teacher's computation.
 
     Raises:
-      UserError: there is no such checkpoint, or it lacks one of the classes.
+      UserError: the checkpoint does not exist, or it lacks one of the classes.
     """
     model, variables, processor = pretrained.load(checkpoint, image_size=student.size, dtype=dtype)
     try:
-        positions = classes.match(
-            tuple(student.id2label.values()), tuple(processor.id2label.values()), by="name"
-        )
+        positions = classes.match_names(student.class_names, processor.class_names)
     except UserError as error:
-        raise UserError(f"loss.teacher={checkpoint!r} has other classes. {error}") from error
+        raise UserError(
+            f"loss.teacher={checkpoint!r} has other classes: {error} Name a teacher that has all "
+            "classes of the data under the same names."
+        ) from error
     # (pixels * rescale - mean) / std, undone for the student and done for the teacher.
     ratio = processor.rescale / student.rescale
     std, mean = (np.asarray(side, np.float32) for side in (processor.std, processor.mean))

@@ -17,7 +17,7 @@ from vitcls import pretrained, train
 from vitcls.config.fields import default_config
 from vitcls.errors import UserError
 from vitcls.models import vit_config
-from vitcls.run.teacher import open_teacher
+from vitcls.pretrained.teacher import open_teacher
 from vitcls.step import losses
 from vitcls.step import train_step as steps
 
@@ -75,8 +75,11 @@ def test_a_teacher_sees_its_own_pixels_and_says_the_students_classes(tmp_path):
 def test_a_teacher_with_other_classes_is_refused(tmp_path):
     folder = save_network(tmp_path / "teacher", ("c", "x"), seed=0, processor=PLAIN)
     student = dataclasses.replace(PLAIN, id2label=dict(enumerate(CLASSES)))
-    with pytest.raises(UserError, match="loss.teacher=.* has other classes. --labels=name cannot"):
+    with pytest.raises(UserError, match="loss.teacher=.* has other classes: 2 of") as error:
         open_teacher(str(folder), student)
+    assert "the data has 3 ('a', 'b', 'c'); the checkpoint has 2 ('c', 'x')" in str(error.value)
+    # vitcls.main has no --labels.
+    assert str(error.value).endswith("under the same names.") and "--" not in str(error.value)
 
 
 def test_its_share_of_the_loss_and_no_gradient_where_both_agree(tmp_path):

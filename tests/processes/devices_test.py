@@ -199,7 +199,7 @@ def test_a_device_whose_memory_is_taken_says_so(monkeypatch):
 
 def test_a_processor_does_not_stand_in_for_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(type(jax.config), "jax_platforms", "cuda,cpu")
-    with pytest.raises(Unavailable, match="no device of 'cuda' here, only a processor"):
+    with pytest.raises(Unavailable, match="no device of 'cuda' is here, only a processor"):
         devices.start_devices()
 
 
@@ -223,11 +223,12 @@ def test_settings_of_jax_that_change_the_computation_are_refused(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_library_call_refuses_them_too():
-    from vitcls.step import sharding
+def test_a_library_call_refuses_them_too(tmp_path):
+    from vitcls import train
+    from vitcls.config import default_config
 
     with jax.enable_x64(True), pytest.raises(UserError, match="JAX_ENABLE_X64=True computes in"):
-        sharding.make_mesh(-1, 1)
+        train.train_and_evaluate(default_config(), tmp_path)
 
 
 def test_devices_start_where_nothing_is_wrong():

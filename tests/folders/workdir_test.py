@@ -1,17 +1,8 @@
 import pytest
 
-from vitcls.checkpoints.workdir import Workdir
 from vitcls.errors import UserError
 from vitcls.files import write_json
-
-
-def test_a_run_has_begun_once_a_step_is_saved(tmp_path):
-    workdir = Workdir(tmp_path / "run")
-    assert workdir.begun() is None
-    workdir.claim()
-    assert workdir.path.is_dir() and workdir.begun() is None
-    (workdir.checkpoints / "10").mkdir(parents=True)
-    assert workdir.begun() == tmp_path / "run"
+from vitcls.folders.workdir import Workdir
 
 
 def test_a_run_is_finished_by_its_last_step(tmp_path):

@@ -1,7 +1,7 @@
 """The images that a run has seen, kept in its workdir as hashes of their ids: `seen.npz`.
 
-They tell later, for any split of the same data, how many of its images were trained on: also when
-files have been added since, and where the data have been moved.
+For any split of the same data they tell later how many of its images were trained on. This works
+after files have been added, and after the data have been moved.
 
 N images.
 """
@@ -13,19 +13,22 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from vitcls.config.saved import read_saved_config
 from vitcls.data import sources
 from vitcls.data.sources.split import Split, hash_ids
 from vitcls.errors import StorageError, UserError
 from vitcls.files import written_aside
+from vitcls.folders.workdir import Workdir
 from vitcls.pretrained.run import find_run
-from vitcls.run import records, splits
+from vitcls.provenance import records
+from vitcls.provenance.saved_config import read_saved_config
+from vitcls.run.splits import open_splits
 
 log = logging.getLogger("vitcls")
 
-_FILE = "seen.npz"
-_TRAIN = "train"  # in the file; what was evaluated is there as evaluated/NAME
+# Name of an array in the file. Those of the evaluated splits are evaluated/NAME.
+_TRAIN = "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,10 @@ class Seen:
     """What a run has seen.
 
     Attributes:
-      home: What its ids are unique in, see `sources.home`.
+      home: Place in which its ids are unique, see `sources.home`.
       train: `Split.hashes` of the images that were trained on.
-      evaluated: The same of each split that was evaluated.
-      division: By what the run's data are divided, see `vitcls.data.sources.division`.
+      evaluated: The same for each split that was evaluated.
+      division: How the run's data are divided, see `vitcls.data.sources.division`.
     """
 
     home: str
@@ -63,45 +66,46 @@ class Seen:
         home = sources.home(source)
         if home == self.home:
             return split.hashes()
-        # The same files, whose paths the source has relative to a folder above or below.
+        # The source names the same files relative to a folder above or below.
         start = os.path.join(self.home, "")
         paths = (os.path.normpath(os.path.join(home, split.id(i))) for i in range(len(split)))
         return hash_ids(path.removeprefix(start) for path in paths)
 
 
-def write(
-    workdir: Path, source: str, train: Split, evaluated: dict[str, Split], *, division: str
-) -> None:
-    """Writes what a run sees of a source."""
+def write(workdir: Workdir, config: ConfigDict, train: Split, evaluated: dict[str, Split]) -> None:
+    """Writes what a run with this config sees."""
     arrays = {f"evaluated/{name}": split.hashes() for name, split in evaluated.items()}
     arrays[_TRAIN] = train.hashes()
-    with written_aside(workdir / _FILE) as aside, aside.open("wb") as file:
-        np.savez(file, home=sources.home(source), division=division, **arrays)
+    home, division = sources.home(config.data.source), config.data.division
+    with written_aside(workdir.seen) as aside, aside.open("wb") as file:
+        np.savez(file, home=home, division=division, **arrays)
 
 
 def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) -> Seen | None:
-    """Finds what the run of a checkpoint has seen of a source.
+    """Finds the images of a source that the run of a checkpoint has seen.
 
-    Of a run that has left no list, its data are opened again.
+    If the run left no list, its data are opened again.
 
     Args:
       checkpoint: As `pretrained.load` takes it.
-      source: The data set whose images are to be looked for.
+      source: The data set whose images are asked about.
       data_dir: Folder of all tfds data.
 
     Returns:
-      None if it is not known: the checkpoint is not a run's, the source is another one than the
-      run's, or the run's data have changed and it left no list.
+      None if they are not known. Then the checkpoint does not belong to a run, the source is not
+      the run's, or the run left no list and its data have changed.
     """
     run = find_run(checkpoint)
     if run is None:
         return None
-    known = _read(run.directory / _FILE)
+    workdir = Workdir(run.directory)
+    known = _read(workdir.seen)
     if known is not None and _is_within(known.home, sources.home(source)):
         return known
+    # Weights can be evaluated without the config.
     try:
-        config = read_saved_config(run.directory / "config.json")
-    except UserError:  # weights are worth evaluating without it
+        config = read_saved_config(workdir.config)
+    except UserError:
         return None
     config.data.update(cache="", data_dir=data_dir or config.data.data_dir)
     own = config.data.source
@@ -111,16 +115,16 @@ def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) ->
             continue
         config.data.source = place
         try:
-            train, evaluated = splits.open_splits(config, begun=True)
+            train, evaluated = open_splits(config, is_continued=True)
         except (UserError, StorageError):
             continue
-        if records.recorded_fingerprints(run.directory).get(train.name) == train.fingerprint:
+        if records.recorded_fingerprints(workdir.path).get(train.name) == train.fingerprint:
             evaluated = {name: split.hashes() for name, split in evaluated.items()}
             return Seen(sources.home(place), train.hashes(), evaluated, config.data.division)
     if _is_within(sources.home(own), sources.home(source)):
         log.warning(
-            "%s has no %s, and its data are not what they were: which of these images it was "
-            "trained on is not known.", run.directory, _FILE,
+            "%s has no %s, and its data have changed: it is not known which of these images it "
+            "was trained on.", run.directory, workdir.seen.name,
         )  # fmt: skip
     return None
 
@@ -128,7 +132,7 @@ def find(checkpoint: str | Path, source: str, *, data_dir: str | None = None) ->
 def open_split(
     checkpoint: str, source: str, name: str, *, data_dir: str | None = None
 ) -> tuple[Split, Seen | None]:
-    """Opens a split divided as for the run of a checkpoint, and returns what that has seen."""
+    """Opens a split, divided as for a checkpoint's run; also returns what that run has seen."""
     seen = find(checkpoint, source, data_dir=data_dir)
     division = seen.division if seen is not None else "hash"
     return sources.open_split(source, name, data_dir=data_dir, division=division), seen
@@ -137,14 +141,14 @@ def open_split(
 def count_and_warn(seen: Seen | None, split: Split, source: str) -> int | None:
     """Returns how many images of a split a checkpoint was trained on; None: it is not known.
 
-    Warns of them, and of images that the data have got since.
+    Warns of them, and of images that were added to the data later.
     """
     if seen is None:
         return None
     if trained_on := seen.num_trained_on(split, source):
         log.warning(
-            "%d of the %d images of %r are ones that the checkpoint was trained on: how good it is "
-            "with new images they do not say.", trained_on, len(split), split.name,
+            "The checkpoint was trained on %d of the %d images of %r: they do not show how good it "
+            "is with new images.", trained_on, len(split), split.name,
         )  # fmt: skip
     num_new = seen.num_new(split, source)
     if split.name in seen.evaluated and 0 < num_new < len(split):
@@ -161,7 +165,8 @@ def _read(path: Path) -> Seen | None:
             arrays = {name: file[name] for name in file.files}
         home, division = str(arrays.pop("home")), str(arrays.pop("division"))
         train = arrays.pop(_TRAIN)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or damaged
+    # The file is missing or damaged.
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     evaluated = {name.removeprefix("evaluated/"): array for name, array in arrays.items()}
     return Seen(home, train, evaluated, division)

@@ -1,4 +1,4 @@
-"""Configs that runs have saved, and what a continued run must have in common with them."""
+"""Reads the configs that runs have saved, and compares a continued run with its own."""
 
 import json
 from collections.abc import Collection
@@ -15,10 +15,10 @@ from vitcls.files import read_json
 
 
 def read_saved_config(path: Path) -> ConfigDict:
-    """Reads a run's `config.json`, in which fields that are newer than it have their defaults.
+    """Reads a run's `config.json`; fields that are newer than the file have their defaults.
 
     Raises:
-      UserError: it is missing, empty or cut, is not a config, or has fields that are gone.
+      UserError: the file is missing, empty or cut, is not a config, or has fields that are gone.
     """
     remedy = "put it back, or use another --workdir"
     what = "the config of a run that has checkpoints"
@@ -26,7 +26,8 @@ def read_saved_config(path: Path) -> ConfigDict:
     try:
         gone = [name for name in flatten(ConfigDict(saved)) if not _is_known(name)]
         config = restore_config(saved)
-    except (ValueError, AttributeError, TypeError) as error:  # JSON, but of another kind
+    # The file is JSON, but not a config.
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path}, {what}, cannot be read ({error}): {remedy}.") from error
     if gone:
         raise UserError(
@@ -43,20 +44,22 @@ def _is_known(name: str) -> bool:
 def restore_config(saved: dict[str, Any]) -> ConfigDict:
     """Returns the config of a run, of which `saved` is the content of its `config.json`."""
     config = default_config()
-    with config.ignore_type():  # JSON has lists for tuples
+    # JSON has lists in place of tuples.
+    with config.ignore_type():
         config.update(saved)
     if "division" not in saved.get("data", {}):
-        config.data.division = "position"  # what there was before the field
+        # Runs that are older than the field were divided in this way.
+        config.data.division = "position"
     return config
 
 
 def check_same_run(config: ConfigDict, path: Path, *, moved: Collection[str] = ()) -> None:
-    """Raises `UserError` when the run saved at `path` was started with other identity fields.
+    """Raises `UserError` if the run saved at `path` began with other fields that change its result.
 
     Args:
       config: What is asked for. An empty data.division asks for that of the run.
-      path: Of the saved config.
-      moved: Fields that may differ, since they name the same content in another place.
+      path: File of the saved config.
+      moved: Fields that may differ, because they name the same content in another place.
     """
     asked, saved = (
         flatten(ConfigDict(json.loads(json.dumps(one.to_dict()))))
@@ -79,7 +82,7 @@ def check_same_run(config: ConfigDict, path: Path, *, moved: Collection[str] = (
 
 
 def _may_differ(field: str, saved: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether a field is left open, or differs only in what comes after the planned steps."""
+    """Whether a field is left open, or differs only after the planned steps."""
     before, after = saved.get(field), asked.get(field)
     if field in ("optim.warmup_steps", "eval.every_steps"):
         return after is None

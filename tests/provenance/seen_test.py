@@ -18,8 +18,9 @@ from vitcls.config.fields import default_config
 from vitcls.data import sources
 from vitcls.errors import Interrupted, UserError
 from vitcls.logs import writers
-from vitcls.run import seen
-from vitcls.run.splits import open_splits, warn_of_changed_splits
+from vitcls.provenance import seen
+from vitcls.provenance.continuing import warn_of_changed_splits
+from vitcls.run.splits import open_splits
 from vitcls.soup import ingredients
 
 CLASSES = ("ant", "bee", "cat")
@@ -144,7 +145,7 @@ def test_moved_weights_continue_and_others_do_not(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="model.pretrained: '.*/weights1' there, '.*/weights2' ask"):
         train.train_and_evaluate(config, tmp_path / "run")
     config.model.pretrained = f"{tmp_path}/nowhere"
-    message = "nowhere' cannot be compared with what this run began .*Name '.*/weights1', as then"
+    message = "nowhere' cannot be compared with the weights .*Name '.*/weights1', as then"
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(config, tmp_path / "run")
     config.model.pretrained = f"{tmp_path}/moved"
@@ -223,7 +224,7 @@ def test_images_that_were_trained_on_are_counted(finished, tmp_path, monkeypatch
     data, run = finished
     source = f"folder:{data}"
     assert count(run, source, "train") == 48 - 12  # without the hold-out
-    assert "36 of the 48 images of 'train' are ones that the checkpoint was trained" in caplog.text
+    assert "trained on 36 of the 48 images of 'train'" in caplog.text
     caplog.clear()
     assert count(run, source, "test") == 0 and not caplog.records
     assert count(f"{run}@last", source, "train") == 36
@@ -299,7 +300,7 @@ def test_moved_images_that_were_trained_on_choose_no_soup(finished, tmp_path):
     shutil.copytree(data, tmp_path / "copy")
     found = ingredients.find(str(run))
     source = f"folder:{tmp_path}/copy"
-    message = "36 of the 48 images of 'train' that would choose were trained on by .* another place"
+    message = "36 of the 48 images of 'train' that would choose were trained on by .* another path"
     with pytest.raises(UserError, match=message):
         ingredients.open_selection(found, source=source, split="train")
     message = "12 of the 12 images of 'test' that would choose were in data.eval_splits of "

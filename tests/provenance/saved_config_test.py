@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 from tests.config.configs import valid_config
 from vitcls.config.checks import drop_unused
-from vitcls.config.saved import check_same_run
 from vitcls.errors import UserError
+from vitcls.provenance.saved_config import check_same_run
 
 
 def test_what_has_no_effect_is_not_compared_on_continuing(tmp_path):
