@@ -162,13 +162,14 @@ def test_log_loss_of_certain_mistakes_is_exact_not_clipped():
 def test_metrics_equal_what_a_run_reports():
     import jax.numpy as jnp
 
+    from vitcls.evaluate.summary import summarise
     from vitcls.step import metrics
 
     found = CASES["ties"]
     logits, targets = jnp.asarray(found.logits), jnp.eye(6)[found.labels]
     loss = -(targets * (logits - jnp.log(jnp.exp(logits).sum(1, keepdims=True)))).sum(1)
     sums = metrics.batch_sums(logits, targets, loss, jnp.ones(len(logits)))
-    reported = metrics.summarise(metrics.add_sums(None, sums))
+    reported = summarise(metrics.add_sums(None, sums))
     summary = classification.summarise(found, num_resamples=0)
     for name in ("accuracy", "top5_accuracy", "balanced_accuracy", "macro_precision", "macro_f1"):
         assert summary[name].value == pytest.approx(reported[name], abs=1e-6), name

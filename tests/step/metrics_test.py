@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from vitcls.errors import UserError
+from vitcls.evaluate.summary import summarise
 from vitcls.step import losses, metrics
 
 
@@ -26,7 +26,7 @@ def summary(logits, labels, *, batch_size, train_counts=None):
             padded, targets, losses.cross_entropy(padded, targets), mask.astype(jnp.float32)
         )
         total = metrics.add_sums(total, sums)
-    return metrics.summarise(total, train_counts=train_counts)
+    return summarise(total, train_counts=train_counts)
 
 
 @pytest.mark.parametrize(("num_classes", "num_examples"), [(10, 203), (6, 4), (40, 60), (2, 50)])
@@ -70,24 +70,6 @@ def test_nan_logits_are_wrong_not_right():
     got = summary(np.full((4, 6), np.nan, np.float32), np.array([1, 2, 3, 4]), batch_size=4)
     assert got["accuracy"] == got["top5_accuracy"] == 0
     assert np.isnan(got["loss"])
-
-
-def test_what_is_not_finite_is_never_the_best():
-    nan, inf = float("nan"), float("inf")
-    good, tied, worse = (
-        {"accuracy": a, "loss": x} for a, x in ((0.9, 0.4), (0.9, 0.3), (0.8, 0.1))
-    )
-    for bad in ({"accuracy": 0.95, "loss": nan}, {"accuracy": nan, "loss": 0.0}):
-        for found in ({"bad": bad, "good": good}, {"good": good, "bad": bad}):
-            assert metrics.best_name(found, "accuracy") == "good"
-            assert metrics.best_name(found, "loss") == "good"
-    assert metrics.select_score({"accuracy": 0.9, "loss": inf}, "accuracy") == -inf
-    assert metrics.best_name({"good": good, "tied": tied, "worse": worse}, "accuracy") == "tied"
-    assert metrics.best_name({"b": good, "a": dict(good)}, "accuracy") == "b"
-    with pytest.raises(UserError, match="None of 0.0, 0.5 can be chosen: the accuracy of all"):
-        metrics.best_name({0.0: bad, 0.5: bad}, "accuracy")
-    with pytest.raises(UserError, match="'top5_accuracy', which is to choose, does not exist here"):
-        metrics.select_score(good, "top5_accuracy")
 
 
 def test_head_medium_and_tail_are_recalls_of_the_classes_trained_on_so_often():

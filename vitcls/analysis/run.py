@@ -69,8 +69,7 @@ def read_run(workdir: Path) -> Run:
     results = _read_json(files, files.results, problems)
     if "splits" not in results and files.checkpoints.exists():
         problems.append(
-            "The run has not ended, so final results are missing. Run its command again to resume "
-            "it."
+            "The run has not ended: final results are missing. Run its command again to resume it."
         )
     found = _read_predictions(workdir, config, problems)
     names = _class_names(_read_json(files, files.model / "config.json", problems))

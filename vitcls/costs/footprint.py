@@ -40,7 +40,9 @@ def analyse(lowered: jax.stages.Lowered, *, num_devices: int, num_passes: int) -
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = _NEEDED.search(str(error))
-        return {"refused": found and float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")}
+        if found is None:
+            return {"refused": None}
+        return {"refused": float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")}
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     text = compiled.as_text()
     flops = cost.get("flops", 0.0) * num_passes
@@ -177,7 +179,10 @@ def planned_and_measured(program: Any, *, dtype: str, images_per_second: float) 
     num_images = program.num_passes * program.pass_size * program.mesh.size
     analysis = analyse(program.lower(), num_devices=len(devices), num_passes=program.num_passes)
     chip = chips.find_chip(devices[0].device_kind)
-    step = chip and chips.step_figures(analysis, chip, chips.sides(devices), dtype=dtype)
+    planned = None
+    if chip is not None:
+        step = chips.step_figures(analysis, chip, chips.sides(devices), dtype=dtype)
+        planned = step["at_best_secs"]
     peaks = [
         (device.memory_stats() or {}).get("peak_bytes_in_use")
         for device in program.mesh.local_devices
@@ -185,7 +190,7 @@ def planned_and_measured(program: Any, *, dtype: str, images_per_second: float) 
     return {
         "flops_per_step_and_device": analysis["flops"],
         "step_secs": {
-            "planned": step and step["at_best_secs"],
+            "planned": planned,
             "measured": num_images / images_per_second,
         },
         "bytes_per_device": {

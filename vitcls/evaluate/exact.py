@@ -18,6 +18,7 @@ from vitcls.data import loader
 from vitcls.data.skipped import Skipped
 from vitcls.data.sources import classes
 from vitcls.data.sources.split import Split
+from vitcls.evaluate.summary import summarise
 from vitcls.logs import progress
 from vitcls.step import metrics, sharding
 from vitcls.step.eval_step import make_eval_step, over_mirror_images
@@ -46,12 +47,12 @@ def evaluate(
         skipped images have mask 0 and their index.
       name: The split's name, for the progress bar.
       num_examples: Size of the split.
-      train_counts: See `metrics.summarise`.
+      train_counts: See `summary.summarise`.
       keep_predictions: Whether to return the logits of each example.
       after_batch: Called after each batch; it may end the pass by raising.
 
     Returns:
-      The metrics of `metrics.summarise` for the N images that were used, with `num_skipped`, the
+      The metrics of `summary.summarise` for the N images that were used, with `num_skipped`, the
       number of the others. If predictions are kept, also `labels` int32 (N,), `logits` float32
       (N, K) and `index` int32 (N,), the positions in the split, ascending.
     """
@@ -65,7 +66,7 @@ def evaluate(
     # Loader and devices disagree only through a bug, which would silently give wrong numbers.
     assert total["num_seen"] == num_examples, (name, total["num_seen"], num_examples)
     num_used = int(total["num_examples"])
-    summary = metrics.summarise(total, train_counts=train_counts)
+    summary = summarise(total, train_counts=train_counts)
     summary["num_skipped"] = num_examples - num_used
     if not keep_predictions:
         return summary, {}

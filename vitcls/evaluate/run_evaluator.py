@@ -9,6 +9,7 @@ import jax
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted, NonFiniteLoss
 from vitcls.evaluate.exact import check_logits, evaluate
+from vitcls.evaluate.summary import select_score
 from vitcls.logs.writers import MetricWriter
 from vitcls.processes.signals import StopRequest
 from vitcls.processes.watchdog import Watchdog
@@ -16,7 +17,6 @@ from vitcls.provenance import records
 from vitcls.provenance.results import count_images
 from vitcls.run.opened import Run
 from vitcls.run.program import Program
-from vitcls.step.metrics import select_score
 
 log = logging.getLogger("vitcls")
 

@@ -17,6 +17,7 @@ from vitcls import pretrained
 from vitcls.config.fields import RUN_FIELDS, default_config
 from vitcls.config.parse import flatten
 from vitcls.files import read_json
+from vitcls.folders.workdir import Workdir
 from vitcls.provenance.results import count_images
 
 # Fields that are always shown. Others are shown if they differ from their defaults.
@@ -61,12 +62,13 @@ class Origin:
 
 def origin_of_run(workdir: Path, *, step: int) -> Origin:
     """Reads the records of a run, and its results if they are of the weights after `step`."""
-    results = _read_json(workdir / "results.json")
+    files = Workdir(workdir)
+    results = _read_json(files.results)
     return Origin(
         name=f"{workdir}@{step}",
         step=step,
-        manifest=_read_json(workdir / "manifest.json"),
-        config=flatten(ConfigDict(_read_json(workdir / "config.json"))),
+        manifest=_read_json(files.manifest),
+        config=flatten(ConfigDict(_read_json(files.config))),
         splits=results["splits"] if results.get("selected_step") == step else {},
     )
 

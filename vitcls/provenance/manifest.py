@@ -59,7 +59,7 @@ def make_manifest(run: Run, teacher_sha256: str | None) -> dict[str, Any]:
     """
     return environment(run.mesh) | {
         "data": describe_splits({split.name: split for split in run.splits}),
-        "pretrained": run.files and _describe_files(run.files),
+        "pretrained": None if run.files is None else _describe_files(run.files),
         "teacher": teacher_sha256,
         "continued": [],
     }

@@ -191,7 +191,7 @@ def open_run(
     if train_split is None:
         train_split, eval_splits = open_splits(config, is_continued=begun is not None)
     files, model_config, processor = open_model(
-        config, train_split.class_names, own=begun and begun.model
+        config, train_split.class_names, own=None if begun is None else begun.model
     )
     if devices is None:
         devices = start_devices()
@@ -201,6 +201,6 @@ def open_run(
         num_train=len(train_split),
         image_size=processor.size,
         num_devices=mesh.size,
-        saved=begun and begun.config,
+        saved=None if begun is None else begun.config,
     )
     return Run(config, train_split, eval_splits, files, model_config, processor, mesh)

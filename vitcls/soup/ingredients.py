@@ -16,6 +16,7 @@ from vitcls.data import sources
 from vitcls.data.sources.division import DIVISIONS
 from vitcls.errors import UserError
 from vitcls.files import read_json
+from vitcls.folders.workdir import Workdir
 from vitcls.models.vit_config import HEADS
 from vitcls.pretrained.run import find_run
 from vitcls.provenance import seen
@@ -54,18 +55,19 @@ class Ingredient:
 
     def run_config(self) -> ConfigDict | None:
         """The run's config, in which newer fields have their defaults; None without a run."""
-        saved = self._read_json("config.json")
+        saved = None if self.workdir is None else _read_json(Workdir(self.workdir).config)
         return None if saved is None else restore_config(saved)
 
     def manifest(self) -> dict[str, Any]:
         """The run's manifest; empty if there is none."""
-        return self._read_json("manifest.json") or {}
+        found = None if self.workdir is None else _read_json(Workdir(self.workdir).manifest)
+        return found or {}
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        path = self.workdir and self.workdir / name
-        if path is None or not path.exists():
-            return None
-        return read_json(path, remedy="put a sound copy there, or leave this checkpoint out")
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    return read_json(path, remedy="put a sound copy there, or leave this checkpoint out")
 
 
 def find(references: str) -> list[Ingredient]:

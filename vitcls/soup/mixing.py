@@ -12,6 +12,7 @@ from vitcls.data.skipped import Skipped
 from vitcls.data.sources.split import Split
 from vitcls.errors import NotFinite, UserError
 from vitcls.evaluate import exact
+from vitcls.evaluate.summary import best_name, select_score
 from vitcls.files import folder_aside, write_json
 from vitcls.logs import parameters, progress
 from vitcls.processes.devices import start_devices
@@ -19,7 +20,6 @@ from vitcls.provenance import manifest
 from vitcls.provenance.results import count_images
 from vitcls.soup import ingredients, means
 from vitcls.step import sharding
-from vitcls.step.metrics import best_name, select_score
 
 log = logging.getLogger("vitcls")
 
