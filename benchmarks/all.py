@@ -2,11 +2,11 @@
 
     python -m benchmarks.all --output=runs/performance
 
-Writes OUTPUT.md and OUTPUT.json. Training and evaluation are measured on a GPU where there is one;
-loading and start-up on the CPU. The most important come first: those that do not begin before
-`--minutes` are over, or lack a package, are listed with the reason. On two cores all takes about 25
-minutes. Each runs in a process of its own. `python -m benchmarks.make_peers` first lets the Flax
-networks of transformers take part.
+Writes OUTPUT.md and OUTPUT.json. Training and evaluation are measured on a GPU if there is one,
+loading and start-up on the CPU. The most important benchmarks come first. Benchmarks that do not
+start before `--minutes` are over, or lack a package, are listed with the reason. On two cores all
+take about 25 minutes. Each runs in a separate process. Run `python -m benchmarks.make_peers` before
+to include the Flax networks of transformers.
 """
 
 import argparse
@@ -34,7 +34,7 @@ COLUMNS = ("what", "ours", "peer", "ours / peer", "limit", "share of the limit")
 
 
 class Job(NamedTuple):
-    """A benchmark of this folder, its arguments, and the packages without which it is skipped."""
+    """A benchmark of this folder, its arguments, and the packages that it needs."""
 
     name: str
     args: tuple[str, ...]
@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
 
 def jobs(platform: str) -> list[Job]:
-    """Returns what to run on "cpu", "gpu" or "tpu", the most important first."""
+    """Returns the jobs for "cpu", "gpu" or "tpu", the most important first."""
     if platform == "cpu":
         sized, torch = ("--batch_size=8",), ("torch", "transformers")
         steps = [
@@ -87,7 +87,7 @@ def _is_installed(name: str) -> bool:
 
 
 def run(job: Job, *, secs: float, windows: int) -> dict[str, Any] | str:
-    """Runs a job for at most `secs`; returns its figures, or why there are none."""
+    """Runs a job for at most `secs`; returns its figures, or the reason for none."""
     turns = "--turns" if job.name in ("startup", "checkpoint") else "--windows"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
@@ -95,7 +95,7 @@ def run(job: Job, *, secs: float, windows: int) -> dict[str, Any] | str:
             sys.executable, "-m", f"benchmarks.{job.name}", *job.args,
             f"{turns}={windows}", f"--json={path}",
         ]  # fmt: skip
-        # A session of its own: what a benchmark starts ends with it.
+        # A new session: the children of a benchmark end with it.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -170,7 +170,7 @@ def real_data_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
 
 
 def checkpoint_rows(job: Job, figures: dict[str, Any]) -> list[Row]:
-    """Rows of `checkpoint`: seconds; the limit is what the same bytes take without it."""
+    """Rows of `checkpoint`: seconds; the limit is the time for the same bytes without it."""
     secs = {name: summary(values) for name, values in figures["saving"]["secs"].items()}
     label = f"checkpoint, {figures['model']} with AdamW, seconds"
     return [
@@ -214,7 +214,7 @@ def _number(value: float) -> str:
 
 
 def table(results: list[tuple[Job, dict[str, Any] | str]]) -> str:
-    """Returns what was measured and what was not, as Markdown."""
+    """Returns the figures, and the jobs without figures, as Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     devices, versions, reasons = [], {}, []
     for job, figures in results:
@@ -259,7 +259,7 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     end, results = time.monotonic() + 60 * args.minutes, []
-    program = "import jax; print(jax.default_backend())"  # not here: it would take the GPU's memory
+    program = "import jax; print(jax.default_backend())"  # not here: it would take GPU memory
     platform = subprocess.check_output([sys.executable, "-c", program], text=True).split()[-1]
     for job in jobs(platform):
         secs = end - time.monotonic()
@@ -271,7 +271,7 @@ def main() -> None:
             print(f"benchmarks.{job.name} {' '.join(job.args)}", flush=True)
             found = run(job, secs=secs, windows=args.windows)
         results.append((job, found))
-        # After each, so that nothing measured is lost.
+        # Written after each job, so that no figures are lost.
         text.write_text(table(results) + "\n")
         rows = [{"benchmark": job.name, "args": job.args, "figures": x} for job, x in results]
         figures.write_text(json.dumps(rows, indent=2) + "\n")

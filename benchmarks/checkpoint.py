@@ -1,15 +1,15 @@
-"""How long saving holds up training, and whether a late resume starts as fast as an early one.
+"""Measures how long saving delays training, and whether a late resume is as fast as an early one.
 
     python -m benchmarks.checkpoint --model=vit_b16 --directory=/path/on/the/disk/of/your/runs
 
-Saving: a state with AdamW's moments is saved several times, as training does it. The loop
-waits for the time of the call. The limit for it is copying as many bytes in memory, because the
-loop continues to change them. Then follows the time until the files are written, sealed and named;
-its limit is writing as many bytes to one file and waiting for the disk. On a machine with other
-work, look at this process' own CPU time meanwhile: alone, a save takes no longer.
+Saving: a state with AdamW's moments is saved several times, as in training. The loop waits for the
+time of the call. Its limit is the time to copy as many bytes in memory, because the loop continues
+to change them. Then follows the time until the files are written, sealed and named. Its limit is
+the time to write as many bytes to one file and wait for the disk. On a machine with other work,
+look at this process' CPU time: alone, a save takes no longer.
 
 Resuming: `python -m vitcls.main` continues a run by one step after step 10, and a copy of the run
-whose checkpoint says step 1 000 000; both take turns. Needs the digits data set (--data_dir).
+whose checkpoint says step 1 000 000. Both take turns. Needs the digits data set (--data_dir).
 """
 
 import argparse
@@ -42,7 +42,7 @@ EARLY, LATE = 10, 1_000_000
 
 
 def measure_saving(model_name: str, directory: Path, num_turns: int) -> dict[str, Any]:
-    """Returns the size in bytes, and of each action its seconds in every turn."""
+    """Returns the size in bytes, and the seconds of each action in every turn."""
     config = arch_config(model_name, 224)
     model = make_model(config, "float32")
     variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 224, 224, 3)), train=False))(
@@ -79,7 +79,7 @@ def measure_saving(model_name: str, directory: Path, num_turns: int) -> dict[str
 
 
 def measure_resuming(data_dir: str, directory: Path, num_turns: int) -> dict[str, list[float]]:
-    """Returns, by the step that the run continues after, the command's seconds in every turn."""
+    """Returns the command's seconds in every turn, by the step after which the run continues."""
     begun = directory / "begun"
     _train(begun, data_dir, EARLY)
     secs: dict[str, list[float]] = {}
@@ -88,7 +88,7 @@ def measure_resuming(data_dir: str, directory: Path, num_turns: int) -> dict[str
             workdir = directory / f"resumed-{step}-{turn}"
             shutil.copytree(begun, workdir)
             folder = workdir / "checkpoints"
-            (folder / str(EARLY)).rename(folder / str(step))  # the seal holds: it has no step
+            (folder / str(EARLY)).rename(folder / str(step))  # the seal stays valid: it has no step
             wall, processor = _train(workdir, data_dir, step + 1)
             secs.setdefault(str(step), []).append(wall)
             secs.setdefault(f"{step}_cpu", []).append(processor)
@@ -97,7 +97,7 @@ def measure_resuming(data_dir: str, directory: Path, num_turns: int) -> dict[str
 
 
 def _train(workdir: Path, data_dir: str, total_steps: int) -> tuple[float, float]:
-    """Runs the command; returns its seconds, and those on the processors."""
+    """Runs the command; returns its seconds and its CPU seconds."""
     command = [
         sys.executable, "-m", "vitcls.main", "--config=configs/quickstart.py:init=scratch",
         f"--workdir={workdir}", f"--config.data.data_dir={data_dir}",
@@ -112,7 +112,7 @@ def _train(workdir: Path, data_dir: str, total_steps: int) -> tuple[float, float
 
 
 def report(result: dict[str, Any]) -> str:
-    """Returns the figures as text for people."""
+    """Returns the figures as text."""
 
     def line(what: str, name: str, beside: str = "", limit: str = "") -> str:
         values, text = secs[name], f"{what:42}"

@@ -6,7 +6,7 @@ r"""Plots the gain of pretraining against the number of training images, from a 
     python -m benchmarks.few_shot --sweep=runs/few_shot --output=docs/few_shot.png
 
 Prints a Markdown table: mean, lowest and highest test accuracy over the seeds, and the difference
-of pretrained and random weights with its 95 % interval, paired t over the seeds, in points.
+between pretrained and random weights in points, with its 95 % interval (paired t over the seeds).
 Needs matplotlib and scipy.
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 from vitcls.files import expand
 
 INITS = {"init=pretrained": "pretrained", "init=scratch": "from scratch"}
-ALL = 0  # data.per_class of all images
-ALL_IMAGES = 143.7  # of each class, on average: 1 437 training images of ten digits
+ALL = 0  # data.per_class for all images
+ALL_IMAGES = 143.7  # per class, on average: 1 437 training images of ten digits
 
 # (images per class, init) -> seed -> test accuracy
 Accuracies = dict[tuple[int, str], dict[int, float]]
@@ -63,7 +63,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _interval(values: list[float]) -> str:
-    from scipy import stats  # costs a second
+    from scipy import stats  # takes a second to import
 
     mean = statistics.fmean(values)
     error = statistics.stdev(values) / len(values) ** 0.5
@@ -72,7 +72,7 @@ def _interval(values: list[float]) -> str:
 
 
 def draw(found: Accuracies, path: Path) -> None:
-    """Writes the curves: mean, the range over the seeds, every seed a dot."""
+    """Writes the curves: the mean, the range over the seeds, a dot for every seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,7 +106,7 @@ def _label(axes: Any, sizes: list[float]) -> None:
 
 
 def main() -> None:
-    """Reads the command line, prints the table, draws."""
+    """Reads the command line, prints the table, writes the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

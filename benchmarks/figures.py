@@ -1,4 +1,4 @@
-"""What benchmarks do with what they measured: the host, medians and spread, lines of a table."""
+"""Helpers for reports of benchmarks: the host, medians and spread, lines of a table."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ from vitcls.folders import ownership
 
 
 def host() -> dict[str, Any]:
-    """Returns the processor's name, how many there are for this process, and the load."""
+    """Returns the CPU's name, the number of cores for this process, and the load."""
     return {
         "device": processor_name() or platform.machine(),
         "num_cpus": num_cpus(),
@@ -26,12 +26,12 @@ def host() -> dict[str, Any]:
 
 
 def num_cpus() -> int | None:
-    """Returns how many processors this process may use, where the system tells."""
+    """Returns the number of cores that this process may use, if the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def processor_name() -> str | None:
-    """Returns the name of the product, on Linux."""
+    """Returns the product name of the CPU, on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return None
@@ -57,12 +57,12 @@ def run_command(
     measure: Callable[[argparse.Namespace], dict[str, Any]],
     report: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Reads the command line, measures, prints, and writes what `--json` asks for.
+    """Reads the command line, measures, prints, and writes the file of `--json`.
 
     Args:
-      parser: Has all other arguments.
+      parser: Parser with all other arguments.
       measure: Arguments -> all figures.
-      report: Figures -> text for people.
+      report: Figures -> text.
     """
     parser.add_argument("--json", type=expand, help="file to write all figures to")
     args = parser.parse_args()
@@ -88,5 +88,5 @@ def positive(kind: type) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text} is not positive")
         return kind(text)
 
-    parse.__name__ = kind.__name__  # argparse names it where `kind` cannot read the text
+    parse.__name__ = kind.__name__  # argparse names it if `kind` cannot read the text
     return parse

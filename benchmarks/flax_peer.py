@@ -1,7 +1,8 @@
 """A peer of `benchmarks.train_step`: the same training step with the Flax networks of transformers.
 
-transformers 5 has none, so it needs the environment that `python -m benchmarks.make_peers` makes,
-with transformers 4.57 and our own versions of jax, flax and optax. B batch, H W pixels, K classes.
+transformers 5 has no Flax networks, so this needs the environment of `python -m
+benchmarks.make_peers`, with transformers 4.57 and our own versions of jax, flax and optax. B batch,
+H W pixels, K classes.
 """
 
 import functools
@@ -17,24 +18,24 @@ import numpy as np
 import optax
 import transformers
 
-_runs: dict[str, Callable[[], Any]] = {}  # what `run` can repeat, filled by `start`
+_runs: dict[str, Callable[[], Any]] = {}  # functions for `run`, filled by `start`
 
 
 def start(
     library: str, config: dict[str, Any], *, device: str, dtype: str, batch_size: int, lr: float,
     weight_decay: float, matmul_size: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compiles the step, runs it once, and returns what the report says of the peer.
+    """Compiles the step, runs it once, and returns the peer's entries of the report.
 
     Args:
       library: "transformers", the only one.
       config: The fields of our network's config.
       device: "cpu".
-      dtype: "float32" or "bfloat16": that of the products.
+      dtype: Dtype of the products, "float32" or "bfloat16".
       batch_size: Images per step.
       lr: Learning rate of AdamW.
-      weight_decay: Its weight decay.
-      matmul_size: Side of the square matrices whose product is the anchor.
+      weight_decay: Weight decay of AdamW.
+      matmul_size: Side of the square matrices whose product gives the limit.
     """
     assert jax.default_backend() == device
     model = make_model(config, dtype)
@@ -58,12 +59,12 @@ def start(
 
 
 def run(name: str, num_calls: int) -> float:
-    """Returns the seconds that `num_calls` calls take of what `start` called `name`."""
+    """Returns the seconds of `num_calls` calls of the function that `start` named `name`."""
     return repeat(_runs[name], num_calls)
 
 
 def repeat(call: Callable[[], Any], num_calls: int) -> float:
-    """Returns the seconds that `num_calls` calls take, to the end of the last one."""
+    """Returns the seconds of `num_calls` calls, until the last one has ended."""
     begin = time.perf_counter()
     for _ in range(num_calls):
         result = call()

@@ -1,11 +1,11 @@
-"""How fast evaluation is, compared with transformers' network in PyTorch and the limit.
+"""Measures evaluation, compared with transformers' network in PyTorch and the limit.
 
     python -m benchmarks.forward --model=vit_b16 --batch_size=32
 
-Ours is the step that evaluation runs: uint8 images on the device, normalisation, network, the sums
-of the metrics, and logits. The peer is the network in PyTorch's inference mode, and its loss. The
-limit is that of `benchmarks.train_step`, for the products of a forward pass. All take turns. Before
-them our logits are compared with those in float32 at the highest precision.
+Ours is the step of evaluation: uint8 images on the device, normalisation, network, the sums of the
+metrics, and logits. The peer is the network in PyTorch's inference mode, with its loss. The limit
+is that of `benchmarks.train_step`, for the products of a forward pass. All take turns. Before that
+our logits are compared with those in float32 at the highest precision.
 """
 
 import functools
@@ -31,10 +31,10 @@ from vitcls.step import eval_step
 def make_ours(
     config: Config, *, dtype: str, batch_size: int, attention: str
 ) -> tuple[Run, dict[str, Any]]:
-    """Compiles our evaluation step, checks its logits, returns it and what there is to say of it.
+    """Compiles our evaluation step, checks its logits, returns it and its entries of the report.
 
     Raises:
-      ArithmeticError: see `check_logits`.
+      ArithmeticError: See `check_logits`.
     """
     variables = random_variables(config)
     batch = random_batch(config, batch_size)
@@ -66,7 +66,7 @@ def check_logits(found: jax.Array, expected: jax.Array, dtype: str) -> dict[str,
     """Returns the norms of the logits (B, K), and of their difference relative to the latter's.
 
     Raises:
-      ArithmeticError: it is more than rounding explains, see `relative_tolerance`.
+      ArithmeticError: The difference exceeds rounding, see `relative_tolerance`.
     """
     norm = float(jnp.linalg.norm(expected))
     difference = float(jnp.linalg.norm(found - expected)) / norm

@@ -1,7 +1,7 @@
 """The peers of `benchmarks.input_pipeline`: tf.data and torch's DataLoader doing the same work.
 
-Each runs in a process of its own, through `benchmarks.peer_process`. Crops have the area and the
-aspect ratios of ours, see SCALE and RATIO there; both read the same files.
+Each runs in a separate process, through `benchmarks.peer_process`. Crops have the same area and
+aspect ratios as ours, see SCALE and RATIO there; both read the same files.
 """
 
 import importlib.metadata
@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_batches: Iterator[Any]  # without end, made by a function below
+_batches: Iterator[Any]  # endless, made by a function below
 
 
 def start_tf(
     paths: list[str], *, batch_size: int, size: int, scale: list[float], ratio: list[float],
     antialias: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Decodes only the crop's region; scales bilinearly, smoothing before as Pillow does or not."""
+    """Decodes only the crop's region and scales bilinearly, with or without Pillow's smoothing."""
     global _batches
     import tensorflow as tf
 
@@ -49,7 +49,7 @@ def start_torch(
     paths: list[str], *, batch_size: int, size: int, scale: list[float], ratio: list[float],
     num_workers: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Does what torchvision does to Pillow images, in worker processes."""
+    """Does torchvision's steps on Pillow images, in worker processes."""
     global _batches
     import torch
 
@@ -92,7 +92,7 @@ class _Files:
 
 
 class _Crop:
-    """What torchvision's RandomResizedCrop does to a Pillow image: `crop`, then `resize`."""
+    """The steps of torchvision's RandomResizedCrop on a Pillow image: `crop`, then `resize`."""
 
     def __init__(self, size: int, scale: list[float], ratio: list[float]):
         self._size, self._scale, self._ratio = size, scale, ratio
@@ -117,7 +117,7 @@ class _Crop:
 
 
 def run(num_batches: int, num_ahead: int) -> float:
-    """Returns the seconds that so many batches take, after `num_ahead` that may lie ready."""
+    """Returns the seconds of the next batches, after skipping `num_ahead` prepared ones."""
     return pull(_batches, num_batches, num_ahead)
 
 

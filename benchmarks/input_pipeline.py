@@ -1,15 +1,15 @@
-"""How fast the loader gives training images, compared with tf.data, torch's DataLoader and limits.
+"""Measures the loader of training images, compared with tf.data, torch's DataLoader and limits.
 
     python -m benchmarks.input_pipeline --resample=bilinear
 
 Random JPEG files like ImageNet's (203 000 pixels, 109 kB on average) are written to a temporary
 folder. Ours reads them as training does, from `folder:` through the loader: decode, random crop,
-scale, uint8; and once more from images decoded before, in the folder of `data.cache`. The limits
-are decoding alone, and crop and scaling alone of decoded images, in one thread for each processor.
-All take turns; batches that lie ready at the begin of a turn are not counted.
+scale, uint8. It reads again from decoded images, in the folder of `data.cache`. The limits are
+decoding alone, and crop and scaling alone of decoded images, in one thread per core. All take
+turns; batches that are ready at the start of a turn do not count.
 
 By default tf scales from the four nearest pixels only. Ours, torchvision and `tf.data_smoothed`
-smooth before, so that a scaled image has no aliases: more work.
+smooth before, so that a scaled image has no aliases. That is more work.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from vitcls.data import cache, images, loader, sources
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 BATCH_SIZE = 32
-NUM_AHEAD = 12  # batches that any of the loaders keeps ready at most
-PEERS = {  # name -> function of `benchmarks.input_peer`, and what it is told besides
+NUM_AHEAD = 12  # batches that a loader prepares at most
+PEERS = {  # name -> function of `benchmarks.input_peer`, and its other arguments
     "tf.data": ("start_tf", {"antialias": False}),
     "tf.data_smoothed": ("start_tf", {"antialias": True}),
     "DataLoader": ("start_torch", {"num_workers": num_cpus()}),
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def ours(split: sources.Split, *, resample: str, num_threads: int) -> Run:
-    """Returns what measures the loader on a split, as a run without end."""
+    """Returns a function that measures the loader on a split, as in an endless run."""
     batches = loader.train_batches(
         split, global_batch_size=BATCH_SIZE, start_step=0, total_steps=10**9, seed=0,
         transform=transform(resample), num_threads=num_threads,
@@ -120,7 +120,7 @@ def _batched(pull_batches: Callable[[int, int], float]) -> Run:
 
 
 def alone(pool: concurrent.futures.Executor, work: Callable[[int], Any], num_items: int) -> Run:
-    """Returns what measures `work(number)` for numbers below `num_items`, in all threads."""
+    """Returns a function that measures `work(number)` for all numbers, in all threads."""
 
     def run(num_images: int) -> float:
         begin = time.perf_counter()
@@ -136,7 +136,7 @@ def alone(pool: concurrent.futures.Executor, work: Callable[[int], Any], num_ite
 
 
 def report(result: dict[str, Any]) -> str:
-    """Returns the figures as text for people."""
+    """Returns the figures as text."""
     lines = [
         f"{result['device']}, {result['num_cpus']} CPUs, load {result['load_before']:.1f} before",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
@@ -174,7 +174,7 @@ def main() -> None:
     )  # fmt: skip
     add(
         "--resample", choices=sorted(images.RESAMPLING), default="bilinear",
-        help="how ours scales: the checkpoint's processor says it in a run (default: bilinear)",
+        help="filter of ours: in a run that of the checkpoint's processor (default: bilinear)",
     )  # fmt: skip
     add("--threads", type=positive(int), default=8, help="data.num_threads (default: 8, as there)")
     add(

@@ -1,4 +1,4 @@
-"""Random JPEG files like those of ImageNet: 203 000 pixels, 109 kB, detail at all scales."""
+"""Makes random JPEG files like those of ImageNet: 203 000 pixels, 109 kB, detail at all scales."""
 
 import concurrent.futures
 import os
@@ -17,8 +17,8 @@ def make_folder(folder: Path, num_images: int, *, scale: float = 1.0) -> None:
     """Writes folder/train/CLASS/NUMBER.jpg, the same ones every time.
 
     Args:
-      folder: An empty folder, or one that is to be.
-      num_images: How many.
+      folder: A new or empty folder.
+      num_images: Number of files.
       scale: Factor of the sides, for larger originals.
     """
     for label in range(NUM_CLASSES):
@@ -35,7 +35,7 @@ def make_folder(folder: Path, num_images: int, *, scale: float = 1.0) -> None:
 
 
 def random_pixels(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Returns uint8 (height, width, 3): noise of all scales, the finer the weaker, as in nature."""
+    """Returns uint8 (height, width, 3): noise of all scales, weaker at finer scales."""
     total = np.zeros((height, width, 3), np.float32)
     for level in range(7):
         step = 2**level

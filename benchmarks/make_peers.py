@@ -1,10 +1,10 @@
-"""Makes the environment of those peers that conflict with ours: .venv-peers, 1 GB, minutes.
+"""Makes .venv-peers, the environment of peers that conflict with ours: 1 GB, minutes.
 
     python -m benchmarks.make_peers
 
-It has transformers 4.57, the last with Flax networks, on exactly our versions of jax, flax and
-optax: what differs in `python -m benchmarks.train_step --peer=flax` is the networks' code alone.
-Again, it does nothing, or brings the environment to other versions.
+It has transformers 4.57, the last with Flax networks, and exactly our versions of jax, flax and
+optax. So `python -m benchmarks.train_step --peer=flax` compares the networks' code alone. Another
+call does nothing, or updates the environment to changed versions.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / ".venv-peers"
 PYTHON = FOLDER / "bin" / "python"
-SAME = ("jax", "jaxlib", "flax", "optax", "numpy")  # whose versions are ours
+SAME = ("jax", "jaxlib", "flax", "optax", "numpy")  # with the same versions as ours
 
 
 def main() -> None:

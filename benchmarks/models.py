@@ -1,4 +1,4 @@
-"""The networks that benchmarks measure, and what an image costs in them."""
+"""The networks of benchmarks, and the operations of an image in them."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from vitcls.errors import UserError, unknown
 from vitcls.models import resnet, vit, vit_config
 
 NUM_CLASSES = 1000
-NAMES = [*vit_config.EXAMPLES, *resnet.SIZES]  # of architectures; a ViT may have any patch
+NAMES = [*vit_config.EXAMPLES, *resnet.SIZES]  # architectures; a ViT may have any patch
 
 Config = vit_config.ViTConfig | resnet.ResNetConfig
 
@@ -23,7 +23,7 @@ def arch_config(name: str, image_size: int) -> Config:
     """Returns the config of a network by its name, for square images.
 
     Raises:
-      UserError: the name is unknown, or its patch does not divide the image.
+      UserError: The name is unknown, or its patch does not divide the image.
     """
     sizes = dict(num_classes=NUM_CLASSES, image_size=(image_size, image_size))
     if name in resnet.SIZES:
@@ -37,7 +37,7 @@ def make_model(config: Config, dtype: str, *, attention: str = "xla") -> nn.Modu
     """Returns our network, without dropout, and with BatchNorm trained.
 
     Raises:
-      UserError: a ResNet is asked for another attention.
+      UserError: Another attention is requested for a ResNet.
     """
     if config.family != "resnet":
         return vit.ViT(config, jnp.dtype(dtype), attention=attention)
@@ -47,9 +47,9 @@ def make_model(config: Config, dtype: str, *, attention: str = "xla") -> nn.Modu
 
 
 def published(config: Config) -> Config:
-    """Returns the config of the network whose cost is published: the work that a peer does.
+    """Returns the config of the network with the published cost, the work of a peer.
 
-    Our ViT leaves out what nothing reads of its last layer, see `vit.Encoder`. Mean pooling reads
+    Our ViT leaves out the unused part of its last layer, see `vit.Encoder`. Mean pooling reads
     every token, so with it the products are those of the paper's network.
     """
     return dataclasses.replace(config, pool="mean") if config.family == "vit" else config
@@ -84,9 +84,9 @@ def _macs(jaxpr: Any) -> int:
             features_dim = eqn.params["dimension_numbers"].rhs_spec[0]
             per_output = math.prod(shapes[1]) // shapes[1][features_dim]
         else:
-            # The bodies of `jit` and its like. A loop's would have to count once per round.
+            # The bodies of `jit` and similar. The body of a loop would count once per round.
             assert eqn.primitive.name not in ("scan", "while")
-            # Where branches depend on the platform, the last one is the default.
+            # If branches depend on the platform, the last one is the default.
             params = [*eqn.params.values(), *eqn.params.get("branches", ())[-1:]]
             bodies = (getattr(param, "jaxpr", param) for param in params)
             total += sum(_macs(body) for body in bodies if hasattr(body, "eqns"))

@@ -1,16 +1,16 @@
-"""How close our networks are to the reference, for every family of checkpoints, at published sizes.
+"""Measures how close our networks are to the reference, for every family, at published sizes.
 
     python -m benchmarks.parity --output=docs/checkpoints.md
 
 The reference is `transformers` in torch: a network of the checkpoint's sizes with random weights,
 no parameter at its initial value, saved with `save_pretrained` and read with
-`vitcls.pretrained.load`. Compared are the logits of random images at the size the checkpoint is
-used at and at another, in float32 at the highest precision of products, and for the smaller network
-of each family the gradient of a cross-entropy. Nothing is downloaded. Needs torch, transformers and
-up to 10 GB of memory.
+`vitcls.pretrained.load`. The logits of random images are compared at the checkpoint's usual size
+and at another one, in float32 at the highest precision of products. For the smaller network of each
+family the gradient of a cross-entropy is also compared. Nothing is downloaded. Needs torch,
+transformers and up to 10 GB of memory.
 
-timm's networks are compared with outputs that timm computed in an environment of its own, which
-`tests/golden/make_timm_outputs.sh` makes; their weights are made again from the names of tensors.
+timm's networks are compared with outputs that timm computed in a separate environment, which
+`tests/golden/make_timm_outputs.sh` makes. Their weights are made again from the names of tensors.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from vitcls.pretrained import keys
 from vitcls.pretrained.files import formats
 from vitcls.pretrained.reading import FAMILIES
 
-TOLERANCE = 1e-4  # of logits, which are made to be about 1
-GRADIENT_TOLERANCE = 1e-3  # of a tensor, relative to its norm or to a thousandth of the whole one
+TOLERANCE = 1e-4  # for logits, which are about 1
+GRADIENT_TOLERANCE = 1e-3  # for a tensor, relative to its norm or a thousandth of the whole norm
 BEGIN, END = "<!-- begin of what benchmarks.parity writes -->", "<!-- end -->"
 NUM_CLASSES, BATCH_SIZE = 100, 2
 
@@ -55,14 +55,14 @@ class Case:
     """One network.
 
     Attributes:
-      name: The checkpoint of the hub that has these sizes.
-      kind: Class of `transformers`; its config's class is found by it.
-      fields: What its config changes from the defaults.
-      native: Image size it is used at.
-      other: Another one.
+      name: The checkpoint of the hub with these sizes.
+      kind: Class of `transformers`, which tells the class of its config.
+      fields: Fields of its config that differ from the defaults.
+      native: Its usual image size.
+      other: Another image size.
       gradient: Whether the gradient is also compared.
-      dtype: Dtype in which gradients are compared. Where a ReLU's input is near zero, torch in
-        float32 is as far from torch in float64 as we are.
+      dtype: Dtype in which gradients are compared. If a ReLU's input is near zero, torch in float32
+        is as far from torch in float64 as we are.
     """
 
     name: str
@@ -80,7 +80,7 @@ def _vit(width: int, depth: int, heads: int, **fields: Any) -> dict[str, Any]:
     )
 
 
-# Sizes: the config.json of each checkpoint. Two of the 40 layers of DINOv2's giant stand for all.
+# Sizes from the config.json of each checkpoint. DINOv2's giant has two of its 40 layers.
 _TI, _S, _B, _L = (192, 12, 3), (384, 12, 6), (768, 12, 12), (1024, 24, 16)
 _DINO = dict(mlp_ratio=4, image_size=518, patch_size=14)
 _TWO_HEADS, _DINOV2 = "DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"
@@ -127,7 +127,7 @@ def reference(case: Case) -> torch.nn.Module:
     """The network in torch, with random weights that make logits of about 1."""
     kind = getattr(transformers, case.kind)
     config_class, fields = kind.config_class, case.fields
-    if case.kind in (_CLIP, _SIGLIP):  # of the text tower only what is needed to build a config
+    if case.kind in (_CLIP, _SIGLIP):  # the text tower has only what a config needs
         fields = dict(vision_config=fields, text_config=dict(num_hidden_layers=0))
     torch.manual_seed(0)
     model = kind(config_class(**fields, num_labels=NUM_CLASSES)).eval()
@@ -184,8 +184,8 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
 def _gradient_difference(case: Case, model: torch.nn.Module, folder: Path) -> float:
     """The largest distance of a tensor's gradient from torch's, relative to its norm.
 
-    A gradient that is zero in theory, as a key's bias', has no relative error: norms below a
-    thousandth of the whole gradient's count as that.
+    A gradient that is zero in theory, as that of a key's bias, has no relative error. So norms
+    below a thousandth of the whole gradient's norm count as this thousandth.
     """
     # At the size of the stored position embeddings, so that theirs is compared as well.
     size = (case.fields["image_size"],) * 2 if "image_size" in case.fields else case.native
@@ -230,7 +230,7 @@ def _digest(array: np.ndarray) -> bytes:
 
 
 def compare_timm(name: str, folder: Path) -> dict[str, Any]:
-    """The same for one of timm's networks, without a gradient."""
+    """The same for a network of timm, without a gradient."""
     make = runpy.run_path(str(GOLDEN / "timm_weights.py"))
     golden = np.load(GOLDEN / "timm" / f"{name}.npz")
     shapes = json.loads(str(golden["tensors"]))
@@ -271,7 +271,7 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 def report(rows: list[str]) -> str:
-    """The table with what it was measured with."""
+    """The table, with device and versions."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "transformers")}
     versions |= {"torch": torch.__version__, "Python": platform.python_version()}
     device = jax.devices()[0].device_kind
@@ -320,7 +320,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only={args.only} is in no name; there are: {', '.join(comparisons)}")
     if args.output and args.only:
-        parser.error("--output wants all networks: leave --only out.")
+        parser.error("--output needs all networks: omit --only.")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rows, failed = [], []

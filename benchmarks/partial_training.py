@@ -1,19 +1,19 @@
-"""How much training only a part of a network gains, and how much it could gain at most.
+"""Measures the gain of training only a part of a network, and its bound.
 
     python -m benchmarks.partial_training --model=vit_s16 --image_size=224 --batch_size=8
 
-Every way is the step that training runs (see `benchmarks.train_step`), compiled for what it trains:
+Every way is the step of training (see `benchmarks.train_step`), compiled for the trained part:
 
-  full           everything, the one that the others are compared with
+  full           everything, for comparison
   half           the upper half of the layers and the head; the rest is frozen
   head           the head alone
   lora           LoRA of rank 8 next to the kernels of attention, and the head
   patch_dropout  everything, on half of the patches
 
-The bound is the ratio of the multiply-adds of both steps, counted in what is differentiated: a step
-of nothing but products would gain as much. All take turns, so that a machine that slows down slows
-all of them. Memory is what the compiler says that a step holds at its peak: its arguments, the
-state among them, and its temporaries.
+The bound is the ratio of the multiply-adds of both steps, counted in the differentiated function: a
+step of products alone would gain as much. All take turns, so that a machine that slows down affects
+all of them. Memory is the compiler's figure for the peak of a step: its arguments, including the
+state, and its temporaries.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns all figures, as `--json` writes them.
 
     Raises:
-      UserError: the name is unknown.
+      UserError: The name is unknown.
     """
     config = models.arch_config(args.model, args.image_size)
     if not isinstance(config, vit_config.ViTConfig):
@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "gmacs": 1e-9 * macs,
             "peak_mb": 1e-6 * (memory.argument_size_in_bytes + memory.temp_size_in_bytes),
         }
-        # The first call donates the state: a copy, since the ways share the frozen variables.
+        # A copy: the first call donates the state, and the ways share the frozen variables.
         state = jax.tree.map(lambda leaf: leaf.copy(), state)
         runs[way] = chain(
             functools.partial(lambda step, carry: step(carry[0], batch), compiled), (state, None)
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def _training(
     way: str, config: vit_config.ViTConfig, dtype: str, variables: Any
 ) -> tuple[Any, Any]:
-    """Returns the first state and the step of one way to train."""
+    """Returns the initial state and the step of one way to train."""
     model, split = models.make_model(config, dtype), adapt.split
     if way == "half":
         layers = "|".join(map(str, range(config.depth // 2)))

@@ -1,7 +1,7 @@
-"""Runs a peer's module in a process, and if need be an environment, of its own.
+"""Runs a peer's module in a separate process, and a separate environment if needed.
 
-There the thread pools, allocators and libraries of the peer cannot meet those of JAX. Calls and
-what they return are lines of JSON on the process' standard input and output.
+So the thread pools, allocators and libraries of the peer cannot interfere with those of JAX. Calls
+and results are lines of JSON on the process' standard input and output.
 """
 
 import importlib
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def start_process(module: str, *, python: str | Path = sys.executable) -> Callable[..., Any]:
-    """Returns a function that calls those of `module`, by name, in a new process.
+    """Returns a function that calls functions of `module`, by name, in a new process.
 
-    It ends with ours: its standard input closes. Arguments and results are what JSON holds.
+    The process ends with ours, when its standard input closes. Arguments and results are JSON.
 
     Args:
-      module: Full name.
-      python: The interpreter, which decides what can be imported.
+      module: Full name of the module.
+      python: The interpreter, whose environment is used.
     """
     process = subprocess.Popen(
         [python, "-m", "benchmarks.peer_process", module],
@@ -54,7 +54,7 @@ def start_process(module: str, *, python: str | Path = sys.executable) -> Callab
 
 def serve(module: str) -> None:
     """Answers calls until standard input ends."""
-    # What the libraries print must not come between the answers.
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:

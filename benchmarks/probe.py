@@ -1,19 +1,19 @@
-"""How fast many linear probes are as one program, and what features that are kept save.
+"""Measures many linear probes as one program, and the gain of kept features.
 
     python -m benchmarks.probe --examples=5000 --dim=384 --classes=10
     python -m benchmarks.probe --model=vit_s16 --image_size=224
 
 The sweep is `heads.fit_probes`: learning rates x weight decays x seeds on random features. It is
-compared with the same trials one by one, each a call of the same function compiled for one trial,
-and, as a familiar measure, with one fit of scikit-learn's LogisticRegression. The limit is the time
-of the products of the trials at the rate of the fastest large product, or of reading and writing
-heads and momenta in every step at the rate of a copy, whichever is longer. All take turns.
-Compilation is reported apart. Before the turns, every head of the sweep is compared with the one
-that was trained alone.
+compared with the same trials one by one, each a call of the same function compiled for one trial.
+As a familiar measure it is also compared with one fit of scikit-learn's LogisticRegression. The
+limit is the longer of two times: that of the trials' products at the rate of the fastest large
+product, and that of reading and writing heads and momenta in every step at the rate of a copy. All
+take turns. Compilation is reported separately. Before the turns, every head of the sweep is
+compared with the head that was trained alone.
 
-With --model it is measured instead what a head costs over --probe_epochs: trained through the
-frozen network by the training step, or on features that are computed once. Images are random, and
-decoding is left out of both. One device is used.
+With --model the cost of a head over --probe_epochs is measured instead: trained through the frozen
+network by the training step, or on features that are computed once. Images are random, and neither
+includes decoding. One device is used.
 """
 
 import argparse
@@ -50,14 +50,14 @@ SEEDS = range(5)
 NUM_TRIALS = len(PAIRS) * len(SEEDS)
 # Limit on the difference between heads, relative to the largest entry: sums differ in order.
 TOLERANCE = 1e-3
-GOAL = 90  # times that kept features save over 100 epochs
+GOAL = 90  # factor that kept features should save over 100 epochs
 
 
 def measure_sweep(args: argparse.Namespace) -> dict[str, Any]:
     """Returns all figures of the sweep, as `--json` writes them.
 
     Raises:
-      ArithmeticError: a head of the sweep is not that of the trial alone.
+      ArithmeticError: A head of the sweep differs from that of the trial alone.
     """
     features, labels = random_features(args.examples, args.dim, args.classes)
     options = dict(
@@ -82,7 +82,7 @@ def measure_sweep(args: argparse.Namespace) -> dict[str, Any]:
     x, kernel = (
         jax.random.normal(key, (matmul_size,) * 2) for key in jax.random.split(jax.random.key(0))
     )
-    kernel = jnp.linalg.qr(kernel)[0]  # keeps the scale of what is multiplied many times
+    kernel = jnp.linalg.qr(kernel)[0]  # repeated products keep their scale
     runs = {
         "ours": chain(lambda _: sweep(features, labels, seeds, lrs, weight_decays), None),
         "separate": chain(separate, None),
@@ -128,7 +128,7 @@ def check_heads(stacked: heads.Linear, alone: list[heads.Linear]) -> float:
     """Returns the largest difference of a kernel's entry, relative to the largest entry.
 
     Raises:
-      ArithmeticError: it is more than rounding explains.
+      ArithmeticError: The difference exceeds rounding.
     """
     expected = np.stack([head.kernel for head in alone])
     found = np.asarray(stacked.kernel).reshape(expected.shape)
@@ -142,7 +142,7 @@ def check_heads(stacked: heads.Linear, alone: list[heads.Linear]) -> float:
 
 
 def sklearn_run(features: np.ndarray, labels: np.ndarray):
-    """Returns a function that fits so many times, to convergence, with a weight decay of 1e-3."""
+    """Returns a function that fits several times, to convergence, with a weight decay of 1e-3."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=1 / (1e-3 * len(labels)), max_iter=1000)
@@ -157,12 +157,12 @@ def sklearn_run(features: np.ndarray, labels: np.ndarray):
 
 
 def measure_cached(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what a head costs through the frozen network and on kept features."""
+    """Returns the cost of a head through the frozen network and on kept features."""
     config = arch_config(args.model, args.image_size)
     variables = random_variables(config)
     split = functools.partial(adapt.split, train="head")
     bare = make_model(dataclasses.replace(config, num_classes=0), "float32")
-    # A copy: the step, whose state is donated, has the variables themselves.
+    # A copy: the step donates its state, which has the variables themselves.
     backbone = jax.tree.map(jnp.copy, variables | {"params": split(variables["params"])[1]})
     state, train_step = make_training(make_model(config, "float32"), variables, split=split)
     train_step = jax.jit(train_step, donate_argnums=0)
@@ -233,7 +233,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Returns the figures as text for people."""
+    """Returns the figures as text."""
 
     def spread(figures: dict[str, Any], form: str = ".3g") -> str:
         low, high = format(figures["min"], form), format(figures["max"], form)
@@ -298,7 +298,7 @@ def main() -> None:
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
     add(
         "--clock", choices=("wall", "cpu"), default="wall",
-        help="cpu: seconds of the processor, for one that is shared with other work; start it on "
+        help="cpu: CPU seconds, for a machine that is shared with other work; start it on "
         "one core then, with taskset -c 0 (default: wall)",
     )  # fmt: skip
     run_command(parser, measure, report)

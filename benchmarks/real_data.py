@@ -1,14 +1,13 @@
-"""How much of its speed training keeps when it reads real images, and when it is a loop at all.
+"""Measures how much of the step's speed remains in the training loop and with real images.
 
     python -m benchmarks.real_data --arch=vit_ti4 --image_size=32 --batch_size=16
 
-Three in turn, all with the step that training runs: the step alone, on one batch that lies on the
-device; the same step in training's loop, which fetches the metrics of the step before; and the loop
-with images from JPEG files, decoded once and kept in memory (`data.cache=ram`), cropped and scaled
-anew in every epoch. The last is also what training's line calls waiting: the share of the time in
-which no batch was ready. Some steps of the loop on one batch are traced, which tells what passes
-between two of them, where the trace says which step an operation belongs to. One process, all of
-its devices.
+Three variants of the training step take turns: the step alone, on one batch on the device; the same
+step in the training loop, which fetches the metrics of the previous step; and the loop with images
+from JPEG files, decoded once and kept in memory (`data.cache=ram`), cropped and scaled again in
+every epoch. For the last one the share of waiting is also measured, the time in which no batch was
+ready. Some steps of the loop on one batch are traced, to find the time between two steps, if the
+trace says which step an operation belongs to. One process uses all of its devices.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from vitcls.run.program import make_program
 from vitcls.step import sharding
 
 NUM_IMAGES = 512
-SCALE = 0.15  # of the sides of ImageNet's images: 66 pixels on average
+SCALE = 0.15  # factor of ImageNet's sides: 66 pixels on average
 MAX_TRACED = 40  # steps: a trace has a line for every operation
 PRIMED = 12  # steps before the first turn: compiles, and fills the cache
 
@@ -110,7 +109,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             run(num_steps)
             secs = time.perf_counter() - begin
             rates[name].append(num_steps * args.batch_size / secs)
-        waiting.append(waited / secs)  # of the last, that with real images
+        waiting.append(waited / secs)  # of the last variant, with real images
     with jax.profiler.trace(folder / "trace"):
         runs["loop, one batch"](min(num_steps, MAX_TRACED))
     alone, fixed, real = rates.values()
@@ -132,7 +131,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Returns the figures as text for people."""
+    """Returns the figures as text."""
     gap = result["between steps"]
     return "\n".join(
         [

@@ -1,14 +1,13 @@
-"""How long training takes to start: from the process' start to the end of the first step.
+"""Measures the start of training, from the process' start to the end of the first step.
 
     python -m benchmarks.startup --model=vit_b16 --batch_size=8
 
-`python -m vitcls.main` fine-tunes random weights, which were saved in Hugging Face format before,
-on random JPEG files. Its time is that of the line in metrics.jsonl that says the first step is
-done, less one steady step: what is left are imports, the checkpoint, compilation and the first
-batch.
-Every turn runs it with an empty folder of compiled programs (cold), then again with what the first
-left there (warm). Files are in the system's cache, as after any download. The time
-of importing all that it needs is given for comparison.
+`python -m vitcls.main` fine-tunes random weights, saved in Hugging Face format before, on random
+JPEG files. Its time is that of the first step's line in metrics.jsonl, less one steady step. It
+consists of imports, the checkpoint, compilation and the first batch. Every turn runs it with an
+empty folder of compiled programs (cold), then again with the programs of the first run (warm).
+Files are in the system's cache, as after any download. The time of all imports is given for
+comparison.
 """
 
 import argparse
@@ -32,7 +31,7 @@ GOALS = {"cold": 9.0, "warm": 6.0}  # seconds, of ViT-B/16 at batch 8 on a CPU
 
 
 def save_checkpoint(folder: Path, model_name: str, image_size: int) -> None:
-    """Writes a network with random weights; in a process of its own, as jax keeps its memory."""
+    """Writes a network with random weights, in a separate process, since jax keeps its memory."""
     from benchmarks.models import arch_config, make_model
     from benchmarks.train_step import random_variables
     from vitcls import pretrained
@@ -44,7 +43,7 @@ def save_checkpoint(folder: Path, model_name: str, image_size: int) -> None:
 
 
 def start(folder: Path, name: str, args: argparse.Namespace) -> tuple[float, float]:
-    """Trains until a few steps are done; returns the seconds to the first's end, and of a step."""
+    """Trains a few steps; returns the seconds to the end of the first, and of a steady step."""
     workdir = folder / name
     command = [
         sys.executable, "-m", "vitcls.main",
@@ -109,7 +108,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Returns the figures as text for people."""
+    """Returns the figures as text."""
     lines = [
         f"{result['device']}, {result['num_cpus']} CPUs, load {result['load_before']:.1f} before",
         f"{result['model']} at {result['image_size']} px, batch {result['batch_size']}: seconds to "

@@ -1,6 +1,6 @@
 """The peer of `benchmarks.train_step` and `.forward`: the same step in PyTorch.
 
-Runs in a process of its own, so that the thread pools and allocators of the two do not meet.
+Runs in a separate process, so that the two share no thread pools or allocators.
 B batch, H W pixels, K classes.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-_runs: dict[str, Callable[[], Any]] = {}  # what `run` can repeat, filled by `start`
+_runs: dict[str, Callable[[], Any]] = {}  # functions for `run`, filled by `start`
 
 
 def start(
@@ -30,16 +30,16 @@ def start(
       dtype: "float32" or "bfloat16", the latter by autocast.
       batch_size: Images per step.
       lr: Learning rate of AdamW.
-      weight_decay: Its weight decay.
-      matmul_size: Side of the square matrices whose product is the anchor.
-      is_training: Otherwise the step is a forward pass.
+      weight_decay: Weight decay of AdamW.
+      matmul_size: Side of the square matrices whose product gives the limit.
+      is_training: Whether to train; otherwise the step is a forward pass.
 
     Returns:
-      What the report says of the peer.
+      The peer's entries of the report.
     """
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA does by default
     modes = ("default", "max-autotune") if device == "cuda" else (None,)
-    # Convolutions on a GPU want channels last. On a CPU it depends on the dtype.
+    # Convolutions on a GPU are faster with channels last. On a CPU it depends on the dtype.
     layouts = (False,)
     if config["family"] == "resnet":
         layouts = (True,) if device == "cuda" else (False, True)
@@ -57,7 +57,7 @@ def start(
         # The best of three: a disturbance must not decide.
         secs = min(repeat(step, trial_steps) for _ in range(3)) / trial_steps
         trials[variant] = secs
-        if secs < best_secs:  # the others' memory is given back
+        if secs < best_secs:  # frees the memory of the others
             best_secs, best, _runs["step"] = secs, (variant, warm_up_secs), step
     variant, warm_up_secs = best
     _runs["matmul"] = make_matmul(matmul_size, device, getattr(torch, dtype))
@@ -74,12 +74,12 @@ def start(
 
 
 def run(name: str, num_calls: int) -> float:
-    """Returns the seconds that `num_calls` calls take of what `start` called `name`."""
+    """Returns the seconds of `num_calls` calls of the function that `start` named `name`."""
     return repeat(_runs[name], num_calls)
 
 
 def repeat(call: Callable[[], Any], num_calls: int) -> float:
-    """Returns the seconds that `num_calls` calls take, to the end of the last one."""
+    """Returns the seconds of `num_calls` calls, until the last one has ended."""
     begin = time.perf_counter()
     for _ in range(num_calls):
         call()
@@ -97,7 +97,7 @@ def make_step(
     Args:
       model: The network, (B, 3, H, W) -> logits (B, K).
       config: The fields of our network's config.
-      mode: Of `torch.compile`; None: not compiled.
+      mode: Mode of `torch.compile`; None: not compiled.
       channels_last: The memory layout of images and convolutions.
       device, dtype, batch_size, lr, weight_decay, is_training: See `start`.
     """

@@ -1,12 +1,11 @@
-"""What a training step moves between a TPU and its memory, by the compiler and without the TPU.
+"""Counts the bytes of a training step between a TPU and its memory, without the TPU.
 
     python -m benchmarks.tpu_bytes --model=vit_b16 --batch_size=128 --topology=v5e:1x1
 
 Compiles the step of configs/vit_b16.py or configs/resnet50.py in bfloat16 for a slice that need not
-exist (Linux on x86-64, pip install 'jax[tpu]') and sums the bytes of every instruction, by what it
-computes; see vitcls/costs/traffic.py. Fusions count for what they are named after, which is one of
-the things that they do. These are the compiler's decisions, not measurements. A compilation takes
-minutes.
+exist (Linux on x86-64, pip install 'jax[tpu]') and sums the bytes of every instruction, by kind;
+see vitcls/costs/traffic.py. A fusion counts for the operation in its name, one of several that it
+does. These are the compiler's decisions, not measurements. A compilation takes minutes.
 """
 
 import argparse
@@ -27,12 +26,12 @@ KINDS = {
     "other layers": r"jvp\(",
     "optimizer and the rest": r"",
 }
-# What the compiler starts early, between memory and fast memory, names no operation.
+# Early copies between memory and fast memory name no operation.
 MOVES = ("copy-start", "copy-done", "slice-start", "slice-done")
 
 
 def kind_of(name: str, opcode: str) -> str:
-    """Returns what an instruction counts as."""
+    """Returns the kind of an instruction."""
     if opcode in MOVES:
         return "to and from fast memory"
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))

@@ -1,4 +1,4 @@
-"""How much of a traced time lies between two executions of a program."""
+"""Measures the share of a traced time between two executions of a program."""
 
 import itertools
 from pathlib import Path
@@ -7,13 +7,13 @@ from jax.profiler import ProfileData
 
 
 def gap_share(folder: Path, module: str) -> float | None:
-    """Returns the share of the time that is after one execution's last operation, before the next.
+    """Returns the share of the time between the end of one execution and the start of the next.
 
-    None where the trace does not say which execution an operation belongs to.
+    None if the trace does not say which execution an operation belongs to.
 
     Args:
-      folder: Folder of one trace by `jax.profiler`, of one device.
-      module: Name of the compiled program whose executions are looked at: `jit_train_step`.
+      folder: Folder of a trace by `jax.profiler`, for one device.
+      module: Name of the compiled program, such as `jit_train_step`.
     """
     (path,) = folder.glob("**/*.xplane.pb")
     spans = {}  # of executions

@@ -1,17 +1,18 @@
-"""How fast a training step is, compared with a peer doing the same work and the machine's limit.
+"""Measures a training step, compared with a peer doing the same work and the machine's limit.
 
     python -m benchmarks.train_step --model=vit_b16 --image_size=224 --batch_size=8
 
-Ours is the step that training runs: uint8 images on the device, flip, normalisation, network and
-AdamW, compiled once with a donated state. The peer is the same in PyTorch or Flax. The limit is the
-fastest product of large matrices in the same dtype that either of them reaches: images per second
-if a step were nothing but its products. All take turns, so that a machine that slows down slows all
-of them. Compilation is reported apart. Before the turns, the loss and the norm of the gradient of
-our first step are compared with those in float32 at the highest precision; a difference beyond
-rounding ends it.
+Ours is the step of training: uint8 images on the device, flip, normalisation, network and AdamW,
+compiled once with a donated state. The peer is the same in PyTorch or Flax. The limit is the speed
+of a step that has nothing but its products, at the rate of the faster library's large products in
+the same dtype. All take turns, so that a machine that slows down affects all of them. Compilation
+is reported separately. Before the turns, the loss and the norm of the gradient of our first step
+are compared with those in float32 at the highest precision; a difference beyond rounding is an
+error.
 
-One device is used. Needs jax, flax, optax and numpy; the peer also torch, and transformers or timm;
-the Flax networks of transformers, on a CPU, an environment that benchmarks.make_peers makes.
+One device is used. Ours needs jax, flax, optax and numpy; the peer also needs torch, and
+transformers or timm. The Flax networks of transformers, on a CPU, need the environment of
+benchmarks.make_peers.
 """
 
 import argparse
@@ -41,15 +42,15 @@ from vitcls.models.attention import KERNELS, check_cudnn
 from vitcls.step import adapt, optim
 from vitcls.step import train_step as steps
 
-# A rate at which random labels are not learnt while we measure: vanishing gradients would end as
-# denormal numbers, which some processors compute slowly.
+# At this rate random labels are not learnt during the measurement. Otherwise gradients would vanish
+# and become denormal numbers, which some CPUs compute slowly.
 LR, WEIGHT_DECAY = 1e-5, 0.05
 COPY_SIZE = 2**27  # float32 numbers: 512 MiB, beyond every cache
-# Unit roundoffs that loss and gradient may be away from the reference, relatively. Independent
-# errors of L layers add up to about sqrt(L): ResNet-50's gradient is 4 away in bfloat16.
+# Allowed relative distance of loss and gradient from the reference, in unit roundoffs. Independent
+# errors of L layers add up to about sqrt(L): ResNet-50's gradient differs by 4 in bfloat16.
 TOLERANCE = 8
 
-Run = Callable[[int], float]  # number of calls -> the seconds they take
+Run = Callable[[int], float]  # number of calls -> their seconds
 
 
 def measure(
@@ -60,11 +61,11 @@ def measure(
     Args:
       args: Arguments of the command line.
       make_ours: See `make_ours`.
-      is_training: Whether its step trains; otherwise peer and limit are of a forward pass.
+      is_training: Whether its step trains; otherwise peer and limit are those of a forward pass.
 
     Raises:
-      UserError: an argument does not fit, or the peer is not installed.
-      ArithmeticError: our numbers are not those of the reference.
+      UserError: An argument does not fit, or the peer is not installed.
+      ArithmeticError: Our numbers differ from the reference.
     """
     config = arch_config(args.model, args.image_size)
     load_before = os.getloadavg()[0]
@@ -75,7 +76,7 @@ def measure(
 
     runs = {}
     (call, library), peer = start_peer(args.peer, device.platform), None
-    if call:  # first: a package that is missing is missed at once
+    if call:  # first: a missing package is found at once
         peer = call(
             "start", library, dataclasses.asdict(config), dtype=args.dtype, lr=LR,
             device="cpu" if device.platform == "cpu" else "cuda", batch_size=args.batch_size,
@@ -94,7 +95,7 @@ def measure(
         )
     keys = jax.random.split(jax.random.key(0))
     x, kernel = (jax.random.normal(key, (matmul_size,) * 2) for key in keys)
-    # Orthogonal: keeps the scale of what is multiplied thousands of times.
+    # Orthogonal, so that thousands of products keep their scale.
     x, kernel = x.astype(args.dtype), jnp.linalg.qr(kernel)[0].astype(args.dtype)
     runs["matmul"] = chain(functools.partial(jax.jit(jnp.matmul), kernel), x)
     runs["copy"] = chain(jax.jit(jnp.negative, donate_argnums=0), jnp.ones(COPY_SIZE))
@@ -150,10 +151,10 @@ def measure(
 def make_ours(
     config: Config, *, dtype: str, batch_size: int, attention: str
 ) -> tuple[Run, dict[str, Any]]:
-    """Compiles our step, checks its numbers, and returns it with what there is to say of it.
+    """Compiles our step, checks its numbers, and returns it with its entries of the report.
 
     Raises:
-      ArithmeticError: see `check_numerics`.
+      ArithmeticError: See `check_numerics`.
     """
     model = make_model(config, dtype, attention=attention)
     variables = random_variables(config)
@@ -175,9 +176,9 @@ def make_ours(
 
 
 def random_variables(config: Config) -> Any:
-    """Returns a network's variables: random ones, also of the head.
+    """Returns random variables of a network, with a random head.
 
-    Not the zero head of fine-tuning, with which every network's first loss is ln K.
+    With the zero head of fine-tuning every network's first loss would be ln K.
     """
     key, zeros = jax.random.key(0), jnp.zeros((1, *config.image_size, 3))
     init = functools.partial(make_model(config, "float32").init, train=False)
@@ -194,13 +195,13 @@ def make_training(
     split: Callable[[Any], tuple[Any, Any]] = adapt.split,
     has_lora: bool = False,
 ) -> tuple[steps.TrainState, Callable[..., Any]]:
-    """Returns the first state and the step of a run: flip, normalisation, network, AdamW.
+    """Returns the initial state and the step of a run: flip, normalisation, network, AdamW.
 
     Args:
       model: The network.
       variables: Its variables.
       split: Parameters -> (trained, frozen).
-      has_lora: Whether LoRA's factors are among them.
+      has_lora: Whether they include LoRA's factors.
     """
     schedule = optim.make_schedule("constant", lr=LR, warmup_steps=0, total_steps=1)
     tx = optim.make_optimizer(
@@ -224,7 +225,7 @@ def make_training(
 
 
 def random_batch(config: Config, batch_size: int) -> dict[str, np.ndarray]:
-    """Returns what the data loader gives the step, with random pixels and labels."""
+    """Returns a batch as the data loader makes it, with random pixels and labels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, config.num_classes, batch_size)
     return {
@@ -240,7 +241,7 @@ def check_numerics(
     """Returns the loss and the norm of the gradient, and their relative differences.
 
     Raises:
-      ArithmeticError: a difference is more than `TOLERANCE` unit roundoffs of the products.
+      ArithmeticError: A difference exceeds `TOLERANCE` unit roundoffs of the products.
     """
     tolerance, numerics = relative_tolerance(dtype), {}
     for name in ("loss", "grad_norm"):
@@ -260,14 +261,14 @@ def check_numerics(
 
 
 def relative_tolerance(dtype: str) -> float:
-    """Returns the largest relative difference that rounding of products in `dtype` explains."""
+    """Returns the largest relative difference that rounding in `dtype` explains."""
     # By default GPUs multiply float32 as TF32, TPUs as bfloat16.
     of_float32 = {"cpu": 2.0**-24, "gpu": 2.0**-11, "tpu": 2.0**-8}[jax.default_backend()]
     return TOLERANCE * (2.0**-8 if dtype == "bfloat16" else of_float32)
 
 
 def chain(call: Callable[[Any], Any], carry: Any) -> Run:
-    """Returns a function that does `carry = call(carry)` so many times and waits for the last."""
+    """Returns a function that repeats `carry = call(carry)` and waits for the last result."""
 
     def run(num_calls):
         nonlocal carry
@@ -281,7 +282,7 @@ def chain(call: Callable[[Any], Any], carry: Any) -> Run:
 
 
 def calls_per_window(run: Run, window_secs: float) -> int:
-    """Returns how many calls take about `window_secs` seconds; the first, which compiles, apart."""
+    """Returns the number of calls in about `window_secs` seconds, after a first call compiled."""
     run(1)
     num_calls = 1
     while (secs := run(num_calls)) < window_secs / 4:
@@ -290,10 +291,10 @@ def calls_per_window(run: Run, window_secs: float) -> int:
 
 
 def start_peer(peer: str, platform: str) -> tuple[Callable[..., Any] | None, str | None]:
-    """Starts the process of a peer; returns what calls its functions, and whose network it has.
+    """Starts the process of a peer; returns its caller, and the library of its network.
 
     Raises:
-      UserError: its environment does not exist, or not on this platform.
+      UserError: Its environment does not exist, or it does not support this platform.
     """
     if peer == "auto":
         has_timm = platform == "gpu" and importlib.util.find_spec("timm")
@@ -313,12 +314,12 @@ def start_peer(peer: str, platform: str) -> tuple[Callable[..., Any] | None, str
 
 
 def device_name(device: jax.Device) -> str:
-    """Returns the name of the product; JAX calls every processor "cpu"."""
+    """Returns the product name of the device; JAX calls every CPU "cpu"."""
     return (device.platform == "cpu" and processor_name()) or device.device_kind
 
 
 def report(result: dict[str, Any]) -> str:
-    """Returns the figures as text for people."""
+    """Returns the figures as text."""
     ours, peer, limit = result["ours"], result["peer"], result["limit"]
     versions = result["versions"] | (peer["versions"] if peer else {})
     lines = [
@@ -383,7 +384,7 @@ def run_step_command(
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add(
         "--attention", choices=KERNELS, default="xla",
-        help="what computes ours, as model.attention (default: xla)",
+        help="attention of ours, as model.attention (default: xla)",
     )  # fmt: skip
     add(
         "--peer", default="auto",
@@ -396,9 +397,9 @@ def run_step_command(
     add("--window_secs", type=positive(float), default=3.0, help="seconds a turn (default: 3)")
 
     def measure_beside_peer(args: argparse.Namespace) -> dict[str, Any]:
-        if args.peer != "none":  # on a GPU it needs what JAX would reserve; read at its first use
+        if args.peer != "none":  # on a GPU the peer needs that memory; read at first use
             os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
-        jax.config.update("jax_enable_compilation_cache", False)  # for the time of compiling
+        jax.config.update("jax_enable_compilation_cache", False)  # the time of compiling counts
         return measure(args, make_ours, is_training=is_training)
 
     run_command(parser, measure_beside_peer, report)

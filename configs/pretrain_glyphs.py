@@ -1,10 +1,10 @@
-"""How the quick start's checkpoint was made: a small ViT on rendered letters and digits.
+"""Pretrains the quick start's checkpoint: a small ViT on rendered letters and digits.
 
   make fonts
   python -m vitcls.main --config=configs/pretrain_glyphs.py --workdir=runs/pretrain_glyphs
 
-The images are drawn from free fonts when the data set `glyphs` is prepared (see
-vitcls/data/glyphs), in the digits' own format; no handwritten digit is among them.
+The images are rendered from free fonts when the data set `glyphs` is prepared (see
+vitcls/data/glyphs), in the format of the digits. They include no handwritten digits.
 """
 
 from ml_collections import ConfigDict

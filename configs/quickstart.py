@@ -2,7 +2,7 @@
 
   python -m vitcls.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Data: scikit-learn's 1 797 scans of 8 x 8 pixels; 360 of them are the test split, a tenth of the
+Data: scikit-learn's 1 797 scans of 8 x 8 pixels. 360 of them are the test split; a tenth of the
 rest is held out to choose the checkpoint. Weights: `assets/vit-nano-glyphs`, pretrained by
 `configs/pretrain_glyphs.py` on rendered letters and digits.
 
@@ -21,7 +21,7 @@ from vitcls.config import default_config, parse_arg
 from vitcls.errors import unknown
 from vitcls.recipes import Expected
 
-# Of seeds 1 to 5, from docs/results.md, with hold-outs by position (data.division).
+# Seeds 1 to 5, from docs/results.md, with hold-outs by position (data.division).
 _SOURCE = "configs/sweeps/pretraining.py, jax 0.10.2 on a CPU"
 _PRETRAINED = Expected((0.9889, 0.9917, 0.9833, 0.9833, 0.9889), 360, _SOURCE)
 EXPECTED = {

@@ -3,8 +3,8 @@
   python -m vitcls.main --config=configs/resnet50.py:data=tfds:cifar100 --workdir=runs/resnet50
 
 Argument: `data=` tfds:oxford_iiit_pet, tfds:oxford_flowers102, tfds:cifar10, tfds:cifar100,
-tfds:food101, tfds:imagenet2012, folder:PATH, or any other source; what depends on it is in
-vitcls/recipes.py. For accelerators. On a small one, set `--config.train.micro_batch` (BatchNorm
+tfds:food101, tfds:imagenet2012, folder:PATH, or any other source; vitcls/recipes.py says what
+depends on it. For accelerators. On a small one, set `--config.train.micro_batch` (BatchNorm
 then normalises each pass by itself), or lower `--config.train.global_batch_size` and the learning
 rate with it; with less than about 16 images per pass `--config.model.batch_norm=frozen` is safer.
 

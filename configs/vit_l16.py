@@ -3,9 +3,9 @@
   python -m vitcls.main --config=configs/vit_l16.py:data=tfds:cifar100 --workdir=runs/vit_l16
 
 Argument: `data=` tfds:oxford_iiit_pet, tfds:oxford_flowers102, tfds:cifar10, tfds:cifar100,
-tfds:food101, tfds:imagenet2012, folder:PATH, or any other source; what depends on it is in
-vitcls/recipes.py. For accelerators: published hours on A100s are below.
-On a small one, lower `--config.train.global_batch_size` and the learning rate with it.
+tfds:food101, tfds:imagenet2012, folder:PATH, or any other source; vitcls/recipes.py says what
+depends on it. For accelerators: published hours on A100s are below.
+On a small accelerator, lower `--config.train.global_batch_size` and the learning rate with it.
 
 Accuracy as published, not measured here, by google-research/vision_transformer's README
 (in21k weights, 384 px, batch 512, SGD, dropout 0.0; one run each):

@@ -3,15 +3,14 @@
   python -m vitcls.main --config=configs/vit_s16.py:data=tfds:cifar100 --workdir=runs/vit_s16
 
 Argument: `data=` tfds:oxford_iiit_pet, tfds:oxford_flowers102, tfds:cifar10, tfds:cifar100,
-tfds:food101, tfds:imagenet2012, folder:PATH, or any other source; what depends on it is in
-vitcls/recipes.py. For accelerators: no hours are published.
-On a small one, lower `--config.train.global_batch_size` and the learning rate with it.
+tfds:food101, tfds:imagenet2012, folder:PATH, or any other source; vitcls/recipes.py says what
+depends on it. For accelerators: no hours are published.
+On a small accelerator, lower `--config.train.global_batch_size` and the learning rate with it.
 
 Accuracy as published, not measured here: google-research/vision_transformer's README has 83.73 % on
 ImageNet for AugReg S/16 from in21k weights (384 px, 20 000 steps, lr 0.03; one run). The checkpoint
-named here is another one, in Hugging Face format and already fine-tuned on ImageNet; nothing is
-published for it with this recipe. That README's code crops
-otherwise: see vitcls/recipes.py.
+here is another one, in Hugging Face format and already fine-tuned on ImageNet. Nothing is published
+for it with this recipe. That README's code crops in another way: see vitcls/recipes.py.
 """
 
 from ml_collections import ConfigDict

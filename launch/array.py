@@ -92,7 +92,7 @@ class Array:
                         self._on_change()
                 running = [trial for name, trial in left.items() if active.get(name) == "RUNNING"]
                 head = f"{len(left)} of {len(self._trials)} in the queue, {len(running)} running"
-                screen.show([head, *(watch.line(trial) for trial in running[:_MAX_LINES])])
+                screen.show([head, *(watch.progress_line(trial) for trial in running[:_MAX_LINES])])
                 if left:
                     _sleep(stop)
         finally:

@@ -142,4 +142,4 @@ class Pool:
         if self._seconds and left:
             mean = sum(self._seconds) / len(self._seconds)
             head += f"; at most {duration(mean * -(-left // self._jobs))} left"
-        return [head, *(watch.line(trial) for trial, _, _ in self._running.values())]
+        return [head, *(watch.progress_line(trial) for trial, _, _ in self._running.values())]

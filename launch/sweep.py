@@ -96,7 +96,7 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
     from vitcls.folders import lock
 
     def write() -> None:
-        tables.write(workdir, trials, runner.states, _METRICS.value)
+        tables.write_tables(workdir, trials, runner.states, _METRICS.value)
 
     tables.check_metrics(_METRICS.value, trials)
     make_folder(workdir)
@@ -111,8 +111,8 @@ def _run(trials: list, unfinished: list, workdir: Path, asked: resources.Resourc
             runner.submit(asked, jobs=_JOBS.value)
         runner.run(stop)
     write()
-    if by_group := tables.groups(trials, _METRICS.value):
-        print(f"Mean (lowest to highest) over the seeds:\n{tables.text(by_group)}")
+    if by_group := tables.group_trials(trials, _METRICS.value):
+        print(f"Mean (lowest to highest) over the seeds:\n{tables.format_table(by_group)}")
     if stop.name and _ON.value == "slurm":
         raise Interrupted(
             f"{stop.name}: the jobs continue; run the same command again to watch them."

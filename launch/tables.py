@@ -33,7 +33,7 @@ def check_metrics(names: list[str], trials: list[Trial]) -> None:
             raise unknown("metric of --metrics", metric, _METRICS)
 
 
-def metrics(trial: Trial, names: list[str]) -> dict[str, float]:
+def compared_metrics(trial: Trial, names: list[str]) -> dict[str, float]:
     """Returns the metrics to compare of a finished trial, {} for others.
 
     Args:
@@ -52,18 +52,18 @@ def metrics(trial: Trial, names: list[str]) -> dict[str, float]:
     return found
 
 
-def groups(trials: list[Trial], names: list[str]) -> list[dict[str, Any]]:
+def group_trials(trials: list[Trial], names: list[str]) -> list[dict[str, Any]]:
     """Groups the finished trials by fields other than the seed, best selection metric first.
 
     Each group is `{"fields": {...}, "seeds": [0, 1], "metrics": {"test/accuracy": {"mean": 0.97,
     "lowest": 0.96, "highest": 0.98}}}`. Groups with a NaN or missing metric come last. Without a
     selection metric the sweep's order stays, since the test split must not choose. `names`: see
-    `metrics`.
+    `compared_metrics`.
     """
     members = {}
     for trial in trials:
         fields = {field: value for field, value in trial.fields.items() if field != SEED}
-        if found := metrics(trial, names):
+        if found := compared_metrics(trial, names):
             members.setdefault(json.dumps(fields, default=str), []).append((trial, fields, found))
     by_group = [_group(rows) for rows in members.values()]
     selects = {select_metric(trial) for trial in trials}
@@ -91,7 +91,7 @@ def _group(rows: list[tuple[Trial, dict, dict]]) -> dict[str, Any]:
     return {"fields": rows[0][1], "seeds": seeds, "metrics": summary}
 
 
-def text(by_group: list[dict[str, Any]]) -> str:
+def format_table(by_group: list[dict[str, Any]]) -> str:
     """Returns the groups as a table of text: mean (lowest to highest) of each metric."""
     fields, names = _columns(by_group)
     lines = [[*fields, *names, "seeds"]]
@@ -114,7 +114,7 @@ def _columns(by_group: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return list(fields), list(names)
 
 
-def write(
+def write_tables(
     workdir: Path, trials: list[Trial], states: dict[str, dict[str, Any]], names: list[str]
 ) -> None:
     """Writes `sweep.json` (trials and groups) and `sweep.csv` (one line per group).
@@ -123,7 +123,7 @@ def write(
       workdir: The sweep's folder.
       trials: All trials.
       states: `{"state": "failed", "exit_code": 87}` by trial name, for the started trials.
-      names: See `metrics`.
+      names: See `compared_metrics`.
     """
     rows = []
     for trial in trials:
@@ -132,9 +132,9 @@ def write(
         rows.append(
             {"name": trial.name, "fields": trial.fields, "command": trial.command}
             | ({"state": "finished", "exit_code": 0} if results else state)
-            | {"seconds": results and results["seconds"], "metrics": metrics(trial, names)}
+            | {"seconds": results and results["seconds"], "metrics": compared_metrics(trial, names)}
         )
-    by_group = groups(trials, names)
+    by_group = group_trials(trials, names)
     write_json(workdir / "sweep.json", {"trials": rows, "groups": by_group})
     fields, names = _columns(by_group)
     kinds = ("mean", "lowest", "highest")

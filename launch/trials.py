@@ -56,7 +56,7 @@ class Trial:
 
     def total_steps(self) -> int | None:
         """Returns its training steps; None until a run given in epochs has counted them."""
-        path, asked = self.workdir / "config.json", _read_if_sound(self.workdir / "asked.json")
+        path, asked = Workdir(self.workdir).config, _read_if_sound(self.workdir / "asked.json")
         if self.config.train.total_steps or not path.exists():
             return self.config.train.total_steps or None
         # The saved number may have been counted for another number of epochs.
@@ -67,13 +67,13 @@ class Trial:
 
     def results(self) -> dict[str, Any] | None:
         """Returns its `results.json` if it is from the last step, else None."""
-        results = _read_if_sound(self.workdir / "results.json")
+        results = _read_if_sound(Workdir(self.workdir).results)
         return results if results and is_finished(results, self.total_steps()) else None
 
     def metrics(self) -> dict[str, float]:
         """Returns the latest training metrics, {} before the first."""
         try:
-            with (self.workdir / "metrics.jsonl").open("rb") as file:
+            with Workdir(self.workdir).metrics.open("rb") as file:
                 file.seek(max(file.seek(0, 2) - 8192, 0))
                 lines = file.read().decode(errors="replace").splitlines()
         except OSError:

@@ -35,7 +35,7 @@ class Screen:
             self._redirect.__exit__(None, None, None)
 
 
-def line(trial: Trial) -> str:
+def progress_line(trial: Trial) -> str:
     """Returns the progress of a running trial."""
     metrics = trial.metrics()
     if not metrics:

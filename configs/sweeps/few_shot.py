@@ -1,11 +1,11 @@
-"""Pretrained against random weights, with 1, 5, 10 and all training images per class, five seeds.
+"""Compares pretrained and random weights, with 1, 5, 10 and all images per class, five seeds.
 
   python -m launch.sweep --config=configs/quickstart.py --sweep=configs/sweeps/few_shot.py \
     --workdir=runs/few_shot --config.eval.select_split= --config.train.total_epochs=0 \
     --config.train.global_batch_size=32
   python -m benchmarks.few_shot --sweep=runs/few_shot --output=docs/few_shot.png
 
-Of one seed both networks see the same images, in the same order, for the same number of steps.
+With one seed both networks see the same images, in the same order, for the same number of steps.
 Nothing is selected: the last step counts.
 """
 

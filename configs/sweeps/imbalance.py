@@ -1,4 +1,4 @@
-"""Every way to train on imbalanced classes, three seeds each.
+"""Compares the ways to train on imbalanced classes, three seeds each.
 
   python -m launch.sweep --config=configs/quickstart.py --sweep=configs/sweeps/imbalance.py \
     --workdir=runs/imbalance --config.data.source=folder:$DATA --config.data.long_tail=50 \
@@ -6,7 +6,7 @@
     --config.train.total_steps=200 \
     --metrics=test/balanced_accuracy,test/head_accuracy,test/medium_accuracy,test/tail_accuracy
 
-docs/recipes.md has a table of its results. Classes as they are come first.
+docs/recipes.md has a table of the results. The first trial leaves the classes as they are.
 """
 
 from launch.space import Fields, seeds

@@ -1,9 +1,9 @@
-"""Learning rate and weight decay, three seeds each: which pair does a recipe want?
+"""Finds learning rate and weight decay for a recipe, three seeds each.
 
   python -m launch.sweep --config=configs/quickstart.py --sweep=configs/sweeps/lr_wd.py \
     --workdir=runs/sweep
 
-The rates are for AdamW on a small network; for SGD, or a large ViT, copy the file and change them.
+The rates are for AdamW on a small network. For SGD, or a large ViT, copy the file and change them.
 """
 
 from launch.space import Fields, grid, seeds

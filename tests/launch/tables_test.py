@@ -36,7 +36,7 @@ def make(tmp_path, *overrides):
 
 
 def test_groups_are_over_seeds_with_the_best_selection_first(tmp_path):
-    first, second = tables.groups(make(tmp_path), [])
+    first, second = tables.group_trials(make(tmp_path), [])
     assert first["fields"] == {"optim.lr": 2.0} and first["seeds"] == [0]
     assert second["fields"] == {"optim.lr": 1.0} and second["seeds"] == [0, 1, 2]
     assert second["metrics"]["test/accuracy"] == {
@@ -55,25 +55,27 @@ def test_what_is_no_number_or_missing_is_last(tmp_path, monkeypatch):
         if metric == "loss":
             for path in (tmp_path / metric).glob("*/results.json"):
                 path.write_text(path.read_text().replace('ut": {"accuracy"', 'ut": {"loss"'))
-        groups = tables.groups(trials, [])
+        groups = tables.group_trials(trials, [])
         assert [group["fields"]["optim.lr"] for group in groups] == [2.0, 3.0, 1.0]
         assert np.isnan(list(groups[2]["metrics"][f"holdout/{metric}"].values())).all()
         (trials[3].workdir / "results.json").write_text(
             json.dumps({"step": 20, "splits": {"holdout": {}, "test": {"accuracy": 0.9}}})
         )
-        groups = tables.groups(trials, [])
+        groups = tables.group_trials(trials, [])
         assert [group["fields"]["optim.lr"] for group in groups] == [3.0, 1.0, 2.0]
 
 
 def test_nothing_is_sorted_by_the_test_split(tmp_path):
     trials = make(tmp_path, "--config.eval.select_split=")
-    groups = tables.groups(trials, [])
+    groups = tables.group_trials(trials, [])
     assert [group["fields"]["optim.lr"] for group in groups] == [1.0, 2.0]
     assert [list(group["metrics"]) for group in groups] == [["test/accuracy"]] * 2
 
 
 def test_the_text_has_a_line_per_group(tmp_path):
-    text = tables.text(tables.groups(make(tmp_path), ["test/loss", "test/tail_accuracy"]))
+    text = tables.format_table(
+        tables.group_trials(make(tmp_path), ["test/loss", "test/tail_accuracy"])
+    )
     head, first, second = text.splitlines()
     assert head.split() == ["optim.lr", "holdout/accuracy", "test/loss", "seeds"]
     same, spread = ("0.8000 (0.8000 to 0.8000)", "0.7000 (0.7000 to 0.7000)"), "(0.5000 to 0.9000)"
@@ -84,9 +86,9 @@ def test_the_text_has_a_line_per_group(tmp_path):
 def test_files_hold_what_the_table_says(tmp_path):
     trials = make(tmp_path)
     states = {trials[4].name: {"state": "failed", "exit_code": 87}}
-    tables.write(tmp_path, trials, states, [])
+    tables.write_tables(tmp_path, trials, states, [])
     found = json.loads((tmp_path / "sweep.json").read_text())
-    assert found["groups"] == tables.groups(trials, [])
+    assert found["groups"] == tables.group_trials(trials, [])
     by_state = [(trial["state"], trial["exit_code"]) for trial in found["trials"]]
     assert by_state == [("finished", 0)] * 4 + [("failed", 87), ("waiting", None)]
     assert found["trials"][1]["metrics"] == {"holdout/accuracy": 0.7, "test/accuracy": 0.9}

@@ -19,6 +19,7 @@ from vitcls.analysis.groups import Group, find_workdirs, group_by_config, why_un
 from vitcls.analysis.predictions import Predictions, read_predictions
 from vitcls.analysis.run import read_run
 from vitcls.errors import UserError
+from vitcls.folders.workdir import Workdir
 
 METRICS = (
     "accuracy", "top5_accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1",
@@ -116,7 +117,7 @@ def compare_runs(directories: Iterable[str], *, split: str, metric: str) -> Comp
     found = find_workdirs(directories)
     for workdir, state in tqdm(found.items(), "Reading runs", disable=None, leave=False):
         try:
-            if not (workdir / "config.json").is_file():
+            if not Workdir(workdir).config.is_file():
                 raise UserError("config.json is missing: the run has not begun")
             run = read_run(workdir)
             if why := why_unfinished(run):
@@ -188,7 +189,7 @@ def compare_groups(groups: Sequence[Group], runs: Sequence[Measured], metric: st
       metric: One of `METRICS`.
     """
     samples = _samples(groups, runs, sign=-1 if metric in LOWER_IS_BETTER else 1)
-    pairs = [_weigh(a, b, samples, runs) for a, b in itertools.combinations(groups, 2)]
+    pairs = [_compare_pair(a, b, samples, runs) for a, b in itertools.combinations(groups, 2)]
     tested = [i for i, pair in enumerate(pairs) if pair.difference]
     p_values = paired.holm([pairs[i].difference.p for i in tested])
     for i, corrected in zip(tested, p_values, strict=True):
@@ -224,7 +225,9 @@ def _samples(
     return samples
 
 
-def _weigh(a: Group, b: Group, samples: dict[str, paired.Sample], runs: Sequence[Measured]) -> Pair:
+def _compare_pair(
+    a: Group, b: Group, samples: dict[str, paired.Sample], runs: Sequence[Measured]
+) -> Pair:
     if len({runs[i].images for i in (*a.runs, *b.runs)}) > 1:
         return Pair(a, b, None, "not all of their runs were evaluated on the same images", {})
     same_seeds = a.seeds == b.seeds

@@ -8,6 +8,7 @@ import numpy as np
 
 from vitcls.analysis.run import Run
 from vitcls.errors import UserError
+from vitcls.folders.workdir import Workdir
 
 
 def describe_costs(run: Run) -> dict[str, str]:
@@ -27,10 +28,11 @@ def describe_costs(run: Run) -> dict[str, str]:
     devices = run.manifest.get("devices")
     if isinstance(devices, dict):
         found["Devices"] = f"{devices.get('count')} x {devices.get('kind')}"
-    found |= _network(run.workdir / "model")
+    workdir = Workdir(run.workdir)
+    found |= _network(workdir.model)
     sizes = {
         folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        for folder in (run.workdir / "checkpoints").glob("*")
+        for folder in workdir.checkpoints.glob("*")
         if folder.name.isdigit()
     }
     for step, size in sorted(sizes.items(), key=lambda item: int(item[0])):

@@ -4,7 +4,7 @@
   python -m vitcls.analysis.explain --checkpoint=runs/quickstart --data=digits --num_images=20 \
       --output=maps
 
-A picture shows the part of an image that the network saw, and beside it the same part under the
+A picture shows the part of an image that the network saw, and next to it the same part under the
 map: the brighter a place, the more it contributed to the class. maps/explained.csv lists the image
 of each picture, the likeliest class with its probability, and the explained class.
 

@@ -182,7 +182,7 @@ def write_pictures(
 ) -> int:
     """Writes a picture for each image, and `explained.csv`, which describes the pictures.
 
-    A picture shows what the network saw of the image, and beside it the same under the map. The
+    A picture shows what the network saw of the image, and next to it the same under the map. The
     folder appears once it is complete.
 
     Args:

@@ -12,11 +12,9 @@ from vitcls.analysis.run import Run
 from vitcls.config.fields import RUN_FIELDS, default_config
 from vitcls.config.parse import flatten
 from vitcls.errors import UserError
-from vitcls.folders.workdir import is_finished
+from vitcls.folders.workdir import Workdir, is_finished
 
 _SEED = "train.seed"
-# A folder with one of these is a run's. launch.sweep writes the last one before a run begins.
-_FILES = ("config.json", "results.json", "asked.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,9 @@ def find_workdirs(directories: Iterable[str]) -> dict[Path, str]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in _FILES)
+    workdir = Workdir(path)
+    # launch.sweep writes the last one before a run begins.
+    return any(file.is_file() for file in (workdir.config, workdir.results, path / "asked.json"))
 
 
 def _states(directory: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import softmax
 
 from vitcls.errors import UserError
+from vitcls.folders.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Predictions:
 
 def split_names(workdir: Path) -> list[str]:
     """The splits that have predictions, sorted; none before the run has ended."""
-    return sorted(path.stem for path in (workdir / "predictions").glob("*.npz"))
+    return sorted(path.stem for path in Workdir(workdir).predictions.glob("*.npz"))
 
 
 def read_predictions(workdir: Path, split: str) -> Predictions:
@@ -49,7 +50,7 @@ def read_predictions(workdir: Path, split: str) -> Predictions:
     Raises:
       UserError: The predictions are missing or damaged.
     """
-    path = workdir / "predictions" / f"{split}.npz"
+    path = Workdir(workdir).predictions / f"{split}.npz"
     if not path.is_file():
         known = split_names(workdir)
         raise UserError(

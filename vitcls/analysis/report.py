@@ -33,7 +33,7 @@ _UNKNOWN = flags.DEFINE(
     "well confidence tells them apart; empty: it is not measured.",
 )  # fmt: skip
 _EXPLAIN = flags.DEFINE_bool(
-    "explain", True, "Maps of where the network looked, beside the images; needs the checkpoint."
+    "explain", True, "Maps of where the network looked, next to the images; needs the checkpoint."
 )
 
 

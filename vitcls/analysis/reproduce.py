@@ -31,6 +31,7 @@ from vitcls import cli
 from vitcls.errors import UserError
 from vitcls.files import write_json
 from vitcls.folders import ownership
+from vitcls.folders.workdir import Workdir
 from vitcls.processes import signals
 
 _WORKDIR = flags.DEFINE(
@@ -68,7 +69,7 @@ def main(names: list[str]) -> None:
     print(shlex.join(["python", *command[1:]]), flush=True)
     if code := _run(command):
         sys.exit(code)
-    splits = json.loads((workdir / "results.json").read_text())["splits"]
+    splits = json.loads(Workdir(workdir).results.read_text())["splits"]
     if expected.split not in splits:
         raise UserError(
             f"The run has no {expected.split} accuracy, but that is the expected one: put "

@@ -11,9 +11,8 @@ from vitcls.analysis import predictions
 from vitcls.config.fields import default_config
 from vitcls.config.parse import flatten
 from vitcls.errors import UserError
+from vitcls.folders.workdir import Workdir
 from vitcls.provenance.saved_config import restore_config
-
-_FILES = ("config.json", "manifest.json", "metrics.jsonl", "results.json", "predictions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +56,23 @@ def read_run(workdir: Path) -> Run:
     Raises:
       UserError: The folder is not a workdir.
     """
-    if not any((workdir / name).exists() for name in _FILES):
+    files = Workdir(workdir)
+    parts = (files.config, files.manifest, files.metrics, files.results, files.predictions)
+    if not any(part.exists() for part in parts):
+        names = ", ".join(part.name for part in parts)
         raise UserError(
-            f"{workdir} is not a workdir: it has none of {', '.join(_FILES)}. Name the folder that "
-            "was given to vitcls.main as --workdir."
+            f"{workdir} is not a workdir: it has none of {names}. Name the folder that was given "
+            "to vitcls.main as --workdir."
         )
     problems: list[str] = []
-    config = _read_json(workdir / "config.json", problems)
-    results = _read_json(workdir / "results.json", problems)
-    if "splits" not in results and (workdir / "checkpoints").exists():
+    config = _read_json(files, files.config, problems)
+    results = _read_json(files, files.results, problems)
+    if "splits" not in results and files.checkpoints.exists():
         problems.append(
             "The run has not ended: final results are missing. Run its command again to resume it."
         )
     found = _read_predictions(workdir, config, problems)
-    names = _class_names(_read_json(workdir / "model" / "config.json", problems))
+    names = _class_names(_read_json(files, files.model / "config.json", problems))
     num_classes = {one.logits.shape[1] for one in found.values()}
     if names and num_classes - {len(names)}:
         problems.append(
@@ -81,9 +83,9 @@ def read_run(workdir: Path) -> Run:
     return Run(
         workdir=workdir,
         config=config,
-        manifest=_read_json(workdir / "manifest.json", problems),
+        manifest=_read_json(files, files.manifest, problems),
         results=results,
-        history=_read_history(workdir / "metrics.jsonl", problems),
+        history=_read_history(files.metrics, problems),
         splits=found,
         class_names=names,
         problems=problems,
@@ -95,11 +97,11 @@ def _group(content: dict[str, Any], name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
-    name = f"model/{path.name}" if path.parent.name == "model" else path.name
+def _read_json(files: Workdir, path: Path, problems: list[str]) -> dict[str, Any]:
+    name = path.relative_to(files.path).as_posix()
     if not path.is_file():
         # `read_run` says more about missing results.
-        if name != "results.json":
+        if path != files.results:
             problems.append(f"{name} is missing.")
         return {}
     try:
@@ -115,7 +117,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _read_history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
-        problems.append("metrics.jsonl is missing, so learning curves cannot be drawn.")
+        problems.append(f"{path.name} is missing, so learning curves cannot be drawn.")
         return []
     lines, num_bad = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -125,7 +127,7 @@ def _read_history(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             num_bad += 1
     if num_bad:
-        problems.append(f"metrics.jsonl: {num_bad} lines are cut or damaged, and left out.")
+        problems.append(f"{path.name}: {num_bad} lines are cut or damaged, and left out.")
     return lines
 
 
