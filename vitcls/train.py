@@ -169,7 +169,7 @@ def _say_finished(results: dict[str, Any], workdir: Workdir, config: ConfigDict)
     if jax.process_index() == 0:
         log.info(
             "This run is finished; raise train.total_steps or train.total_epochs to continue it "
-            "(optim.restarts says how the learning rate goes on)."
+            "(optim.restarts sets how the learning rate continues)."
         )
         print(last_line(results, workdir.path, splits=config.data.eval_splits))
     return results

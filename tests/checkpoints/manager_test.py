@@ -145,7 +145,7 @@ def test_a_disk_without_room_is_survived_and_its_failure_surfaces(tmp_path, monk
             usage = shutil.disk_usage(tmp_path)
             patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300))
             checkpoints.save(2, {"params": tree(2.0)}, meta={}, score=None)
-            assert "it takes 0.1 MB, and 0.0 MB are free. Training goes on" in caplog.text
+            assert "it takes 0.1 MB, and 0.0 MB are free. Training continues" in caplog.text
             message = "step 2 in .* could not be saved: .* run the same .* continues after step 1."
             with pytest.raises(StorageError, match=message) as error:
                 checkpoints.wait()

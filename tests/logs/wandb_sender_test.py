@@ -16,6 +16,7 @@ from vitcls.config.fields import default_config
 from vitcls.errors import UserError
 from vitcls.logs import wandb_sender
 from vitcls.logs.writers import MetricWriter
+from vitcls.provenance import run_logs
 
 ROOT = Path(__file__).parents[2]
 # A client that writes down what it is told, or behaves as FAULT says.
@@ -167,7 +168,7 @@ def test_a_run_is_shown_with_its_config(digits_dir, tmp_path, monkeypatch):
     def opened(workdir, **kwargs):
         raise Opened(workdir, kwargs)
 
-    monkeypatch.setattr(train, "MetricWriter", opened)
+    monkeypatch.setattr(run_logs, "MetricWriter", opened)
     config = default_config()
     config.data.update(source="digits", data_dir=digits_dir, image_size=(8, 8))
     config.model.arch = "vit_mu4"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vitcls.errors import Unavailable, UserError
-from vitcls.step import devices, optim
+from vitcls.processes import devices
+from vitcls.step import optim
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/quickstart.py:init=scratch"

@@ -271,7 +271,7 @@ def test_a_run_that_left_no_list_is_asked_for_its_data(tmp_path, caplog):
     assert "not known" not in caplog.text
     (tmp_path / "moved").rename(tmp_path / "data")
     assert count(tmp_path / "run", source, "test") is None
-    assert "which of these images it was trained on is not known" in caplog.text
+    assert "not known which of these images it was trained on" in caplog.text
 
 
 def test_what_is_new_in_a_divided_set_is_said(tmp_path, caplog):
