@@ -65,6 +65,20 @@ def test_decode_scales_sixteen_bits_to_eight(format, dtype):
     np.testing.assert_array_equal(decoded, np.repeat(GREY16[..., np.newaxis] >> 8, 3, axis=2))
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_twelve_bits_in_sixteen_keep_their_pixels_and_are_known(format):
+    for shift, is_dim in ((4, True), (3, False), (16, False)):  # the last one is all black
+        grey = GREY16 >> shift
+        image = images.decode(encode(Image.fromarray(grey), format))
+        np.testing.assert_array_equal(np.asarray(image)[..., 0], grey >> 8)
+        assert images.is_dim(image) == is_dim
+    assert not images.is_dim(images.decode(encode(Image.new("L", (4, 4), 3))))
+    assert images.dim_advice("train", "a/1.png") == (
+        "Split 'train': a/1.png is nearly black: it is 16-bit grey, but all its values are below "
+        "4096 of 65536. If it has 12 bits per pixel, multiply them by 16 and save the file again."
+    )
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_decode_applies_exif_orientation(orientation):
     exif = Image.Exif()

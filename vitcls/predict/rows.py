@@ -73,12 +73,13 @@ def find_images(source: str) -> list[str]:
 
 def _read_list(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows begins them with a mark
+        # Windows begins texts with a mark and ends lines with \r\n, which `read_text` translates.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--images=@{path} is no list that can be read ({error}); write one path per line."
+            f"--images=@{path} is not a list that can be read ({error}); write one path per line."
         ) from error
-    return [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
+    return [os.path.join(path.parent, line) for line in lines if line.strip()]
 
 
 def predict_files(
