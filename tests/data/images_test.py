@@ -1,6 +1,10 @@
 import functools
 import io
+import os
 import pickle
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -116,6 +120,37 @@ def test_decode_rejects_decompression_bombs_by_their_header(monkeypatch):
         pytest.raises(images.ImageError, match="60 x 40 pixels, more than the 2399"),
     ):
         images.decode(encode(RGB))
+
+
+def test_larger_images_can_be_allowed(monkeypatch):
+    for limit in (40 * 60 - 1, 40 * 60 // 2 - 1):  # Pillow warns of the first, refuses the second
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            pytest.raises(images.ImageError, match="or allow more: set VITCLS_MAX_PIXELS in the"),
+        ):
+            images.decode(encode(RGB))
+    images._allow_pixels("2400")
+    assert images.decode(encode(RGB)).size == RGB.size
+    for text in ("many", "0", "-1", ""):
+        with pytest.raises(UserError, match=f"VITCLS_MAX_PIXELS='{text}' must be the largest"):
+            images._allow_pixels(text)
+
+
+def test_the_environment_allows_larger_images():
+    def run(value):
+        return subprocess.run(
+            [sys.executable, "-m", "vitcls.predict", "--checkpoint=x", "--images=y", "--output=-"],
+            capture_output=True, text=True, env=os.environ | {images.MAX_PIXELS: value},
+        )  # fmt: skip
+
+    result = run("many")
+    assert result.returncode == 2
+    assert result.stderr.startswith("ERROR: VITCLS_MAX_PIXELS='many' must be the largest number")
+    code = "from PIL import Image; import vitcls.data.images; print(Image.MAX_IMAGE_PIXELS)"
+    environment = os.environ | {images.MAX_PIXELS: "7"}
+    found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert found == "7\n"
 
 
 def test_a_line_of_pixels_is_not_enlarged_beyond_what_is_decoded():

@@ -13,6 +13,7 @@ image's shape: the same box applies to a smaller copy of the image.
 import contextlib
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -42,6 +43,8 @@ except ImportError:
 WITHOUT_PIXELS = frozenset(("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS", "IPTC"))
 HEIF_ADVICE = "pip install -r requirements-heif.txt"
 _HEIF = re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
+
+MAX_PIXELS = "VITCLS_MAX_PIXELS"  # environment variable, which worker processes inherit
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the sides
 
@@ -116,6 +119,8 @@ def _image_errors() -> Iterator[None]:
         yield
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # above twice the limit
+        raise ImageError(f"The image is too large. {error} {_larger_advice()}") from error
     except UnidentifiedImageError as error:  # its text has an address in memory
         raise ImageError("Not a readable image: cannot identify its format.") from error
     except Exception as error:  # damaged files raise nearly any type from Pillow's plug-ins
@@ -135,8 +140,26 @@ def _check_num_pixels(size: tuple[int, int]) -> None:
     if limit is not None and width * height > limit:
         raise ImageError(
             f"The image has, or would have to be enlarged to, {width} x {height} pixels, more than "
-            f"the {limit} that are decoded; scale it down or cut it."
+            f"the {limit} that are decoded. {_larger_advice()}"
         )
+
+
+def _larger_advice() -> str:
+    return f"Scale it down or cut it, or allow more: set {MAX_PIXELS} in the environment."
+
+
+def _allow_pixels(text: str) -> None:
+    """Sets Pillow's limit, which protects against files that decode to all of the memory."""
+    if not text.isdecimal() or not int(text):
+        raise UserError(
+            f"{MAX_PIXELS}={text!r} must be the largest number of pixels of an image, "
+            "such as 200000000."
+        )
+    Image.MAX_IMAGE_PIXELS = int(text)
+
+
+if MAX_PIXELS in os.environ:
+    _allow_pixels(os.environ[MAX_PIXELS])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
