@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vitcls import cli
+
 ROOT = Path(__file__).parent.parent
 
 
