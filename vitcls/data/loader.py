@@ -200,7 +200,7 @@ class _TrainSource(_Source):
         if self.cumulative_weights is None:
             indices = order.example_indices(numbers, num_examples=len(self.split), seed=self.seed)
         else:
-            indices = order.drawn_indices(
+            indices = order.sampled_indices(
                 numbers, cumulative_weights=self.cumulative_weights, seed=self.seed
             )
         return numbers, indices
@@ -344,7 +344,7 @@ def _take_note(
 ) -> None:
     if skipped is not None:
         is_random = isinstance(source, _TrainSource)
-        skipped.add(source.split, bad, num_drawn=num_rows if is_random else 0)
+        skipped.add(source.split, bad, num_sampled=num_rows if is_random else 0)
     elif bad:
         name, reason = bad[0]
         raise UserError(
