@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vitcls import cli
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -256,3 +258,15 @@ cli.run(lambda: time.sleep(1))
     )
     assert result.returncode == 0
     assert re.search(r"^\S+ vitcls: 00:00 so far\.$", result.stderr, re.MULTILINE)
+
+
+def test_libtpu_is_quiet_only_where_there_is_no_tpu(monkeypatch):
+    names = ("TF_CPP_MIN_LOG_LEVEL", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "0"}
+    monkeypatch.setattr(cli.os, "environ", environment)
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: ["/dev/vfio/0"] * ("vfio" in pattern))
+    cli._quieten_libraries()
+    assert environment == {"TF_CPP_MIN_LOG_LEVEL": "0"}  # the user's own value stays
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: [])
+    cli._quieten_libraries()
+    assert tuple(environment) == names

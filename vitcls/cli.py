@@ -1,6 +1,7 @@
 """What all commands share: flags, help, logging and exit codes."""
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
@@ -122,6 +123,7 @@ def prepare_jax() -> None:
 
     from vitcls.processes import devices
 
+    _quieten_libraries()
     devices.check_settings()
     cache = user_folders.cache()
     if jax.config.jax_compilation_cache_dir is None and cache is not None:
@@ -130,6 +132,15 @@ def prepare_jax() -> None:
     # ones, which take longer in all.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _quieten_libraries() -> None:
+    """Keeps C++ libraries from writing more than warnings, before ours, to standard error."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    # libtpu, where it is installed, complains that it does not find a TPU. Chips are these files.
+    if not glob.glob("/dev/accel[0-9]*") and not glob.glob("/dev/vfio/[0-9]*"):
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _processor() -> str:

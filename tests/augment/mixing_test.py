@@ -20,8 +20,8 @@ def areas(boxes: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def draw_mixes(*, mixup: float, cutmix: float) -> tuple[np.ndarray, np.ndarray]:
-    draw = functools.partial(mixing.draw_mixes, mixup=mixup, cutmix=cutmix, size=SIZE)
+def sample_mixes(*, mixup: float, cutmix: float) -> tuple[np.ndarray, np.ndarray]:
+    draw = functools.partial(mixing.sample_mixes, mixup=mixup, cutmix=cutmix, size=SIZE)
     return jax.device_get(jax.jit(draw)(KEYS))
 
 
@@ -40,7 +40,7 @@ def test_cutmix_boxes_of_given_shares_are_timms():
 
 
 def test_each_pair_takes_mixup_or_cutmix_with_its_own_alpha():
-    shares, boxes = draw_mixes(mixup=0.2, cutmix=1.0)
+    shares, boxes = sample_mixes(mixup=0.2, cutmix=1.0)
     is_mixup = ~boxes.any(axis=1)  # an image may keep all of itself: shares of 1 do not tell
     assert abs(np.mean(is_mixup) - 0.5) < 0.025
     assert np.all(shares[~is_mixup] == 1)
@@ -52,7 +52,7 @@ def test_each_pair_takes_mixup_or_cutmix_with_its_own_alpha():
 
 
 def test_mixup_alone_is_for_all():
-    shares, boxes = draw_mixes(mixup=1.0, cutmix=0.0)
+    shares, boxes = sample_mixes(mixup=1.0, cutmix=0.0)
     assert not boxes.any()
     assert_beta(shares, 1.0)
 
@@ -84,7 +84,7 @@ def test_mixup_is_the_weighted_mean_of_both_and_for_both():
 
 def test_cutmix_targets_are_the_share_of_the_pixels():
     images, targets = make_pairs(64)
-    shares, boxes = draw_mixes(mixup=0.2, cutmix=1.0)
+    shares, boxes = sample_mixes(mixup=0.2, cutmix=1.0)
     shares, boxes = (x[boxes.any(axis=1)][:32] for x in (shares, boxes))
     mixed, mixed_targets = jax.device_get(
         mixing.mix(images, targets, jnp.ones(64), jnp.asarray(shares), jnp.asarray(boxes))
@@ -111,7 +111,7 @@ def test_rows_that_do_not_count_are_not_mixed_into_others():
 
 
 def test_erased_boxes_are_as_many_and_as_large_as_timms():
-    draw = functools.partial(mixing.draw_erased, probability=0.25, size=SIZE)
+    draw = functools.partial(mixing.sample_erased, probability=0.25, size=SIZE)
     boxes = jax.device_get(jax.jit(draw)(KEYS))
     used = boxes[areas(boxes) > 0]
     assert abs(len(used) - GOLDEN["num_erased"]) < 5 * np.sqrt(2 * NUM_DRAWS * 0.25 * 0.75)

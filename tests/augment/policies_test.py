@@ -22,7 +22,7 @@ def of(source: str) -> dict[str, np.ndarray]:
 
 
 randaugment_of = jax.jit(
-    functools.partial(policies.draw_randaugment, num_ops=2, magnitude=9.0, size=SIZE)
+    functools.partial(policies.sample_randaugment, num_ops=2, magnitude=9.0, size=SIZE)
 )
 
 
@@ -33,7 +33,9 @@ def randaugment() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def trivialaugment() -> tuple[np.ndarray, np.ndarray]:
-    return jax.device_get(jax.jit(functools.partial(policies.draw_trivialaugment, size=SIZE))(KEYS))
+    return jax.device_get(
+        jax.jit(functools.partial(policies.sample_trivialaugment, size=SIZE))(KEYS)
+    )
 
 
 def drawn(source, name: str) -> np.ndarray:

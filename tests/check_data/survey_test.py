@@ -72,6 +72,22 @@ def test_facts_are_those_of_the_stored_image():
         images.decode(encode(photo(0))[:2000])
 
 
+def test_a_jpeg_with_a_second_picture_is_not_animated():
+    data = encode(photo(0), "MPO", save_all=True, append_images=[photo(1)])
+    (facts,) = look(data)
+    assert (facts.format, facts.error, facts.is_animated) == ("MPO", "", False)
+
+
+def test_twelve_bits_in_sixteen_are_counted(caplog):
+    grey = encode(Image.fromarray(np.arange(1024, 4096, dtype=np.uint16).reshape(48, 64)))
+    facts = look(encode(photo(0)), grey, grey)
+    assert [one.is_dim for one in facts] == [False, True, True]
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith("Split 'train': 1 is nearly black: it is 16-bit grey")
+    assert message.endswith("Such images: 2 of 3.")
+
+
 def test_facts_come_in_order():
     facts = look(*(encode(Image.new("L", (1 + number, 3))) for number in range(100)))
     assert [one.width for one in facts] == list(range(1, 101))

@@ -1,6 +1,10 @@
 import functools
 import io
+import os
 import pickle
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -65,6 +69,20 @@ def test_decode_scales_sixteen_bits_to_eight(format, dtype):
     np.testing.assert_array_equal(decoded, np.repeat(GREY16[..., np.newaxis] >> 8, 3, axis=2))
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_twelve_bits_in_sixteen_keep_their_pixels_and_are_known(format):
+    for shift, is_dim in ((4, True), (3, False), (16, False)):  # the last one is all black
+        grey = GREY16 >> shift
+        image = images.decode(encode(Image.fromarray(grey), format))
+        np.testing.assert_array_equal(np.asarray(image)[..., 0], grey >> 8)
+        assert images.is_dim(image) == is_dim
+    assert not images.is_dim(images.decode(encode(Image.new("L", (4, 4), 3))))
+    assert images.dim_advice("train", "a/1.png") == (
+        "Split 'train': a/1.png is nearly black: it is 16-bit grey, but all its values are below "
+        "4096 of 65536. If it has 12 bits per pixel, multiply them by 16 and save the file again."
+    )
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_decode_applies_exif_orientation(orientation):
     exif = Image.Exif()
@@ -102,6 +120,37 @@ def test_decode_rejects_decompression_bombs_by_their_header(monkeypatch):
         pytest.raises(images.ImageError, match="60 x 40 pixels, more than the 2399"),
     ):
         images.decode(encode(RGB))
+
+
+def test_larger_images_can_be_allowed(monkeypatch):
+    for limit in (40 * 60 - 1, 40 * 60 // 2 - 1):  # Pillow warns of the first, refuses the second
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            pytest.raises(images.ImageError, match="or allow more: set VITCLS_MAX_PIXELS in the"),
+        ):
+            images.decode(encode(RGB))
+    images._allow_pixels("2400")
+    assert images.decode(encode(RGB)).size == RGB.size
+    for text in ("many", "0", "-1", ""):
+        with pytest.raises(UserError, match=f"VITCLS_MAX_PIXELS='{text}' must be the largest"):
+            images._allow_pixels(text)
+
+
+def test_the_environment_allows_larger_images():
+    def run(value):
+        return subprocess.run(
+            [sys.executable, "-m", "vitcls.predict", "--checkpoint=x", "--images=y", "--output=-"],
+            capture_output=True, text=True, env=os.environ | {images.MAX_PIXELS: value},
+        )  # fmt: skip
+
+    result = run("many")
+    assert result.returncode == 2
+    assert result.stderr.startswith("ERROR: VITCLS_MAX_PIXELS='many' must be the largest number")
+    code = "from PIL import Image; import vitcls.data.images; print(Image.MAX_IMAGE_PIXELS)"
+    environment = os.environ | {images.MAX_PIXELS: "7"}
+    found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert found == "7\n"
 
 
 def test_a_line_of_pixels_is_not_enlarged_beyond_what_is_decoded():

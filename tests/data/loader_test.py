@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vitcls.data import images, loader, sources
+from vitcls.data.cache import cached
 from vitcls.data.skipped import Skipped
 from vitcls.errors import UserError
 
@@ -244,6 +245,25 @@ def test_labels_that_are_no_class_are_named(label):
     message = f"Example grey_5 of split 'train' has label {label}, not one of the 3 classes 0..2"
     with pytest.raises(UserError, match=message):
         list(evaluate(Greys(6, labels={5: label})))
+
+
+@pytest.mark.parametrize("where", ["", "ram", "disk"])
+def test_twelve_bits_in_sixteen_are_named_once_for_a_split(caplog, tmp_path, where):
+    file = io.BytesIO()
+    Image.fromarray(np.full((5, 4), 4095, np.uint16)).save(file, "PNG")
+    split = cached(
+        Greys(24, files={7: file.getvalue(), 19: file.getvalue()}),
+        str(tmp_path) if where == "disk" else where,
+    )
+    split.fill_cache(num_threads=1)
+    batches = evaluate(split)
+    for _ in range(2):
+        assert all(batch["mask"].all() and "dim" not in batch for batch in batches)
+    train(split)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("Split 'train': grey_")
+    assert "is nearly black: it is 16-bit grey" in message
+    assert message.endswith("vitcls.check_data counts all such images.")
 
 
 def test_batches_before_a_corrupt_image_still_come():

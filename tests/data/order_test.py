@@ -43,7 +43,7 @@ def test_drawing_follows_the_frequencies_of_classes():
         ("sqrt", np.sqrt([900, 90, 9, 1]) / np.sqrt([900, 90, 9, 1]).sum()),
     ]:
         weights = order.cumulative_weights(labels, sampling=sampling)
-        drawn = order.drawn_indices(np.arange(20_000), cumulative_weights=weights, seed=0)
+        drawn = order.sampled_indices(np.arange(20_000), cumulative_weights=weights, seed=0)
         counts = np.bincount(labels[drawn], minlength=5)[[0, 1, 2, 4]]
         assert scipy.stats.chisquare(counts, 20_000 * shares).pvalue > 0.01
         within = np.bincount(drawn, minlength=len(labels))[labels == 1]
@@ -55,7 +55,7 @@ def test_draws_depend_on_seed_and_number_only():
     numbers = np.arange(300)
 
     def draw(numbers, seed=3):
-        return order.drawn_indices(numbers, cumulative_weights=weights, seed=seed)
+        return order.sampled_indices(numbers, cumulative_weights=weights, seed=seed)
 
     np.testing.assert_array_equal(draw(numbers)[::-1], draw(numbers[::-1]))
     np.testing.assert_array_equal(draw(numbers)[250:], draw(numbers[250:]))
@@ -67,7 +67,7 @@ def test_order_stays_what_it_was():
     indices = order.example_indices(np.arange(8), num_examples=8, seed=2**64 - 1)
     assert indices.tolist() == [0, 7, 4, 2, 6, 3, 1, 5]
     weights = order.cumulative_weights(np.repeat([0, 1], [6, 2]), sampling="sqrt")
-    drawn = order.drawn_indices(np.arange(8), cumulative_weights=weights, seed=2**64 - 1)
+    drawn = order.sampled_indices(np.arange(8), cumulative_weights=weights, seed=2**64 - 1)
     assert drawn.tolist() == [4, 2, 7, 6, 2, 6, 5, 6]
     assert order.sample_rng(1, 2).integers(2**32, size=2).tolist() == [2592942375, 2470896546]
 
@@ -98,6 +98,6 @@ def test_sample_generators_repeat_and_differ_from_each_other():
 
 
 def test_streams_of_one_seed_and_number_differ():
-    streams = (order.SHUFFLE, order.AUGMENT, order.HOLD_OUT, order.TAKE, order.DRAW)
+    streams = (order.SHUFFLE, order.AUGMENT, order.HOLD_OUT, order.TAKE, order.SAMPLE)
     bits = {int(order.bit_generator(0, 0, stream=stream).random_raw()) for stream in streams}
     assert len(bits) == len(streams)

@@ -132,7 +132,7 @@ def test_a_bad_stretch_is_not_taken_for_a_bad_split(path):
     big = Named("test", 10_000)
     skipped = Skipped(path)
     skipped.add(big, bad(*range(2000), split=big))
-    skipped.add(TRAIN, (), num_drawn=2000)
+    skipped.add(TRAIN, (), num_sampled=2000)
     assert skipped.count("test") == 2000
 
 

@@ -108,12 +108,12 @@ def test_what_images_names(photos, tmp_path, monkeypatch):
     assert prediction.find_images(f"{photos}/**/*.*") == sorted([*paths, f"{photos}/notes.txt"])
     assert prediction.find_images(f"{photos}/*/*") == [f"{photos}/more/palette.gif"]
     assert prediction.find_images(paths[-1]) == paths[-1:]  # no pattern, despite its name
-    (photos / "list.txt").write_text(f"turned.jpg\n\n {paths[1]} \ngone.jpg\nturned.jpg")
-    expected = [paths[4], paths[1], f"{photos}/gone.jpg", paths[4]]
+    (photos / "list.txt").write_text(f"turned.jpg\n\n{paths[1]}\n gone.jpg \nturned.jpg")
+    expected = [paths[4], paths[1], f"{photos}/ gone.jpg ", paths[4]]  # blanks may open a name
     assert prediction.find_images(f"@{photos}/list.txt") == expected
     (photos / "list.txt").write_bytes(b"\xef\xbb\xbfgrey.jpg\r\n")  # as Notepad saves it
     assert prediction.find_images(f"@{photos}/list.txt") == paths[:1]
-    (photos / "list.txt").write_text(f"turned.jpg\n\n {paths[1]} \ngone.jpg\nturned.jpg")
+    (photos / "list.txt").write_text(f"turned.jpg\n\n{paths[1]}\n gone.jpg \nturned.jpg")
     monkeypatch.setenv("HOME", str(photos))
     assert prediction.find_images("~/more/*.gif") == [f"{photos}/more/palette.gif"]
     assert prediction.find_images("@~/list.txt") == expected

@@ -320,6 +320,13 @@ def test_formats_of_square_images_refuse_others(model_type):
     config = read(model_type).resized((224, 448) if model_type != "clip" else (224, 256))
     with pytest.raises(UserError, match="format has square images only, not .*; choose a square"):
         config_to_json(config)
+    with pytest.raises(UserError, match=r"image size, such as data.image_size=\(224, 224\)"):
+        pretrained.check_format(config)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_networks_that_can_be_saved_pass_the_check_at_the_start(model_type):
+    pretrained.check_format(read(model_type))
 
 
 def test_mlps_that_are_no_multiple_of_the_width_are_not_written():

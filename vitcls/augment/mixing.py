@@ -7,7 +7,7 @@ B batch, P pairs (rows 2 i and 2 i + 1 of the batch, so B = 2 P), H W pixels, K 
 import jax
 import jax.numpy as jnp
 
-# timm's: share of the image's area, and height / width, drawn evenly in its logarithm.
+# timm's: share of the image's area, and height / width, sampled evenly in its logarithm.
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_ASPECT = (0.3, 1 / 0.3)
 _NUM_ATTEMPTS = 10  # for a box that fits
@@ -20,17 +20,17 @@ def inside(boxes: jax.Array, size: tuple[int, int]) -> jax.Array:
     return (top <= y) & (y < bottom) & (left <= x) & (x < right)
 
 
-def draw_erased(keys: jax.Array, *, probability: float, size: tuple[int, int]) -> jax.Array:
-    """Draws the boxes (B, 4) of random erasing, empty where nothing is erased.
+def sample_erased(keys: jax.Array, *, probability: float, size: tuple[int, int]) -> jax.Array:
+    """Samples the boxes (B, 4) of random erasing, empty where nothing is erased.
 
     Zhong et al. 2017, arXiv:1708.04896, with timm's ranges.
     """
     height, width = size
 
     def one(key):
-        drawn = jax.random.uniform(key, (3 + 2 * _NUM_ATTEMPTS,))
-        use, y, x = drawn[:3]
-        area, aspect = drawn[3:].reshape(2, _NUM_ATTEMPTS)
+        sampled = jax.random.uniform(key, (3 + 2 * _NUM_ATTEMPTS,))
+        use, y, x = sampled[:3]
+        area, aspect = sampled[3:].reshape(2, _NUM_ATTEMPTS)
         area = (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area) * height * width
         aspect = ERASED_ASPECT[0] * (ERASED_ASPECT[1] / ERASED_ASPECT[0]) ** aspect
         heights, widths = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
@@ -51,17 +51,17 @@ def erase(images: jax.Array, boxes: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.where(inside(boxes, images.shape[1:3])[..., None], noise, images)
 
 
-def draw_mixes(
+def sample_mixes(
     keys: jax.Array, *, mixup: float, cutmix: float, size: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws how each pair is mixed: by Mixup or by CutMix, each as likely where both are on.
+    """Samples how each pair is mixed: by Mixup or by CutMix, equally likely if both are on.
 
     Zhang et al. 2017, arXiv:1710.09412, and Yun et al. 2019, arXiv:1905.04899.
 
     Args:
       keys: (P,).
       mixup: Alpha of Mixup's Beta(alpha, alpha); 0: no Mixup.
-      cutmix: The same of CutMix; one of the two is positive.
+      cutmix: Alpha of CutMix; one of the two is positive.
       size: (height, width) of the images.
 
     Returns:
@@ -94,7 +94,7 @@ def cut_box(
     top, left = y - jnp.floor(box_height / 2), x - jnp.floor(box_width / 2)
     ends = (top, left, top + box_height, left + box_width)
     return tuple(
-        jnp.clip(end, 0, most) for end, most in zip(ends, (height, width) * 2, strict=True)
+        jnp.clip(end, 0, side) for end, side in zip(ends, (height, width) * 2, strict=True)
     )
 
 
@@ -111,8 +111,8 @@ def mix(
       images: float32 (B, H, W, 3).
       targets: float32 (B, K).
       weights: float32 (B,); a pair with an image that does not count, 0, stays as it is.
-      shares: float32 (P,), see `draw_mixes`.
-      boxes: int32 (P, 4), see `draw_mixes`.
+      shares: float32 (P,), see `sample_mixes`.
+      boxes: int32 (P, 4), see `sample_mixes`.
 
     Returns:
       Images and targets, as they came.

@@ -35,10 +35,10 @@ _BEGINNINGS = tuple(INDEX[name] for name in ("autocontrast", "color", "sharpness
 
 
 def apply(image: jax.Array, operation: jax.Array, value: jax.Array) -> jax.Array:
-    """Applies an operation, int32 () into `OPERATIONS`, of this strength, float32 (), see there.
+    """Applies an operation, int32 () into `OPERATIONS`, with this value, float32 (), see there.
 
-    Few stages instead of one branch for each: where images are not taken one by one, all of them
-    are computed for every image.
+    There are few stages, not one branch per operation: unless images are taken one by one, XLA
+    computes all branches for every image.
     """
     stages = (
         lambda: image,
@@ -51,13 +51,13 @@ def apply(image: jax.Array, operation: jax.Array, value: jax.Array) -> jax.Array
 
 
 def apply_all(images: jax.Array, operations: jax.Array, values: jax.Array) -> jax.Array:
-    """Applies to each image (B, H, W, 3) its operations, int32 (R, B), one after the other."""
+    """Applies its operations, int32 (R, B), to each image (B, H, W, 3), one after the other."""
 
     def apply_rounds(image, operations, values):
         # A loop keeps XLA from fusing one round into the next: it would compute the first once
         # more for every pixel that the next one reads.
-        def apply_round(image, drawn):
-            return apply(image, *drawn), None
+        def apply_round(image, one):
+            return apply(image, *one), None
 
         return jax.lax.scan(apply_round, image, (operations, values))[0]
 
@@ -67,7 +67,7 @@ def apply_all(images: jax.Array, operations: jax.Array, values: jax.Array) -> ja
 def to_each(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """Maps over the rows of arrays: all at once, but on CPU one after the other.
 
-    There an image stays in the processor's cache, and of `apply` one stage only is computed.
+    There an image stays in the processor's cache, and `apply` computes only one stage.
     """
     return jax.lax.platform_dependent(
         arrays,

@@ -68,13 +68,13 @@ _TRIVIALAUGMENT: Mapping[str, Scale] = {
 _NUM_STRENGTHS = 31  # evenly from 0 to 1
 
 
-def draw_randaugment(
+def sample_randaugment(
     keys: jax.Array, *, num_ops: int, magnitude: float, size: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws operations as timm's `rand-m{magnitude}-n{num_ops}-mstd0.5-inc1`.
+    """Samples operations as timm's `rand-m{magnitude}-n{num_ops}-mstd0.5-inc1`.
 
-    Cubuk et al. 2019, arXiv:1909.13719; timm adds that every other round does nothing, and that
-    each draws its own magnitude around the given one.
+    Cubuk et al. 2019, arXiv:1909.13719. In timm every second round does nothing, on average, and
+    each round samples its own magnitude around the given one.
 
     Args:
       keys: (B,).
@@ -86,21 +86,21 @@ def draw_randaugment(
       Operations int32 (R, B) and their values float32 (R, B), as `pixels.apply` takes them.
     """
 
-    def one(drawn):
-        choice, sign, active, level = drawn
+    def one(sampled):
+        choice, sign, active, level = sampled
         level = magnitude + _MAGNITUDE_STD * jax.scipy.special.ndtri(level)
         strength = jnp.where(sign < 0.5, -1, 1) * jnp.clip(level, 0, 10) / 10
         operation, value = _choose(_RANDAUGMENT, choice, strength, size)
         return jnp.where(active < _ACTIVE, operation, pixels.INDEX["identity"]), value
 
-    drawn = jax.vmap(lambda key: jax.random.uniform(key, (num_ops, 4)), out_axes=1)(keys)
-    return jax.vmap(jax.vmap(one))(drawn)
+    sampled = jax.vmap(lambda key: jax.random.uniform(key, (num_ops, 4)), out_axes=1)(keys)
+    return jax.vmap(jax.vmap(one))(sampled)
 
 
-def draw_trivialaugment(keys: jax.Array, *, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Draws one operation of any strength, as torchvision's `TrivialAugmentWide`; R is 1.
+def sample_trivialaugment(keys: jax.Array, *, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Samples one operation of any strength, as torchvision's `TrivialAugmentWide`; R is 1.
 
-    Müller and Hutter 2021, arXiv:2103.10158. Arguments and results as of `draw_randaugment`.
+    Müller and Hutter 2021, arXiv:2103.10158. Arguments and results as for `sample_randaugment`.
     """
 
     def one(key):

@@ -1,6 +1,6 @@
 """What happens to images on the device, inside the compiled step.
 
-B batch, H W pixels, K classes. Everything random draws from `keys`, one per image, so that a
+B batch, H W pixels, K classes. All randomness comes from `keys`, one per image, so that a
 batch can be split, moved or repeated without changing what any image becomes.
 """
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vitcls.augment import mixing, pixels, policies
 
-# What each random step folds into an image's key; the flip draws from the key itself.
+# What each random step folds into an image's key; the flip uses the key itself.
 _VERTICAL_FLIP, _ROTATION, _POLICY, _JITTER, _ERASING, _NOISE, _MIXING = range(1, 8)
 
 Batch = dict[str, jax.Array]
@@ -36,8 +36,10 @@ def random_flip(keys: jax.Array, images: jax.Array, *, axis: int = 2) -> jax.Arr
     return jnp.where(flip[:, None, None, None], jnp.flip(images, axis), images)
 
 
-def draw_evenly(keys: jax.Array, low: float, high: float, shape: tuple[int, ...] = ()) -> jax.Array:
-    """Draws numbers between `low` and `high`, float32 (B, *shape)."""
+def sample_uniform(
+    keys: jax.Array, low: float, high: float, shape: tuple[int, ...] = ()
+) -> jax.Array:
+    """Samples numbers between `low` and `high`, float32 (B, *shape)."""
     return jax.vmap(lambda key: jax.random.uniform(key, shape, minval=low, maxval=high))(keys)
 
 
@@ -64,22 +66,22 @@ def make_prepare(
     cutmix: float = 0.0,
     erasing: float = 0.0,
 ) -> Prepare:
-    """Returns the function that turns a batch as loaded into what the network and the loss take.
+    """Returns the function that makes the loader's batch the input of the network and the loss.
 
-    The steps are taken in the order of the arguments; what is off costs nothing.
+    The steps run in the order of the arguments. A step that is off costs nothing.
 
     Args:
       normalise: uint8 -> float32 images.
       label_smoothing: See `smooth_labels`.
       flip: Whether to mirror every second image.
       vertical_flip: Whether to turn every second image upside down.
-      rotation: Most degrees of a rotation, drawn evenly in both directions.
+      rotation: Largest angle in degrees, sampled evenly in both directions.
       policy: "none", "randaugment" or "trivialaugment".
-      num_ops: Of RandAugment: operations per image.
-      magnitude: Of RandAugment: their strength, from 0 to 10.
+      num_ops: RandAugment's operations per image.
+      magnitude: Their strength, from 0 to 10.
       color_jitter: Spread around 1 of the factors of brightness, contrast and saturation.
-      mixup: Alpha of Mixup, 0: none.
-      cutmix: Alpha of CutMix, 0: none. Both need batches of whole pairs, see `mixing`.
+      mixup: Alpha of Mixup; 0: no Mixup.
+      cutmix: Alpha of CutMix; 0: no CutMix. Both need batches of whole pairs, see `mixing`.
       erasing: Probability that a box of an image becomes noise.
     """
 
@@ -97,28 +99,28 @@ def make_prepare(
         if vertical_flip:
             images = random_flip(keys_of(_VERTICAL_FLIP), images, axis=1)
         if rotation:
-            degrees = draw_evenly(keys_of(_ROTATION), -rotation, rotation)
+            degrees = sample_uniform(keys_of(_ROTATION), -rotation, rotation)
             images = pixels.to_each(pixels.rotate, images, degrees)
         if policy != "none":
-            draw = policies.draw_trivialaugment
+            sample = policies.sample_trivialaugment
             if policy == "randaugment":
-                draw = functools.partial(
-                    policies.draw_randaugment, num_ops=num_ops, magnitude=magnitude
+                sample = functools.partial(
+                    policies.sample_randaugment, num_ops=num_ops, magnitude=magnitude
                 )
-            operations, values = draw(keys_of(_POLICY), size=size)
+            operations, values = sample(keys_of(_POLICY), size=size)
             images = pixels.apply_all(images, operations, values)
         if color_jitter:
             low, high = 1 - color_jitter, 1 + color_jitter
-            factors = draw_evenly(keys_of(_JITTER), low, high, (3,))
+            factors = sample_uniform(keys_of(_JITTER), low, high, (3,))
             images = jax.vmap(pixels.jitter)(images, factors)
 
         images = normalise(images)
         if mixup or cutmix:
             pair_keys = keys_of(_MIXING).reshape(-1, 2)[:, 0]
-            shares, boxes = mixing.draw_mixes(pair_keys, mixup=mixup, cutmix=cutmix, size=size)
+            shares, boxes = mixing.sample_mixes(pair_keys, mixup=mixup, cutmix=cutmix, size=size)
             images, targets = mixing.mix(images, targets, weights, shares, boxes)
         if erasing:  # after mixing, as timm does, or each noise would show in two images
-            boxes = mixing.draw_erased(keys_of(_ERASING), probability=erasing, size=size)
+            boxes = mixing.sample_erased(keys_of(_ERASING), probability=erasing, size=size)
             images = mixing.erase(images, boxes, keys_of(_NOISE))
         return images, targets, weights
 

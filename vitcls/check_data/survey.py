@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from vitcls.data import images
 from vitcls.data.sources.split import Split
 from vitcls.errors import UserError
 from vitcls.logs.progress import track
+
+log = logging.getLogger("vitcls")
 
 _CHUNK = 32  # images that a thread takes at a time
 
@@ -42,6 +45,7 @@ class Facts(NamedTuple):
     mode: str = ""  # the stored mode, before conversion to RGB
     format: str = ""
     is_animated: bool = False
+    is_dim: bool = False  # see `images.is_dim`
     digest: bytes = b""  # of its size and upright RGB pixels
     hash: int = 0  # 64 bits that are nearly the same in copies; 0: too little contrast
     thumbnail: bytes = b""  # 8 x 8 grey levels
@@ -62,7 +66,12 @@ def survey(split: Split, *, num_threads: int) -> list[Facts]:
         starts = range(0, len(split), _CHUNK)
         chunks = pool.map(look_at, starts)
         progress = track(chunks, f"Decoding {split.name}", total=len(starts))
-        return list(itertools.chain.from_iterable(progress))
+        facts = list(itertools.chain.from_iterable(progress))
+    dim = [index for index, one in enumerate(facts) if one.is_dim]
+    if dim:
+        advice = images.dim_advice(split.name, split.id(dim[0]))
+        log.warning("%s Such images: %d of %d.", advice, len(dim), len(facts))
+    return facts
 
 
 def _facts(split: Split, index: int) -> Facts:
@@ -76,12 +85,14 @@ def _facts(split: Split, index: int) -> Facts:
     digest.update(image.tobytes())
     hash_and_thumbnail = perceptual_hash(image)
     return Facts(
-        "", *image.size, stored.mode, stored.format, _is_animated(stored), digest.digest()[:16],
-        *hash_and_thumbnail,
+        "", *image.size, stored.mode, stored.format, _is_animated(stored), images.is_dim(image),
+        digest.digest()[:16], *hash_and_thumbnail,
     )  # fmt: skip
 
 
 def _is_animated(stored: Image.Image) -> bool:
+    if stored.format == "MPO":  # a photograph with a second one, such as a preview or the other eye
+        return False
     try:
         return getattr(stored, "is_animated", False)
     # Pillow looks for the second frame of a GIF. One that is cut off still makes it animated.

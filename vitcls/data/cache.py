@@ -246,6 +246,8 @@ class DiskCache(_Cached):
                 except UserError:
                     rows.append((end, 0, 0, 0))
                     continue
+                if images.is_dim(image):
+                    self.warn_of_dim(self.id(index))
                 rows.append((end, *image.size, label))
                 end += file.write(image.tobytes())
             file.write(np.array(rows, "<i8").tobytes())

@@ -13,6 +13,7 @@ image's shape: the same box applies to a smaller copy of the image.
 import contextlib
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -43,7 +44,13 @@ WITHOUT_PIXELS = frozenset(("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS", "IPTC"
 HEIF_ADVICE = "pip install -r requirements-heif.txt"
 _HEIF = re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 
+MAX_PIXELS = "VITCLS_MAX_PIXELS"  # environment variable, which worker processes inherit
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the sides
+
+# 16-bit grey with this many bits or fewer is nearly black; the key marks it in Pillow's `info`.
+_DIM_BITS = 12
+_IS_DIM = "vitcls: is dim"
 
 # Attempts to fit a random area and aspect ratio into the image before a central crop is taken.
 # All are sampled at once, so that every crop consumes the same count of random numbers.
@@ -112,6 +119,8 @@ def _image_errors() -> Iterator[None]:
         yield
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # above twice the limit
+        raise ImageError(f"The image is too large. {error} {_larger_advice()}") from error
     except UnidentifiedImageError as error:  # its text has an address in memory
         raise ImageError("Not a readable image: cannot identify its format.") from error
     except Exception as error:  # damaged files raise nearly any type from Pillow's plug-ins
@@ -131,8 +140,26 @@ def _check_num_pixels(size: tuple[int, int]) -> None:
     if limit is not None and width * height > limit:
         raise ImageError(
             f"The image has, or would have to be enlarged to, {width} x {height} pixels, more than "
-            f"the {limit} that are decoded; scale it down or cut it."
+            f"the {limit} that are decoded. {_larger_advice()}"
         )
+
+
+def _larger_advice() -> str:
+    return f"Scale it down or cut it, or allow more: set {MAX_PIXELS} in the environment."
+
+
+def _allow_pixels(text: str) -> None:
+    """Sets Pillow's limit, which protects against files that decode to all of the memory."""
+    if not text.isdecimal() or not int(text):
+        raise UserError(
+            f"{MAX_PIXELS}={text!r} must be the largest number of pixels of an image, "
+            "such as 200000000."
+        )
+    Image.MAX_IMAGE_PIXELS = int(text)
+
+
+if MAX_PIXELS in os.environ:
+    _allow_pixels(os.environ[MAX_PIXELS])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -171,9 +198,31 @@ def _flatten(image: Image.Image) -> Image.Image:
 def _high_byte(image: Image.Image) -> Image.Image:
     """16-bit grey to 8-bit grey (`convert` would clip everything above 255 to white)."""
     pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 65535:
+    largest = int(pixels.max())
+    if pixels.min() < 0 or largest > 65535:
         raise ImageError("The image has pixels beyond 16 bits; save it with 8 bits per channel.")
-    return Image.fromarray((pixels >> 8).astype(np.uint8))
+    grey = Image.fromarray((pixels >> 8).astype(np.uint8))
+    if 0 < largest < 2**_DIM_BITS:
+        grey.info[_IS_DIM] = True
+    return grey
+
+
+def is_dim(image: Image.Image) -> bool:
+    """Whether an image that was just decoded is 16-bit grey of which only 12 bits are used.
+
+    Cameras and microscopes write such files. Their high byte is below 16, which is nearly black. A
+    dark photograph of 16 bits may look the same, so the pixels stay what they are.
+    """
+    return _IS_DIM in image.info
+
+
+def dim_advice(split_name: str, example: str) -> str:
+    """The warning about an image of a split that `is_dim`."""
+    return (
+        f"Split {split_name!r}: {example} is nearly black: it is 16-bit grey, but all its values "
+        f"are below {2**_DIM_BITS} of {2**16}. If it has {_DIM_BITS} bits per pixel, multiply them "
+        f"by {2 ** (16 - _DIM_BITS)} and save the file again."
+    )
 
 
 def squash(image: Image.Image, *, size: tuple[int, int], resample: str) -> np.ndarray:

@@ -200,7 +200,7 @@ class _TrainSource(_Source):
         if self.cumulative_weights is None:
             indices = order.example_indices(numbers, num_examples=len(self.split), seed=self.seed)
         else:
-            indices = order.drawn_indices(
+            indices = order.sampled_indices(
                 numbers, cumulative_weights=self.cumulative_weights, seed=self.seed
             )
         return numbers, indices
@@ -246,8 +246,8 @@ def _make_batch(
       transform: Image (RGB) and row to uint8 (H, W, 3).
 
     Returns:
-      A batch, with the additional entries "errors", a tuple of messages, and "bad", a tuple of
-      `BadImage`.
+      A batch, with the additional entries "errors", a tuple of messages, "bad", a tuple of
+      `BadImage`, and "dim", the ids of images for `Split.warn_of_dim`.
     """
     blank = transform(Image.new("RGB", (1, 1)), 0)  # black, and tells the shape
     batch = {
@@ -256,7 +256,7 @@ def _make_batch(
         "mask": np.zeros(len(indices), np.float32),
         "index": np.full(len(indices), -1, np.int32),
     }
-    errors, bad = [], []
+    errors, bad, dim = [], [], []
     for row, index in enumerate(indices.tolist()):
         if index < 0:
             continue
@@ -270,10 +270,12 @@ def _make_batch(
         except UserError as error:
             errors.append(str(error))
             continue
+        if images.is_dim(image):
+            dim.append(split.id(index))
         batch["image"][row] = pixels
         batch["targets"][row, label] = 1
         batch["mask"][row] = 1
-    return batch | {"errors": tuple(errors), "bad": tuple(bad)}
+    return batch | {"errors": tuple(errors), "bad": tuple(bad), "dim": tuple(dim)}
 
 
 def _read(split: Split, index: int) -> tuple[Image.Image, int]:
@@ -313,9 +315,11 @@ def _iterate(
             first = list(itertools.islice(iterator, 1))
         for batch in itertools.chain(first, iterator):
             _unlink(batch)
-            errors, bad = batch.pop("errors"), batch.pop("bad")
+            errors, bad, dim = (batch.pop(name) for name in ("errors", "bad", "dim"))
             if errors:
                 raise UserError(errors[0])
+            if dim:
+                source.split.warn_of_dim(dim[0])
             _take_note(source, bad, skipped, num_rows=len(batch["index"]))
             yield batch
     finally:
@@ -340,7 +344,7 @@ def _take_note(
 ) -> None:
     if skipped is not None:
         is_random = isinstance(source, _TrainSource)
-        skipped.add(source.split, bad, num_drawn=num_rows if is_random else 0)
+        skipped.add(source.split, bad, num_sampled=num_rows if is_random else 0)
     elif bad:
         name, reason = bad[0]
         raise UserError(

@@ -15,7 +15,7 @@ import numpy as np
 from vitcls.errors import UserError
 
 # One stream of random numbers per purpose, for equal seeds and numbers.
-SHUFFLE, AUGMENT, HOLD_OUT, TAKE, DRAW = range(5)
+SHUFFLE, AUGMENT, HOLD_OUT, TAKE, SAMPLE = range(5)
 
 
 def bit_generator(seed: int, number: int, *, stream: int) -> np.random.Philox:
@@ -80,7 +80,7 @@ def example_indices(numbers: np.ndarray, *, num_examples: int, seed: int) -> np.
 
 
 def cumulative_weights(labels: np.ndarray, *, sampling: str) -> np.ndarray:
-    """Running sums of the weights that `drawn_indices` takes, float64 (N,).
+    """Running sums of the weights that `sampled_indices` takes, float64 (N,).
 
     Args:
       labels: Integers (N,).
@@ -92,7 +92,9 @@ def cumulative_weights(labels: np.ndarray, *, sampling: str) -> np.ndarray:
     return np.cumsum(weights[labels])
 
 
-def drawn_indices(numbers: np.ndarray, *, cumulative_weights: np.ndarray, seed: int) -> np.ndarray:
+def sampled_indices(
+    numbers: np.ndarray, *, cumulative_weights: np.ndarray, seed: int
+) -> np.ndarray:
     """The example that each sample shows, chosen with replacement, int64 like `numbers`.
 
     Args:
@@ -100,7 +102,7 @@ def drawn_indices(numbers: np.ndarray, *, cumulative_weights: np.ndarray, seed: 
       cumulative_weights: As the function of this name returns them.
       seed: Decides which examples.
     """
-    bits = [bit_generator(seed, int(number), stream=DRAW).random_raw() for number in numbers]
+    bits = [bit_generator(seed, int(number), stream=SAMPLE).random_raw() for number in numbers]
     uniform = (np.array(bits, np.uint64) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
     return np.searchsorted(cumulative_weights, uniform * cumulative_weights[-1], side="right")
 

@@ -14,7 +14,7 @@ log = logging.getLogger("vitcls")
 
 _NUM_LOGGED = 10  # of each split; the file has them all
 # A random sample of a split says early enough that more than half of it is bad.
-_MIN_DRAWN = 1000
+_MIN_SAMPLED = 1000
 
 BadImage = tuple[str, str]  # the example's id, and why it cannot be used
 
@@ -30,7 +30,7 @@ class Skipped:
         self._path = path
         self._known: dict[str, set[str]] = {}
         self._end = 0  # of the lines that are known
-        self._num_drawn = self._num_bad_drawn = 0
+        self._num_sampled = self._num_bad_sampled = 0
         if path.exists():
             self._add_lines("", [])
 
@@ -54,18 +54,18 @@ class Skipped:
                 f", see {self._path}." if self.count(split.name) else ".",
             )  # fmt: skip
 
-    def add(self, split: Split, bad: tuple[BadImage, ...], *, num_drawn: int = 0) -> None:
+    def add(self, split: Split, bad: tuple[BadImage, ...], *, num_sampled: int = 0) -> None:
         """Adds what is not in the list yet.
 
         Args:
           split: Where the images come from.
           bad: What was found.
-          num_drawn: Size of the random sample that contained `bad`; 0: not a random sample.
+          num_sampled: Size of the random sample that contained `bad`; 0: not a random sample.
 
         Raises:
           UserError: More than half of the split, or of a large sample of it, cannot be used.
         """
-        self._num_drawn += num_drawn
+        self._num_sampled += num_sampled
         if not bad:
             return
         before = self.count(split.name)
@@ -81,10 +81,12 @@ class Skipped:
         count = self.count(split.name)
         if before < _NUM_LOGGED <= count:
             log.warning("Images that are skipped from here on are listed in %s only.", self._path)
-        if num_drawn:
-            self._num_bad_drawn += len(bad)
-        is_sample_bad = self._num_drawn >= _MIN_DRAWN and self._num_bad_drawn * 2 > self._num_drawn
-        if 2 * count > len(split) or (num_drawn and is_sample_bad):
+        if num_sampled:
+            self._num_bad_sampled += len(bad)
+        is_sample_bad = (
+            self._num_sampled >= _MIN_SAMPLED and self._num_bad_sampled * 2 > self._num_sampled
+        )
+        if 2 * count > len(split) or (num_sampled and is_sample_bad):
             raise UserError(
                 f"More than half of the {len(split)} images in {split.name!r} cannot be used, "
                 f"such as {bad[0][0]}: {bad[0][1]} {count} are listed in {self._path}."

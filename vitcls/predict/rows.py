@@ -73,13 +73,14 @@ def find_images(source: str) -> list[str]:
 
 def _read_list(path: Path) -> list[str]:
     try:
-        # Windows writes a byte order mark at the start of a file.
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Windows writes a byte order mark at the start of a file. It ends lines with \r\n, which
+        # `read_text` translates.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--images=@{path} cannot be read as a list ({error}); write one path per line."
         ) from error
-    return [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
+    return [os.path.join(path.parent, line) for line in lines if line.strip()]
 
 
 def predict_files(

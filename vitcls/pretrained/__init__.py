@@ -1,7 +1,8 @@
 """Pretrained weights in and out, in Hugging Face format.
 
 `load` and `save` do everything; training takes the finer steps, so that every mistake is found
-before any device work: `find`, `read_config`, `make_model`, `read_variables`, `write_config`.
+before any device work: `find`, `read_config`, `check_format`, `make_model`, `read_variables`,
+`write_config`.
 """
 
 from vitcls.pretrained.find import Files, find
@@ -14,12 +15,13 @@ from vitcls.pretrained.reading import (
     read_json,
     read_variables,
 )
-from vitcls.pretrained.saving import save, write_config
+from vitcls.pretrained.saving import check_format, save, write_config
 
 __all__ = [
     "Config",
     "Files",
     "Processor",
+    "check_format",
     "find",
     "load",
     "make_model",

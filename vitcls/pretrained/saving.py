@@ -78,6 +78,14 @@ def write_config(directory: str | Path, config: Config, processor: Processor) ->
     write_json(directory / PREPROCESSOR, to_json(processor))
 
 
+def check_format(config: Config) -> None:
+    """Raises `UserError` if the family's format cannot describe the network, as `save` would.
+
+    For the start of a run: hours of training should not end with this.
+    """
+    config_to_json(config)
+
+
 def config_to_json(config: Config) -> dict[str, Any]:
     """The content of a config.json, all but the class names.
 

@@ -34,6 +34,23 @@ class Examples(Split):
         return np.array(self._labels, np.int32)
 
 
+def test_two_unicode_forms_of_a_name_are_shown_as_what_they_are():
+    composed, decomposed = ("caf\xe9", "tea"), ("cafe\u0301", "tea")
+    expected = re.escape(
+        r"in both, but in two Unicode forms: 'cafe\u0301' (NFD) and 'caf\xe9' (NFC). Rename the "
+        "first to the second, for example with unicodedata.normalize('NFC', name) in Python."
+    )
+    with pytest.raises(UserError, match=expected):
+        classes.match(decomposed, composed, by="name")
+    train, test = Examples("train", composed, [0, 1]), Examples("test", decomposed, [0, 1])
+    with pytest.raises(UserError, match=expected):
+        classes.align(train, test)
+    expected = re.escape(r"'caf\xe9' (NFC) and 'cafe\u0301' (NFD). Rename the first to the second")
+    with pytest.raises(UserError, match=expected):
+        classes.match((*composed, "x"), decomposed, by="index")
+    assert not classes.other_forms(composed, ("cafe", "tea"))
+
+
 def test_whole_numbers_are_ordered_by_value_and_all_else_as_text():
     assert classes.ordered(["10", "2", "0", "1"]) == ["0", "1", "2", "10"]
     assert classes.ordered(["010", "002"]) == ["002", "010"]

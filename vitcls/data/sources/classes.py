@@ -5,6 +5,7 @@ K classes.
 
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -114,7 +115,32 @@ def find_moved(class_names: Sequence[str], model_names: Sequence[str]) -> list[s
 
 
 def _show_both(class_names: tuple[str, ...], model_names: tuple[str, ...]) -> str:
-    return f"{_show('the data has', class_names)}; {_show('the checkpoint has', model_names)}."
+    both = f"{_show('the data has', class_names)}; {_show('the checkpoint has', model_names)}."
+    return both + other_forms(class_names, model_names)
+
+
+def other_forms(names: Iterable[str], others: Iterable[str]) -> str:
+    """A sentence on the first name that looks like another one but is spelt otherwise, or "".
+
+    Unicode has two forms of accented letters, for example. macOS writes NFD in the names of folders
+    and archives; most other systems write NFC.
+    """
+    names, others = set(names), set(others)
+    by_form = {unicodedata.normalize("NFC", other): other for other in sorted(others - names)}
+    for name in sorted(names - others):
+        other = by_form.get(unicodedata.normalize("NFC", name))
+        if other is not None:
+            one, form = _form(name), _form(other)
+            return (
+                f" {name!r} is in both, but in two Unicode forms: {name!a} ({one}) and "
+                f"{other!a} ({form}). Rename the first to the second, for example with "
+                f"unicodedata.normalize({form!r}, name) in Python."
+            )
+    return ""
+
+
+def _form(name: str) -> str:
+    return "NFC" if unicodedata.is_normalized("NFC", name) else "NFD"
 
 
 def _show(whose: str, names: tuple[str, ...]) -> str:
@@ -164,7 +190,7 @@ def align(train: Split, other: Split) -> Split:
         raise UserError(
             f"Split {other.name!r} has other classes than {train.name!r}: {missing[:_MAX_SHOWN]} "
             f"are missing, {added[:_MAX_SHOWN]} are new. Labels would not mean the same; give both "
-            "the same classes."
+            f"the same classes.{other_forms(added, missing)}"
         )
     if missing:
         log.warning(

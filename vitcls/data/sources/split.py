@@ -2,6 +2,7 @@
 
 import abc
 import hashlib
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ from PIL import Image
 
 from vitcls.data import images
 from vitcls.errors import UserError
+
+log = logging.getLogger("vitcls")
 
 _MAX_SHOWN = 5  # class names in a message
 
@@ -29,6 +32,7 @@ class Split(abc.ABC):
     fingerprint: str
     found: str = ""
     _hashes: np.ndarray | None = None
+    _has_warned: bool = False
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -64,6 +68,13 @@ class Split(abc.ABC):
         """
         data, label = self.read(index)
         return images.decode(data), label
+
+    def warn_of_dim(self, example: str) -> None:
+        """Logs once for the split that an image of this id `images.is_dim`."""
+        if not self._has_warned:
+            self._has_warned = True
+            advice = images.dim_advice(self.name, example)
+            log.warning("%s vitcls.check_data counts all such images.", advice)
 
     def fill_cache(self, *, num_threads: int) -> None:
         """Decodes images to disk beforehand, see `vitcls.data.cache`; here a no-op."""

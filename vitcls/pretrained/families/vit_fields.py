@@ -70,5 +70,5 @@ def check_square(config: ViTConfig) -> None:
     if config.image_size[0] != config.image_size[1] or config.patch_size[0] != config.patch_size[1]:
         raise UserError(
             f"The {config.family!r} format has square images only, not {config.image_size}; "
-            "choose a square image size."
+            "choose a square image size, such as data.image_size=(224, 224)."
         )
