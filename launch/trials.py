@@ -18,7 +18,7 @@ from vitcls import cli
 from vitcls.config.checks import drop_unused
 from vitcls.errors import UserError
 from vitcls.files import read_json, write_json
-from vitcls.folders.workdir import Workdir
+from vitcls.folders.workdir import Workdir, is_finished
 from vitcls.provenance.saved_config import check_same_run
 
 _MAX_NAME = 120  # characters; file systems allow 255 bytes, and more may follow
@@ -68,7 +68,7 @@ class Trial:
     def results(self) -> dict[str, Any] | None:
         """Returns its `results.json` if it is from the last step, else None."""
         results = _read_if_sound(Workdir(self.workdir).results)
-        return results if results and results.get("step") == self.total_steps() else None
+        return results if results and is_finished(results, self.total_steps()) else None
 
     def metrics(self) -> dict[str, float]:
         """Returns the latest training metrics, {} before the first."""

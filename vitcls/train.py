@@ -13,6 +13,7 @@ from vitcls.checkpoints import manager
 from vitcls.checkpoints.state import eval_variables_at, restore_state, state_items
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted
+from vitcls.evaluate.patience import Patience
 from vitcls.evaluate.run_evaluator import RunEvaluator
 from vitcls.folders.workdir import Workdir
 from vitcls.logs import wandb_sender
@@ -53,7 +54,6 @@ def train_and_evaluate(
       UserError, StorageError, Interrupted, NonFiniteLoss: see `vitcls.errors`.
     """
     workdir, start_time = Workdir(workdir), start_time or time.time()
-
     # Mistakes first: a field, a data set or a checkpoint that does not fit stops here.
     workdir.check_own()
     wandb_sender.check(config.log.wandb_project)
@@ -75,10 +75,11 @@ def train_and_evaluate(
     if begun is not None:
         files = continuing.check_run(run, workdir, begun, program.teacher_sha256)
         if (results := workdir.finished_results(total_steps)) is not None:
-            _say_finished(results, workdir, config)
-            return results
+            return _say_finished(results, workdir, config)
     checkpoints, start_step, saved = continuing.claim(run, workdir, program)
     manifest.write_start(workdir, run, program, is_new=begun is None)
+    patience = Patience(config.eval.patience, saved)
+    total_steps = start_step if patience.is_over else total_steps
 
     # The step is compiled in the thread, which ends then, while state and data get ready.
     compiling = background.submit(lowered.compile) if start_step < total_steps else None
@@ -102,11 +103,11 @@ def train_and_evaluate(
         StopRequest(distributed.late_maximum(run.mesh), distributed.leave) as stop,
         Watchdog(**config.stall) as watchdog,
         checkpoints,
-        run_logs.open_writer(workdir, config, saved, start_step) as writer,
+        run_logs.open_writer(workdir, config, saved, start_step, total_steps) as writer,
         run_logs.open_progress(config, start_step) as progress,
     ):
         metrics = run_logs.late_metrics(run, saved, writer, progress)
-        evaluator = RunEvaluator(run, program, skipped, stop, watchdog, writer)
+        evaluator = RunEvaluator(run, program, skipped, stop, watchdog, writer, patience)
         # A signal ended the evaluation that the last save was due for.
         if saved.lacks_score:
             score = evaluator.selection_score(start_step, state.eval_variables())
@@ -116,7 +117,7 @@ def train_and_evaluate(
         if compiling is not None:
             compiling.result()
         stop.is_all_saved = True
-        for step in range(start_step + 1, total_steps + 1):
+        for step in patience.until_over(range(start_step + 1, total_steps + 1)):
             profile.before(step - start_step, state)
             with progress.waiting():
                 batch = next(batches)
@@ -138,19 +139,17 @@ def train_and_evaluate(
             if skipped is not None:
                 skipped.check_classes(run.train_split)
             with progress.paused():
-                score = None
-                # A run that is stopped saves first: there is more to lose than a score.
-                if is_evaluated and not stop.name:
-                    score = evaluator.score_unless_stopped(step, state.eval_variables())
+                score = evaluator.due_score(step, state.eval_variables()) if is_evaluated else None
                 watchdog.expect("save")
                 saving = saved.after(
-                    state, metrics.window, seconds=time.time() - start_time,
+                    state, metrics.window, patience.counts(), seconds=time.time() - start_time,
                     speed=progress.images_per_second(), lacks_score=is_evaluated and score is None,
                 )  # fmt: skip
                 checkpoints.save(step, state_items(state), meta=saving.to_json(), score=score)
                 watchdog.expect("step")
             if stop.name and (step < total_steps or saving.lacks_score):
                 _stop(stop.name, step, total_steps, checkpoints, watchdog)
+        total_steps = int(state.step)
         profile.before(total_steps - start_step + 1, state)
         watchdog.expect("save")
         checkpoints.wait()
@@ -159,18 +158,21 @@ def train_and_evaluate(
         selected_step = checkpoints.best_step() if select else total_steps
         variables = eval_variables_at(checkpoints, selected_step, state)
         summaries = evaluator.evaluate_all(total_steps, variables, workdir.predictions)
-    seconds, speed = time.time() - start_time, progress.images_per_second()
-    results = make_results(run, program, saved, summaries, skipped, selected_step, seconds, speed)
+    results = make_results(
+        run, program, saved, summaries, skipped, total_steps, selected_step,
+        seconds=time.time() - start_time, speed=progress.images_per_second(),
+    )  # fmt: skip
     return _finish(results, workdir, config)
 
 
-def _say_finished(results: dict[str, Any], workdir: Workdir, config: ConfigDict) -> None:
+def _say_finished(results: dict[str, Any], workdir: Workdir, config: ConfigDict) -> dict[str, Any]:
     if jax.process_index() == 0:
         log.info(
             "This run is finished; raise train.total_steps or train.total_epochs to continue it "
             "(optim.restarts says how the learning rate goes on)."
         )
         print(last_line(results, workdir.path, splits=config.data.eval_splits))
+    return results
 
 
 def _first_state(

@@ -12,7 +12,7 @@ from vitcls.analysis.run import Run
 from vitcls.config.fields import RUN_FIELDS, default_config
 from vitcls.config.parse import flatten
 from vitcls.errors import UserError
-from vitcls.folders.workdir import Workdir
+from vitcls.folders.workdir import Workdir, is_finished
 
 _SEED = "train.seed"
 
@@ -103,7 +103,7 @@ def why_unfinished(run: Run) -> str:
         return "config.json is damaged"
     if not run.is_finished:
         return "not finished"
-    if run.results.get("step") != train.get("total_steps"):
+    if not is_finished(run.results, train.get("total_steps")):
         return f"at step {run.results.get('step')} of {train.get('total_steps')}"
     return ""
 

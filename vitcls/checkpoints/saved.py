@@ -22,6 +22,7 @@ class Saved:
       window: Metrics of the steps since the last line of metrics.
       skips: Number of steps that were skipped because their loss was not finite: `in_row`, `total`.
       num_empty: Steps without an image that counts.
+      best_score, num_worse: As `evaluate.patience.Patience` counts them.
     """
 
     lacks_score: bool = False
@@ -33,17 +34,29 @@ class Saved:
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
     skips: dict[str, int] = dataclasses.field(default_factory=dict)
     num_empty: int = 0
+    best_score: float | None = None
+    num_worse: int = 0
 
     def after(
         self,
         state: TrainState,
         window: list[dict[str, float]],
+        counts: dict[str, Any],
         *,
         seconds: float,
         speed: float | None,
         lacks_score: bool,
     ) -> "Saved":
-        """Returns the progress that `state` is at, so many seconds after this one."""
+        """Returns the progress that `state` is at, so many seconds after this one.
+
+        Args:
+          state: The training state.
+          window: Metrics of the steps since the last line of metrics.
+          counts: Those of `evaluate.patience.Patience`.
+          seconds: Wall time since this progress.
+          speed: Training images per second; None: not measured.
+          lacks_score: Whether a signal ended the evaluation that this save was due for.
+        """
         return dataclasses.replace(
             self,
             lacks_score=lacks_score,
@@ -52,6 +65,7 @@ class Saved:
             window=window,
             skips=jax.tree.map(int, state.skips),
             num_empty=int(state.num_empty),
+            **counts,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -302,6 +302,10 @@ FIELDS: dict[str, Field] = {
         'in data.eval_splits. "": no choice, the last step is final.'),
     "eval.select_metric": Field("accuracy", "Metric that chooses the best checkpoint.",
         among=SELECT_METRICS, needs={"eval.select_split": SET}),
+    "eval.patience": Field(0,
+        "Evaluations of eval.select_split in a row without a better score after which training "
+        "ends early. 0: no limit. The learning rate still follows train.total_steps.",
+        at_least=0, needs={"eval.select_split": SET}),
     "eval.batch_size": Field(0,
         "Images per evaluation step over all devices. 0: train.global_batch_size.",
         at_least=0, may_change=True),

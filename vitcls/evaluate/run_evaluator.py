@@ -9,6 +9,7 @@ import jax
 from vitcls.data.skipped import Skipped
 from vitcls.errors import Interrupted, NonFiniteLoss
 from vitcls.evaluate.exact import check_logits, evaluate
+from vitcls.evaluate.patience import Patience
 from vitcls.evaluate.summary import select_score
 from vitcls.logs.writers import MetricWriter
 from vitcls.processes.signals import StopRequest
@@ -32,6 +33,7 @@ class RunEvaluator:
         stop: StopRequest,
         watchdog: Watchdog,
         writer: MetricWriter,
+        patience: Patience,
     ):
         """Keeps its arguments; nothing is read or computed yet.
 
@@ -42,9 +44,11 @@ class RunEvaluator:
           stop: Asked after each batch, because an evaluation takes long.
           watchdog: Told of each batch.
           writer: Writes the metrics.
+          patience: Counts the scores.
         """
         self._run, self._program, self._skipped = run, program, skipped
         self._stop, self._watchdog, self._writer = stop, watchdog, writer
+        self._patience = patience
         self._class_counts = run.train_split.class_counts()
 
     def selection_score(self, step: int, variables: Any) -> float:
@@ -60,10 +64,15 @@ class RunEvaluator:
             "step %d: %s accuracy %.4f, loss %.4f (%s)",
             step, name, summary["accuracy"], summary["loss"], count_images(summary),
         )  # fmt: skip
-        return select_score(summary, self._run.config.eval.select_metric)
+        score = select_score(summary, self._run.config.eval.select_metric)
+        self._patience.add(step, score)
+        return score
 
-    def score_unless_stopped(self, step: int, variables: Any) -> float | None:
+    def due_score(self, step: int, variables: Any) -> float | None:
         """Returns the `selection_score`; None: a signal asks the run to stop."""
+        # A run that is stopped saves first: there is more to lose than a score.
+        if self._stop.name:
+            return None
         try:
             return self.selection_score(step, variables)
         except Interrupted:

@@ -67,9 +67,13 @@ class Workdir:
     def finished_results(self, total_steps: int) -> dict[str, Any] | None:
         """Returns the results of a run that has done all its steps; None: there is more to do."""
         results = read_or_set_aside(self.results)
-        is_finished = results is not None and results.get("step") == total_steps
-        return results if is_finished else None
+        return results if results is not None and is_finished(results, total_steps) else None
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results, by which the run is known to be finished."""
         write_json(self.results, results)
+
+
+def is_finished(results: dict[str, Any], total_steps: int | None) -> bool:
+    """Whether the content of `results.json` is from the last step of a run."""
+    return results.get("step") == total_steps or bool(results.get("stopped_early"))

@@ -16,6 +16,7 @@ def make_results(
     saved: Saved,
     summaries: dict[str, dict[str, Any]],
     skipped: Skipped | None,
+    step: int,
     selected_step: int,
     seconds: float,
     speed: float | None,
@@ -28,6 +29,7 @@ def make_results(
       saved: Its progress when this process began.
       summaries: Metrics of each evaluated split, by name.
       skipped: List of the images that could not be decoded; None: such an image is an error.
+      step: The last step of training.
       selected_step: The step whose weights were evaluated.
       seconds: Wall time of this process.
       speed: Training images per second of this process; None: it has not trained.
@@ -36,13 +38,15 @@ def make_results(
     if skipped is not None:
         skipped.log_counts(run.splits)
     results = {
-        "step": run.config.train.total_steps,
+        "step": step,
         "seconds": saved.seconds + seconds,
         "images_per_second": speed or saved.images_per_second,
         "selected_step": selected_step,
         "train": {"num_skipped": 0 if skipped is None else skipped.count(run.train_split.name)},
         "splits": summaries,
     }
+    if step < run.config.train.total_steps:
+        results["stopped_early"] = True
     if speed:
         results["plan"] = footprint.planned_and_measured(
             program, dtype=run.config.model.dtype, images_per_second=speed

@@ -11,12 +11,12 @@ from vitcls.run.opened import Run
 
 
 def open_writer(
-    workdir: Workdir, config: ConfigDict, saved: Saved, start_step: int
+    workdir: Workdir, config: ConfigDict, saved: Saved, start_step: int, total_steps: int
 ) -> MetricWriter:
     """Returns the writer, on process 0; lines that a continued run writes again are dropped."""
     again = []
     # The final evaluation, and one that a signal ended, are done again.
-    if start_step == config.train.total_steps:
+    if start_step == total_steps:
         again += config.data.eval_splits
     if saved.lacks_score:
         again += [config.eval.select_split]
