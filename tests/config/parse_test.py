@@ -2,7 +2,12 @@
 
 import pytest
 
-from vitcls.config.parse import parse_arg, read_class_weights
+from vitcls.config.parse import (
+    absolute_checkpoint,
+    absolute_source,
+    parse_arg,
+    read_class_weights,
+)
 from vitcls.errors import UserError
 
 
@@ -32,3 +37,25 @@ def test_parse_arg_reads_pairs_and_keeps_defaults():
         parse_arg("dta=x", data="")
     with pytest.raises(UserError, match="not of the form name=value"):
         parse_arg("data", data="")
+
+
+def test_relative_sources_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved").mkdir()
+    assert absolute_source("folder:photos") == f"folder:{tmp_path}/photos"
+    assert absolute_source("folder:../x") == f"folder:{tmp_path.parent}/x"
+    assert absolute_source("csv:a.csv?image=file") == f"csv:{tmp_path}/a.csv?image=file"
+    assert absolute_source("hf:saved?label=y") == f"hf:{tmp_path}/saved?label=y"
+    for name in (
+        "digits", "tfds:cifar10", "hf:uoft-cs/cifar10", "folder:~/photos", "folder:", "csv:/a.csv",
+    ):  # fmt: skip
+        assert absolute_source(name) == name
+
+
+def test_relative_folders_of_checkpoints_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    for name in ("runs/mine", "runs/mine@best", "runs/mine@20"):
+        assert absolute_checkpoint(name) == f"{tmp_path}/{name}"
+    for name in ("", "google/vit-base-patch16-224", "google/vit@main", f"{tmp_path}/runs/mine"):
+        assert absolute_checkpoint(name) == name

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,27 @@ def parse_fold(fold: str) -> tuple[int, int]:
     if int(num_folds) < 2:
         raise UserError(f"data.fold={fold!r} holds everything out; use two folds or more.")
     return int(number), int(num_folds)
+
+
+def absolute_source(source: str) -> str:
+    """Returns a data source that does not depend on the working folder.
+
+    A path that begins with ~ stays as it is, and so does the name of a data set.
+    """
+    scheme, _, rest = source.partition(":")
+    path, mark, options = rest.partition("?")
+    is_local = scheme in ("folder", "csv") or (scheme == "hf" and os.path.exists(path))
+    if not is_local or not path or path.startswith("~"):
+        return source
+    return f"{scheme}:{os.path.abspath(path)}{mark}{options}"
+
+
+def absolute_checkpoint(checkpoint: str) -> str:
+    """Returns a checkpoint that does not depend on the working folder; a hub id stays as it is."""
+    folder, mark, which = checkpoint, "", ""
+    if not os.path.isdir(folder):
+        folder, mark, which = checkpoint.rpartition("@")
+    return f"{os.path.abspath(folder)}{mark}{which}" if os.path.isdir(folder) else checkpoint
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from vitcls import pretrained
 from vitcls.checkpoints import folders
 from vitcls.checkpoints.manager import Checkpoints
 from vitcls.checkpoints.saved import Saved
-from vitcls.config.parse import flatten
+from vitcls.config.parse import absolute_checkpoint, absolute_source, flatten
 from vitcls.costs.fitting import trains_statistics
 from vitcls.data import sources
 from vitcls.errors import UserError
@@ -157,13 +157,14 @@ def _find_moved(
     config, manifest = run.config, records.read_manifest(workdir.path)
     moved: dict[str, Any] = {}
     fingerprint = records.recorded_fingerprints(workdir.path).get(run.train_split.name)
-    if config.data.source != saved.data.source and fingerprint == run.train_split.fingerprint:
+    before = absolute_source(saved.data.source)
+    if config.data.source != before and fingerprint == run.train_split.fingerprint:
         moved["data.source"] = None
     is_known = teacher_sha256 is not None and teacher_sha256 == manifest.get("teacher")
-    if config.loss.teacher != saved.loss.teacher and is_known:
+    if config.loss.teacher != absolute_checkpoint(saved.loss.teacher) and is_known:
         moved["loss.teacher"] = None
     asked, first = config.model.pretrained, manifest.get("pretrained")
-    if asked != saved.model.pretrained and asked and first:
+    if asked != absolute_checkpoint(saved.model.pretrained) and asked and first:
         try:
             files = pretrained.find(asked, allow_pickle=config.model.allow_pickle)
         except UserError as error:

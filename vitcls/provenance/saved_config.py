@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vitcls.config.checks import unused_fields
 from vitcls.config.fields import FIELDS, RUN_FIELDS, default_config
-from vitcls.config.parse import flatten
+from vitcls.config.parse import absolute_checkpoint, absolute_source, flatten
 from vitcls.errors import UserError
 from vitcls.files import read_json
 
@@ -86,6 +86,11 @@ def _may_differ(field: str, saved: dict[str, Any], asked: dict[str, Any]) -> boo
     before, after = saved.get(field), asked.get(field)
     if field in ("optim.warmup_steps", "eval.every_steps"):
         return after is None
+    # Earlier versions saved relative paths, and a sweep asks with them.
+    if field == "data.source":
+        return absolute_source(before) == absolute_source(after)
+    if field in ("model.pretrained", "loss.teacher"):
+        return absolute_checkpoint(before) == absolute_checkpoint(after)
     if field in ("train.total_steps", "train.total_epochs"):
         return 0 < before < after
     if field == "optim.restarts":

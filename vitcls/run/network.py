@@ -58,6 +58,8 @@ def open_model(
         if image_size:
             model_config = model_config.resized(image_size)
         processor = processor.resized(model_config.image_size)
+    # Hours of training should not end with a network that cannot be saved.
+    pretrained.check_format(model_config)
     if 0 < config.data.resize < max(processor.size):
         raise UserError(
             f"data.resize={config.data.resize} is smaller than the image size {processor.size} "

@@ -5,7 +5,7 @@ import math
 from ml_collections import ConfigDict
 
 from vitcls.config.checks import check_num_steps, cycle_lengths
-from vitcls.config.parse import read_class_weights
+from vitcls.config.parse import absolute_checkpoint, absolute_source, read_class_weights
 from vitcls.errors import UserError
 
 # BiT-HyperRule trains for 500 steps if there are fewer training images.
@@ -58,6 +58,10 @@ def resolve(
             config.adapt.probe_lr *= factor
     eval_batch_size = config.eval.batch_size or batch_size
     config.eval.batch_size = math.ceil(eval_batch_size / num_devices) * num_devices
+    # A run may be continued, or asked about, from another folder.
+    config.data.source = absolute_source(config.data.source)
+    config.model.pretrained = absolute_checkpoint(config.model.pretrained)
+    config.loss.teacher = absolute_checkpoint(config.loss.teacher)
     # The file with the weights may change later, so the config keeps its content.
     config.loss.class_weights = read_class_weights(config.loss.class_weights)
     config.data.image_size = tuple(config.data.image_size or image_size)

@@ -484,16 +484,3 @@ def test_prepared_data_that_a_power_loss_has_cut_have_a_message(name, digits_dir
     message = "The prepared data of digits cannot be read .*Remove their folder"
     with pytest.raises(UserError, match=message):
         sources.open_split("digits", "train", data_dir=str(tmp_path / "tfds"))
-
-
-def test_relative_sources_become_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "saved").mkdir()
-    assert sources.absolute("folder:photos") == f"folder:{tmp_path}/photos"
-    assert sources.absolute("folder:../x") == f"folder:{tmp_path.parent}/x"
-    assert sources.absolute("csv:a.csv?image=file") == f"csv:{tmp_path}/a.csv?image=file"
-    assert sources.absolute("hf:saved?label=y") == f"hf:{tmp_path}/saved?label=y"
-    for name in (
-        "digits", "tfds:cifar10", "hf:uoft-cs/cifar10", "folder:~/photos", "folder:", "csv:/a.csv",
-    ):  # fmt: skip
-        assert sources.absolute(name) == name

@@ -4,7 +4,7 @@ import importlib
 
 # Names of the package that `open` has; all others are modules, which must not wait for it.
 _NAMES = (
-    "Split", "Subset", "absolute", "hold_out", "home", "open_split", "split_names", "take_fold",
+    "Split", "Subset", "hold_out", "home", "open_split", "split_names", "take_fold",
     "take_long_tail", "take_per_class",
 )  # fmt: skip
 

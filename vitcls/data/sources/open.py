@@ -18,7 +18,7 @@ from vitcls.folders import user_folders
 log = logging.getLogger("vitcls")
 
 __all__ = [
-    "Split", "Subset", "absolute", "hold_out", "home", "open_split", "split_names", "take_fold",
+    "Split", "Subset", "hold_out", "home", "open_split", "split_names", "take_fold",
     "take_long_tail", "take_per_class",
 ]  # fmt: skip
 
@@ -69,19 +69,6 @@ def open_split(
     level = logging.WARNING if "Not used: " in opened.found else logging.INFO
     log.log(level, "%s: %s", split, opened.found)
     return opened
-
-
-def absolute(source: str) -> str:
-    """The same source from whatever folder a command starts in: a relative path becomes absolute.
-
-    A path that begins with ~ stays as it is, and so does the name of a data set.
-    """
-    scheme, _, rest = source.partition(":")
-    path, mark, options = rest.partition("?")
-    is_local = scheme in ("folder", "csv") or (scheme == "hf" and os.path.exists(path))
-    if not is_local or not path or path.startswith("~"):
-        return source
-    return f"{scheme}:{os.path.abspath(path)}{mark}{options}"
 
 
 def home(source: str) -> str:
