@@ -1,5 +1,7 @@
 """Products and pooling of `vitcls.models.convolution`, with their gradients, against torch's."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,3 +67,25 @@ def test_pooling_is_torchs(size, ties):
     pooled, vjp = jax.vjp(max_pool, jnp.asarray(x))
     np.testing.assert_array_equal(pooled, from_torch(expected))
     np.testing.assert_allclose(vjp(jnp.asarray(gradient))[0], from_torch(image.grad), atol=1e-6)
+
+
+def test_gradient_of_pooling_survives_that_what_is_pooled_is_computed_twice():
+    """Optimised code computes a normalisation again where it is used, and rounds it differently."""
+    rng = np.random.default_rng(3)
+    x, gradient = (rng.standard_normal((4, *size, 8), np.float32) for size in ((8, 12), (4, 6)))
+
+    def normalise(x):
+        mean, variance = (f(x, (0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
+        return jax.nn.relu((x - mean) * jax.lax.rsqrt(variance + 1e-5) * 1.3 + 0.1)
+
+    def loss(x):
+        return (max_pool(normalise(x)) * gradient).sum()
+
+    # The other tests' XLA flags switch off what this one is about.
+    optimised = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    if "fusion_emitters" in os.environ["XLA_FLAGS"]:
+        optimised["xla_cpu_use_fusion_emitters"] = True
+    found = jax.jit(jax.grad(loss), compiler_options=optimised)(x)
+    normalised, vjp = jax.vjp(jax.jit(normalise), x)
+    expected = vjp(jax.vjp(max_pool, normalised)[1](jnp.asarray(gradient))[0])[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -82,14 +82,13 @@ def _max_pool(x: jax.Array) -> jax.Array:
 
 
 def _max_pool_forwards(x: jax.Array):
-    pooled = _max_pool(x)
-    return pooled, (x, pooled)
+    return _max_pool(x), x
 
 
-def _max_pool_backwards(saved, gradient: jax.Array):
+def _max_pool_backwards(x: jax.Array, gradient: jax.Array):
     return (
         jax.lax.platform_dependent(
-            *saved, gradient, cpu=_unpool, default=lambda x, _, g: jax.vjp(_max_pool, x)[1](g)[0]
+            x, gradient, cpu=_unpool, default=lambda x, g: jax.vjp(_max_pool, x)[1](g)[0]
         ),
     )
 
@@ -97,28 +96,32 @@ def _max_pool_backwards(saved, gradient: jax.Array):
 max_pool.defvjp(_max_pool_forwards, _max_pool_backwards)
 
 
-def _unpool(x: jax.Array, pooled: jax.Array, gradient: jax.Array) -> jax.Array:
+def _unpool(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """Gives every window's gradient to the first of its pixels that is the largest.
 
     This avoids XLA's scatter. An even row of the padded image is the first row of one window and
     the last row of another; an odd row is in one window. The same holds for columns. Each of the
     four kinds of pixels is a feature map of its own, where all operations are elementwise.
     """
-    h, w = pooled.shape[1:3]
+    h, w = gradient.shape[1:3]
     after = (2 * h + 1 - x.shape[1], 2 * w + 1 - x.shape[2])
     padding = ((0, 0), (1, after[0]), (1, after[1]), (0, 0))
     padded = jnp.pad(x, padding, constant_values=-jnp.inf)
     kinds = {(i, j): padded[:, i::2, j::2] for i in (0, 1) for j in (0, 1)}  # (B, h'+1, w'+1, C)
+    places = [(i, j) for i in range(3) for j in range(3)]
+    # Compared with the pooled values, the largest pixel might equal none: XLA computes x again
+    # where it is used, and may round it differently there.
+    largest = jnp.full(gradient.shape, -jnp.inf, x.dtype)
+    first = jnp.full(gradient.shape, -1, jnp.int32)
+    for place, (i, j) in enumerate(places):
+        pixel = kinds[i % 2, j % 2][:, i // 2 : i // 2 + h, j // 2 : j // 2 + w]
+        first = jnp.where(pixel > largest, place, first)
+        largest = jnp.maximum(pixel, largest)
     sums = dict.fromkeys(kinds, 0.0)
-    is_free = jnp.ones(pooled.shape, bool)
-    for i in range(3):
-        for j in range(3):
-            kind, down, right = (i % 2, j % 2), i // 2, j // 2
-            is_largest = kinds[kind][:, down : down + h, right : right + w] == pooled
-            part = jnp.where(is_free & is_largest, gradient, 0)
-            is_free &= ~is_largest
-            place = ((0, 0), (down, 1 - down), (right, 1 - right), (0, 0))
-            sums[kind] += jnp.pad(part, place)
+    for place, (i, j) in enumerate(places):
+        part = jnp.where(first == place, gradient, 0)
+        down, right = i // 2, j // 2
+        sums[i % 2, j % 2] += jnp.pad(part, ((0, 0), (down, 1 - down), (right, 1 - right), (0, 0)))
     rows = [jnp.stack([sums[i, 0], sums[i, 1]], axis=3) for i in (0, 1)]
     whole = jnp.stack(rows, axis=2).reshape(padded.shape)
     return whole[:, 1 : 1 + x.shape[1], 1 : 1 + x.shape[2]]
