@@ -1,6 +1,7 @@
 """How the quick start's checkpoint was made: a small ViT on rendered letters and digits.
 
   make fonts
+  pip install -r requirements-tfds.txt
   python -m vitcls.main --config=configs/pretrain_glyphs.py --workdir=runs/pretrain_glyphs
 
 The images are drawn from free fonts when the data set `glyphs` is prepared (see
