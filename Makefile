@@ -39,7 +39,7 @@ fonts: $(VENV)/.installed
 	  $$($(VENV_PYTHON) -m vitcls.data.glyphs.fonts)
 
 $(VENV)/.installed: requirements.txt | check-python
-	@echo "Installing what a run needs into $(VENV), once: some minutes, 2.5 GB on disk."
+	@echo "Installing what a run needs into $(VENV), once: a minute or two, 1.1 GB on disk."
 	@$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) cannot make virtual environments. On\
 	 Debian or Ubuntu: apt-get install python$(VERSION)-venv" >&2; exit 1; }
 	@$(PIP_INSTALL) -r requirements.txt || $(INSTALL_FAILED)
@@ -48,8 +48,8 @@ $(VENV)/.installed: requirements.txt | check-python
 # torch first and alone: its CPU build is a tenth of the CUDA build that PyPI has for Linux, but not
 # every machine reaches the index that serves it. The second line then keeps what the first got.
 $(VENV)/.installed-dev: requirements-dev.txt requirements-hf.txt requirements-analysis.txt \
-  requirements-heif.txt requirements-wandb.txt $(VENV)/.installed
-	@echo "Installing the development tools into $(VENV), once: 1 GB on disk."
+  requirements-heif.txt requirements-tfds.txt requirements-wandb.txt $(VENV)/.installed
+	@echo "Installing the development tools into $(VENV), once: 2.5 GB on disk."
 	@$(PIP_INSTALL) --retries 1 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu \
 	  $$(grep '^torch==' requirements-dev.txt) || $(INSTALL_FAILED)
 	@$(PIP_INSTALL) -r requirements-dev.txt || $(INSTALL_FAILED)

@@ -1,6 +1,7 @@
 """Pretrains the quick start's checkpoint: a small ViT on rendered letters and digits.
 
   make fonts
+  pip install -r requirements-tfds.txt
   python -m vitcls.main --config=configs/pretrain_glyphs.py --workdir=runs/pretrain_glyphs
 
 The images are rendered from free fonts when the data set `glyphs` is prepared (see

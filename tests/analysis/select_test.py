@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from tests.probe.features_test import save_checkpoint, save_images
+from tests.probe.features_test import Steps, save_checkpoint, save_images
 from vitcls.analysis import candidates, paired, selection, selection_page
 from vitcls.data import sources
 from vitcls.errors import UserError
@@ -463,6 +463,30 @@ def test_a_second_call_computes_the_features_of_new_candidates_only(selected, da
         if row.candidate.name != given[1]:
             assert float(first[row.candidate.name]["knn"]) == row.knn.value
             assert float(first[row.candidate.name]["probe"]) == pytest.approx(row.probe.value)
+
+
+def test_an_interrupted_call_resumes_in_the_middle_of_a_candidate(
+    selected, data, monkeypatch, tmp_path
+):
+    root, _, _ = selected
+    monkeypatch.setattr(
+        selection, "fit_heads", lambda name, *args, **kw: candidate(name, 0.5, num=36)
+    )
+    steps, given = Steps(monkeypatch), [str(root / name) for name in ("one", "two")]
+    parts = selection.divide(
+        sources.open_split(f"folder:{data}", "train"), holdout=0.3, per_class=0, seed=0
+    )
+
+    def select(folder: str) -> dict[str, bytes]:
+        selection.select(given, parts, folder=tmp_path / folder, num_epochs=5, batch_size=8)
+        return {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+
+    whole = select("whole")
+    assert steps.num == 2 * (10 + 1 + 5)
+    with steps.interrupted_after(16 + 4):
+        select("features")
+    assert select("features") == whole
+    assert steps.num == 12
 
 
 def test_without_any_candidate_that_can_be_used_it_is_a_mistake(selected, data, tmp_path):

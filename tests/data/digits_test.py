@@ -1,4 +1,6 @@
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -44,3 +46,24 @@ def test_digits_test_split_never_changes(splits):
     content = np.array([[*pixels, label] for pixels, label in scans], np.uint8).tobytes()
     expected = "dac7b09d7003b1bd999b6d24a55fbd209ec75d5bbf170e44934aa3c274bdf7b1"
     assert hashlib.sha256(content).hexdigest() == expected
+
+
+@pytest.mark.slow
+def test_what_is_shipped_is_what_preparing_gives(tmp_path):
+    pytest.importorskip("sklearn")
+    program = (
+        "from vitcls.data.digits.digits import Digits\n"
+        f"Digits(data_dir={str(tmp_path)!r}).download_and_prepare(file_format='array_record')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    if "No module named 'tensorflow'" in done.stderr:
+        pytest.skip("no TensorFlow")
+    assert done.returncode == 0, done.stderr
+    for name in ("train", "test"):
+        shipped = sources.open_split("digits", name, data_dir=str(tmp_path / "none"))
+        prepared = sources.open_split("digits", name, data_dir=str(tmp_path))
+        numbers = range(len(prepared))
+        assert prepared.class_names == shipped.class_names
+        assert prepared.fingerprint == shipped.fingerprint
+        assert [prepared.id(i) for i in numbers] == [shipped.id(i) for i in numbers]
+        assert [prepared.read(i) for i in numbers] == [shipped.read(i) for i in numbers]

@@ -51,7 +51,7 @@ def test_without_a_home_nothing_is_cached(homeless, monkeypatch, tmp_path):
     assert (tmp_path / "vitcls/labels/0.npy").exists()
 
 
-@pytest.mark.parametrize("source", ["digits", "tfds:mnist"])
+@pytest.mark.parametrize("source", ["glyphs", "tfds:mnist"])
 def test_prepared_data_need_a_folder(homeless, monkeypatch, tmp_path, source):
     message = f"The data of {source} are kept in .* set data.data_dir or --data_dir or TFDS_DATA"
     with pytest.raises(UserError, match=message) as error:
@@ -60,6 +60,10 @@ def test_prepared_data_need_a_folder(homeless, monkeypatch, tmp_path, source):
     assert tmp_path in Path(builders.find_builder(source, data_dir=str(tmp_path)).data_path).parents
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     builders.find_builder(source)
+
+
+def test_shipped_data_need_no_folder(homeless):
+    assert sources.split_names("digits") == ["train", "test"]
 
 
 def test_what_comes_from_the_hub_needs_a_folder(homeless):

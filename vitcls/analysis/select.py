@@ -9,9 +9,9 @@ candidates, a tenth of the rest selects hyper-parameters. The test split is neve
 
 The command prints a sentence and a table: the choice, the candidates that cannot be told apart from
 it, parameters, GFLOPs and images/s. OUTPUT gets these as selection.md and selection.csv, and a plot
-of accuracy against cost as selection.png and selection.svg. Features stay in OUTPUT/features: the
-same command resumes after an interruption, and one with more candidates computes only theirs. A
-candidate that cannot be read is listed with the reason.
+of accuracy against cost as selection.png and selection.svg. Features stay in OUTPUT/features, where
+they are written as they are computed: the same command resumes after an interruption, and one with
+more candidates computes only theirs. A candidate that cannot be read is listed with the reason.
 
 Needs pip install -r requirements-analysis.txt.
 """

@@ -4,7 +4,8 @@ r"""Measures how well a checkpoint's features suit a data set, by fitting cheap 
       --output=probed
 
 The network sees every image once. Its pooled features are kept in OUTPUT/features and used again
-by later calls. Three heads are fitted on them:
+by later calls. They are written as they are computed, so that the same command resumes after an
+interruption. Three heads are fitted on them:
 
   knn    weighted nearest neighbours by cosine similarity; chooses k
   ridge  linear regression in closed form; chooses the regulariser

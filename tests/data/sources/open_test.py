@@ -210,12 +210,41 @@ def test_prepared_data_are_not_prepared_again(digits_dir, monkeypatch):
     assert builder.info.splits["test"].num_examples == 360
 
 
+def test_digits_are_read_where_they_are_shipped_and_nothing_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "_run", lambda *_: pytest.fail("prepared"))
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert len(sources.open_split("digits", "train", data_dir=str(tmp_path))) == 1437
+    assert prepare.prepare("digits", data_dir=str(tmp_path)) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_digits_that_were_prepared_before_are_read_first(digits_copy, monkeypatch, tmp_path):
+    edit_json(
+        digits_copy / "dataset_info.json", lambda info: info["splits"][0].update(numBytes="1")
+    )
+    shipped = sources.open_split("digits", "train", data_dir=str(tmp_path / "none"))
+    before = sources.open_split("digits", "train", data_dir=str(digits_copy.parents[1]))
+    assert before.fingerprint != shipped.fingerprint
+
+
+@pytest.mark.parametrize("source", ["glyphs", "tfds:cifar10"])
+def test_preparing_asks_for_its_extra_before_any_work(source, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setattr(prepare, "_run", lambda *_: pytest.fail("prepared"))
+    message = f"{source} is not prepared yet, .* pip install -r requirements-tfds.txt. Or copy"
+    with pytest.raises(UserError, match=message):
+        sources.open_split(source, "train", data_dir=str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(source, data_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_another_process_prepared_meanwhile_is_not_prepared_again(monkeypatch, tmp_path):
     answers = iter([False, True])  # before and after waiting for the lock
     monkeypatch.setattr(builders, "is_prepared", lambda builder: next(answers))
     monkeypatch.setattr(prepare, "_run", lambda *_: pytest.fail("prepared again"))
     monkeypatch.setattr(prepare.tfds, "builder_from_directory", lambda folder: "builder")
-    assert prepare.prepare_once("digits", data_dir=str(tmp_path)) == "builder"
+    assert prepare.prepare_once("glyphs", data_dir=str(tmp_path)) == "builder"
 
 
 def test_only_one_process_prepares_at_a_time(tmp_path):
@@ -251,21 +280,21 @@ def test_failed_preparation_shows_how_to_repeat_it_and_why(monkeypatch, tmp_path
         monkeypatch, "print('x' * 9999); print('AssertionError: get it by hand'); exit(2)"
     )
     with pytest.raises(UserError) as info:
-        prepare.prepare_once("digits", data_dir=str(tmp_path))
+        prepare.prepare_once("glyphs", data_dir=str(tmp_path))
     message = str(info.value)
-    assert "Preparing digits failed (exit code 2)" in message
-    assert f"python -m vitcls.data.sources.prepare digits --data_dir={tmp_path}" in message
+    assert "Preparing glyphs failed (exit code 2)" in message
+    assert f"python -m vitcls.data.sources.prepare glyphs --data_dir={tmp_path}" in message
     assert message.endswith("AssertionError: get it by hand")
     assert len(message) < 3000
 
 
 def test_a_preparation_that_outlives_its_parent_keeps_the_lock(monkeypatch, tmp_path):
-    path = tmp_path / "digits" / ".1.0.0.lock"
+    path = tmp_path / "glyphs" / ".1.0.0.lock"
     # The child returns to its parent at once, and leaves a process that holds the lock for a while.
     child = "import os, time\nif os.fork(): os._exit(2)\nos.close(1)\ntime.sleep(1.5)"
     replace_child(monkeypatch, child)
     with pytest.raises(UserError):
-        prepare.prepare_once("digits", data_dir=str(tmp_path))
+        prepare.prepare_once("glyphs", data_dir=str(tmp_path))
     with open(path) as file:
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -278,24 +307,24 @@ def test_without_locks_another_process_may_be_the_first_to_prepare(monkeypatch, 
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     replace_child(monkeypatch, "exit(2)")  # it finds the other's folder in its way
-    with pytest.raises(UserError, match="Preparing digits failed"):
-        prepare.prepare_once("digits", data_dir=str(tmp_path))
+    with pytest.raises(UserError, match="Preparing glyphs failed"):
+        prepare.prepare_once("glyphs", data_dir=str(tmp_path))
     answers = iter([False, False, True])  # at first, under the lock, after the failure
     monkeypatch.setattr(builders, "is_prepared", lambda builder: next(answers))
     monkeypatch.setattr(prepare.tfds, "builder_from_directory", lambda folder: "builder")
-    assert prepare.prepare_once("digits", data_dir=str(tmp_path)) == "builder"
+    assert prepare.prepare_once("glyphs", data_dir=str(tmp_path)) == "builder"
 
 
 def test_full_disk_while_preparing_is_a_storage_error(monkeypatch, tmp_path):
     replace_child(monkeypatch, "print('No space left on device'); exit(74)")
     with pytest.raises(StorageError, match="No space left on device"):
-        prepare.prepare_once("digits", data_dir=str(tmp_path))
+        prepare.prepare_once("glyphs", data_dir=str(tmp_path))
 
 
 def test_data_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="Cannot prepare digits in .*file/digits"):
-        prepare.prepare_once("digits", data_dir=str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="Cannot prepare glyphs in .*file/glyphs"):
+        prepare.prepare_once("glyphs", data_dir=str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -18,12 +19,16 @@ BUILT_IN = {
     "digits": "vitcls.data.digits.digits:Digits",
     "glyphs": "vitcls.data.glyphs.glyphs:Glyphs",
 }
+# The data folder of those that come prepared, in tfds' own format.
+_PREPARED = {"digits": pathlib.Path(__file__).parents[1]}
 
 
 def find_builder(source: str, *, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     """The builder of `digits`, `glyphs` or `tfds:NAME[/CONFIG][:VERSION]`.
 
     Its `data_path` is the folder of that data set, configuration and version, prepared or not.
+    The digits come prepared; a folder that an earlier version prepared below `data_dir` is read
+    first, so that the runs begun with it continue.
 
     Args:
       source: As above.
@@ -33,16 +38,22 @@ def find_builder(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
       UserError: No such data set, configuration or version, no home directory for its data, or
         prepared data that cannot be read.
     """
-    if data_dir is None:
+    if data_dir is not None:
+        data_dir = str(pathlib.Path(data_dir).expanduser())
+    elif source not in _PREPARED:
         user_folders.check_home(
             f"The data of {source}", "TFDS_DATA_DIR", settings="data.data_dir or --data_dir"
         )
-    else:
-        data_dir = str(pathlib.Path(data_dir).expanduser())
+    elif user_folders.home() is None and not os.environ.get("TFDS_DATA_DIR"):
+        data_dir = str(_PREPARED[source])
     if source in BUILT_IN:
         module, name = BUILT_IN[source].split(":")
+        make = getattr(importlib.import_module(module), name)
         with reading_prepared(source):
-            return getattr(importlib.import_module(module), name)(data_dir=data_dir)
+            builder = make(data_dir=data_dir)
+            if source in _PREPARED and not is_prepared(builder):
+                builder = make(data_dir=str(_PREPARED[source]))
+            return builder
     name = source.removeprefix("tfds:")
     if not name:
         raise UserError("data.source='tfds:' names no data set; tfds:cifar10, for example.")

@@ -1,10 +1,12 @@
-"""Prepares tfds data sets once, in a process of their own: it needs TensorFlow, training does not.
+"""Prepares tfds data sets once, in a process of their own.
 
-By hand: `python -m vitcls.data.sources.prepare SOURCE [--data_dir=DIR]`. Data sets with records
-elsewhere are downloaded and rewritten as ArrayRecord files, the format with random access.
+Preparing needs TensorFlow, which is optional; reading prepared data does not. By hand:
+`python -m vitcls.data.sources.prepare SOURCE [--data_dir=DIR]`. Data sets with records elsewhere
+are downloaded and rewritten as ArrayRecord files, the format with random access.
 """
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import shlex
@@ -36,12 +38,13 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
       The builder of the data on disk.
 
     Raises:
-      UserError: No such data set, or it cannot be prepared.
+      UserError: No such data set, or it cannot be prepared, as without TensorFlow.
       StorageError: The folder cannot be written, or is full.
     """
     builder = builders.find_builder(source, data_dir=data_dir)
     folder = pathlib.Path(builder.data_path)
     if not builders.is_prepared(builder):
+        _check_can_prepare(source)
         try:
             with lock.waiting(folder.parent / f".{folder.name}.lock") as (file, is_alone):
                 if not builders.is_prepared(builder):  # by the process that held the lock
@@ -56,6 +59,15 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
             raise StorageError(f"Cannot prepare {source} in {folder}: {error}") from error
     with builders.reading_prepared(source):
         return tfds.builder_from_directory(folder)
+
+
+def _check_can_prepare(source: str) -> None:
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"{source} is not prepared yet, and preparing it needs the package `tensorflow`, which "
+            "is optional: pip install -r requirements-tfds.txt. Or copy the prepared data from "
+            "another machine: reading them needs no TensorFlow."
+        )
 
 
 def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
@@ -98,6 +110,9 @@ def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
 def prepare(source: str, *, data_dir: str | None = None) -> None:
     """Downloads and writes a data set, in this process. Imports TensorFlow."""
     builder = builders.find_builder(source, data_dir=data_dir)
+    if builders.is_prepared(builder):
+        return
+    _check_can_prepare(source)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     # Copies on Google's storage have no random access, and asking for them costs seconds offline.
