@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from tests import forked
 from vitcls.analysis import comparison, comparison_page, groups
 from vitcls.config.fields import default_config
 from vitcls.errors import UserError
@@ -278,10 +277,7 @@ def test_the_command_writes_all_files_and_says_what_is_wrong(tmp_path):
         make_run(tmp_path / f"runs/b{seed}", seed=seed, lr=0.01, accuracy=0.5)
 
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "vitcls.analysis.compare", *arguments],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        return forked.run("vitcls.analysis.compare", *arguments)
 
     output = tmp_path / "out"
     done = run(str(tmp_path / "runs"), f"--output={output}")

@@ -12,6 +12,7 @@ import pytest
 from overflow import MESSAGE, overflowing
 from PIL import Image
 
+from tests import forked
 from vitcls import errors, pretrained
 from vitcls.analysis import explaining, overlay
 from vitcls.models.resnet import ResNet, resnet_config
@@ -100,10 +101,7 @@ def test_classes_are_named_or_numbered():
 
 def command(*args: str) -> subprocess.CompletedProcess:
     """In a process of its own: other commands that tests import have flags of the same names."""
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.analysis.explain", *args],
-        cwd=ASSET.parents[1], text=True, capture_output=True, check=False,
-    )  # fmt: skip
+    return forked.run("vitcls.analysis.explain", *args)
 
 
 def test_command_explains_a_data_set(photos, tmp_path):

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forked
 from vitcls import cli, errors, pretrained
 from vitcls.analysis import explaining, gallery, page, predictions, report, run
 from vitcls.config.fields import default_config
@@ -276,10 +276,7 @@ def test_images_of_data_that_changed_are_not_shown(with_images):
 
 
 def command(*args, **env) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.analysis.report", *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | env,
-    )  # fmt: skip
+    return forked.run("vitcls.analysis.report", *map(str, args), **env)
 
 
 def test_command_writes_the_page(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import forked
 from vitcls.analysis import expectation, kept_results
 from vitcls.config.fields import default_config
 from vitcls.errors import UserError
@@ -277,10 +278,7 @@ def make_run(workdir: Path, *, seed: int, accuracy: float, step: int = 20) -> No
 
 
 def results(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.analysis.results", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return forked.run("vitcls.analysis.results", *map(str, arguments))
 
 
 def test_the_page_has_what_the_runs_had_and_nothing_of_the_machine(tmp_path):

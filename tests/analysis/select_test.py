@@ -8,7 +8,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from tests import forked
 from tests.probe.features_test import Steps, save_checkpoint, save_images
 from vitcls.analysis import candidates, paired, selection, selection_page
 from vitcls.data import sources
@@ -371,10 +371,7 @@ def test_parts_are_disjoint_and_of_the_training_split(tmp_path):
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.analysis.select", *args], cwd=ROOT, capture_output=True,
-        text=True,
-    )  # fmt: skip
+    return forked.run("vitcls.analysis.select", *args)
 
 
 @pytest.fixture(scope="module")

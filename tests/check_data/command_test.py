@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forked
 from vitcls.check_data import checks
 from vitcls.config.fields import default_config
 from vitcls.data import sources
@@ -44,11 +45,8 @@ def check(root: pathlib.Path, *names: str, **options):
     return checks.check(f"folder:{root}", names, **options)[1]
 
 
-def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.check_data", *args],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | environment,
-    )  # fmt: skip
+def run(*args: str) -> subprocess.CompletedProcess:
+    return forked.run("vitcls.check_data", *args)
 
 
 def test_clean_data_have_no_problems(root):
@@ -289,7 +287,11 @@ def test_names_that_the_terminal_cannot_print_are_reported(root, tmp_path):
         (root / split / "ant").rename(root / split / "\u732b caf\udce9")
     (root / "train/bee/00.png").rename(root / "train/bee/\udcff.png")
     (root / "train/bee/\udcff.png").write_bytes(b"")
-    result = run(f"--data=folder:{root}", f"--output={tmp_path}/out", PYTHONIOENCODING="ascii")
+    command = [sys.executable, "-m", "vitcls.check_data", f"--data=folder:{root}"]
+    result = subprocess.run(
+        [*command, f"--output={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert r"train/bee/\udcff.png" in result.stderr and r"\u732b caf\udce9" in result.stdout

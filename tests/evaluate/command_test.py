@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import transformers
 from overflow import MESSAGE, overflowing
 from PIL import Image
 
+from tests import forked
 from vitcls.data import sources
 from vitcls.data.skipped import Skipped
 from vitcls.errors import UserError
@@ -140,9 +140,7 @@ def test_examples_without_a_label_are_refused(checkpoint, split, monkeypatch):
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.evaluate", *args], cwd=ROOT, capture_output=True, text=True
-    )
+    return forked.run("vitcls.evaluate", *args)
 
 
 def test_the_command_leaves_what_the_trainer_leaves(checkpoint, data, tmp_path):

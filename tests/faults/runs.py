@@ -5,7 +5,6 @@ start costs little; what they do is what `python -m vitcls.main` does.
 """
 
 import json
-import multiprocessing
 import os
 import resource
 import sys
@@ -18,12 +17,11 @@ import jax
 import numpy as np
 
 import vitcls
+from tests import forked
 from vitcls import cli, main
 from vitcls.checkpoints.manager import Checkpoints
 
 TOTAL_STEPS = 60  # of tiny.py
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["vitcls.main", "vitcls.train", "runs"])
 # What a fast machine and a slow one do not have in common.
 _MEASURED = {"time", "train/images_per_second", "train/waiting"}
 
@@ -48,7 +46,7 @@ class Run:
         self._listener.start()
         config = Path(__file__).with_name("tiny.py")
         flags = [f"--config={config}", f"--workdir={workdir}", f"--config.data.data_dir={data_dir}"]
-        self._process = _CONTEXT.Process(
+        self._process = forked.CONTEXT.Process(
             target=_main, args=([*flags, *overrides], str(pipe), file_size)
         )
         self._process.start()

@@ -18,6 +18,7 @@ from overflow import MESSAGE, overflowing
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from tests import forked
 from vitcls.errors import UserError
 from vitcls.predict import rows as prediction
 
@@ -224,10 +225,10 @@ def test_images_are_decoded_a_bounded_number_ahead(photos):
 
 
 def run(*args: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.predict", *args], cwd=ROOT, capture_output=True,
-        **{"text": True} | options,
-    )  # fmt: skip
+    if not options:
+        return forked.run("vitcls.predict", *args)
+    command = [sys.executable, "-m", "vitcls.predict", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, **{"text": True} | options)
 
 
 def test_the_command_reports_unreadable_images_and_goes_on(checkpoint, photos, tmp_path):

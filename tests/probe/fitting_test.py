@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from tests import forked
 from tests.probe.features_test import save_checkpoint, save_images
 from vitcls import pretrained
 from vitcls.data import sources
@@ -26,9 +26,7 @@ NAMES = ("ant", "bee", "cat")
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.probe", *args], cwd=ROOT, capture_output=True, text=True
-    )
+    return forked.run("vitcls.probe", *args)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forked
 from vitcls import pretrained, train
 from vitcls.config.fields import default_config
 from vitcls.data import sources
@@ -328,9 +327,8 @@ def test_a_candidate_that_was_trained_on_what_ranks_is_left_out(finished, tmp_pa
 @pytest.mark.parametrize(("split", "trained_on", "total"), [("train", 36, 48), ("test", 0, 12)])
 def test_evaluate_writes_what_was_trained_on(finished, tmp_path, split, trained_on, total):
     data, run = finished
-    command = [sys.executable, "-m", "vitcls.evaluate", f"--checkpoint={run}", f"--split={split}"]
-    command += [f"--data=folder:{data}", f"--output={tmp_path}/out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    flags = [f"--checkpoint={run}", f"--split={split}", f"--data=folder:{data}"]
+    done = forked.run("vitcls.evaluate", *flags, f"--output={tmp_path}/out")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert (results["trained_on"], results["num_examples"]) == (trained_on, total)

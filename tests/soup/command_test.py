@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
+from tests import forked
 from vitcls import inference, pretrained
 from vitcls.data import sources
 from vitcls.errors import UserError
@@ -212,10 +212,7 @@ def test_soups_of_nothing_finite_are_refused(how):
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitcls.soup", *args],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return forked.run("vitcls.soup", *args)
 
 
 def test_the_command_with_alpha_evaluates_nothing(root, tmp_path):
