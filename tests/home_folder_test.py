@@ -105,7 +105,7 @@ def test_launchers(module, flags, workdir, home):
 
 
 def test_without_a_home_folder_there_is_a_message():
-    message = "~no_such_user/x cannot be used: there is no home folder for its ~."
+    message = "~no_such_user/x cannot be used: its ~ has no home folder."
     with pytest.raises(UserError, match=message):
         files.expand("~no_such_user/x")
     with pytest.raises(UserError, match=message):

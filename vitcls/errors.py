@@ -4,7 +4,7 @@ import difflib
 import errno
 from collections.abc import Iterable
 
-# Errors of the file system that no change of the command line would mend.
+# Errors of the file system that no change of the command line would fix.
 STORAGE_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.EFBIG,
 }  # fmt: skip
@@ -14,23 +14,23 @@ STALLED = 86
 
 
 class UserError(ValueError):
-    """Something the user can mend: a flag, a config field, a file. Names it and says what to do."""
+    """Something the user can fix: a flag, a config field, a file. Names it and says what to do."""
 
     exit_code = 2
 
 
 class NotFinite(UserError):
-    """A checkpoint's network answers with nan or infinity, which no number may be made of."""
+    """A checkpoint's network answers with nan or infinity: its metrics would mean nothing."""
 
 
 class Unavailable(RuntimeError):
-    """No device, or no port for processes to meet at; a new start may find one, elsewhere."""
+    """No device, or no port at which processes meet; a new start elsewhere may find one."""
 
     exit_code = 69
 
 
 class StorageError(RuntimeError):
-    """The file system refused to take or to give back what a run needs."""
+    """The file system refused to write or to read what a run needs."""
 
     exit_code = 74
 
@@ -48,10 +48,10 @@ class NonFiniteLoss(RuntimeError):
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a `name` that is none of the `known` ones; suggests the nearest.
+    """The error for a `name` that is not among the `known` ones; suggests the nearest.
 
     Args:
-      what: What the name stands for, as it opens the message, such as "config field".
+      what: Kind of the name, such as "config field"; begins the message.
       name: What the user wrote.
       known: The names that would have been accepted.
     """

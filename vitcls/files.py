@@ -17,7 +17,7 @@ from vitcls.errors import StorageError, UserError
 
 log = logging.getLogger("vitcls")
 
-# What some file systems answer that cannot sync a folder.
+# Errors of file systems that cannot sync a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
 
 
@@ -25,16 +25,16 @@ def expand(path: str | Path) -> Path:
     """Returns the path with the home folder in place of `~`.
 
     Raises:
-      UserError: there is no such home folder.
+      UserError: the home folder does not exist.
     """
     expanded = Path(os.path.expanduser(path))
     if str(expanded).startswith("~"):
-        raise UserError(f"{path} cannot be used: there is no home folder for its ~.")
+        raise UserError(f"{path} cannot be used: its ~ has no home folder.")
     return expanded
 
 
 def make_folder(folder: Path, *, flag: str = "--workdir") -> None:
-    """Makes the folder of a flag; raises `UserError` or `StorageError` when that cannot be."""
+    """Makes the folder of a flag; raises `UserError` or `StorageError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -73,7 +73,8 @@ def folder_aside(output: str | Path, *, flag: str = "--output") -> Iterator[Path
     named = f"{flag}={output}" if flag else str(output)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{named} exists and is not an empty folder; name another.")
-    # In the nearest folder that exists: parents that are missing are made at the end, too.
+    # In the nearest folder that exists: missing parents are made at the end, so a failure leaves
+    # none behind.
     home = next(folder for folder in directory.parents if folder.exists())
     aside = home / f".{directory.name}.{os.getpid()}.tmp"
     try:
@@ -92,10 +93,10 @@ def folder_aside(output: str | Path, *, flag: str = "--output") -> Iterator[Path
 
 
 def sync(path: Path) -> None:
-    """Returns once a file's content, or the names in a folder, are on the disk itself."""
+    """Returns once a file's content, or a folder's list of names, is on the disk itself."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written to, and not listed
+    except PermissionError:  # a folder that may be written to but not listed
         return
     try:
         os.fsync(descriptor)
@@ -117,11 +118,11 @@ def read_json(path: Path, *, remedy: str, what: str = "") -> dict[str, Any]:
 
     Args:
       path: The file.
-      remedy: What the user can do when it cannot be read, a sentence's end.
+      remedy: What the user can do if it cannot be read; ends the message.
       what: What the file is, for the message.
 
     Raises:
-      UserError: it is missing, or empty, cut, or no object, as after a power loss.
+      UserError: it is missing, or empty, cut, or not an object, as after a power loss.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +135,7 @@ def read_json(path: Path, *, remedy: str, what: str = "") -> dict[str, Any]:
 
 
 def read_or_set_aside(path: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file that can be made again; None: there is none to read.
+    """Returns the object in a JSON file that can be made again; None if it cannot be read.
 
     A file that cannot be read is renamed to `NAME.unreadable`, with a warning.
     """
@@ -145,6 +146,7 @@ def read_or_set_aside(path: Path) -> dict[str, Any] | None:
         return read_json(path, remedy=f"it is made again, and kept as {aside.name}")
     except UserError as error:
         log.warning("%s", error)
-        with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+        # Another process of the run may have been first.
+        with contextlib.suppress(FileNotFoundError):
             path.replace(aside)
         return None

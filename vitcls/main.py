@@ -14,8 +14,8 @@ and config files take arguments after a colon, for example
 `python -m vitcls.config` prints all fields with their defaults, allowed values and meaning.
 
 On several machines start the same command in every process: SLURM, TPU VMs, Kubernetes and MPI are
-recognised, elsewhere --coordinator_address, --num_processes and --process_id say who is who. The
-workdir must be on a file system that all see.
+recognised. Elsewhere set --coordinator_address, --num_processes and --process_id. The workdir must
+be on a file system that all processes share.
 """
 
 from absl import flags
@@ -39,10 +39,10 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, which listens there."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of the run; 1: this one alone, whatever the cluster says.",
+    "num_processes", None, "Processes of the run; 1: only this one, even on a cluster.",
     lower_bound=1,
 )  # fmt: skip
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
 
 def main() -> None:

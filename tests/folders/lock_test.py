@@ -83,7 +83,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     lock.take(tmp_path / "lock")
-    assert "without locks (No locks available): see to it that no other job" in caplog.text
+    assert "without locks (No locks available): make sure that no other job" in caplog.text
     assert "has the same workdir." in caplog.text  # vitcls.evaluate also warns, without --workdir
     lock.release(tmp_path / "lock")
 

@@ -132,7 +132,7 @@ def test_every_command_refuses_to_write_over_what_is_not_its_own(module, names, 
     result = run(module, *(arg.replace("{}", f"{tmp_path}/there") for arg in args))
     assert result.returncode == 2, result.stderr
     told = result.stderr
-    assert "has not written and would write over" in told or "is not an empty folder" in told
+    assert "has not written and would overwrite" in told or "is not an empty folder" in told
     assert "Traceback" not in told and str(tmp_path) in told
     assert files_below(tmp_path) == before
 

@@ -128,7 +128,7 @@ def test_batch_norm_keeps_its_passes_and_says_so_when_nothing_fits(monkeypatch):
         (dict(arch="vgg"), "Unknown architecture model.arch 'vgg'"),
         (dict(train__global_batch_size=100), "not divisible by 8 devices; use 96 or 104"),
         (dict(model__pretrained="/no/such", model__arch=""),
-         "There is no folder '/no/such'. Or name its network, with --arch=vit_b16"),
+         "The folder '/no/such' does not exist. Or name its network, with --arch=vit_b16"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_said(options, message):

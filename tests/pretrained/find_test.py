@@ -129,7 +129,9 @@ def test_offline_without_a_cached_copy(hub):
 
 def test_missing_id(hub):
     hub.error = hub_error(errors.RepositoryNotFoundError)
-    with pytest.raises(UserError, match="no folder and no hub model 'owner/nme'; check the spelli"):
+    with pytest.raises(
+        UserError, match="'owner/nme' is neither a folder nor a model of the hub; check"
+    ):
         find("owner/nme")
 
 
@@ -153,7 +155,7 @@ def test_misspelt_id(source):
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./model", "~/model/x"])
 def test_missing_folder(source):
-    with pytest.raises(UserError, match=f"There is no folder '{source}'"):
+    with pytest.raises(UserError, match=f"The folder '{source}' does not exist"):
         find(source)
 
 

@@ -258,7 +258,7 @@ def test_other_arrays_are_refused(image):
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4, 3), np.uint8), random_image(4, 4)])
 def test_one_image_in_place_of_a_list_is_refused(image):
-    with pytest.raises(UserError, match="takes a list of images; put the one into brackets"):
+    with pytest.raises(UserError, match="takes a list of images; put a single image into brackets"):
         SQUASHING(image)
 
 

@@ -205,7 +205,7 @@ def test_heads_are_put_on_every_kind_of_network(config, tmp_path):
         (("--checkpoint=x", "--data=digits", "--output={}"),
          "has a model that vitcls.probe did not write"),
         (("--checkpoint=x", "--data=digits", "--output=o", "--epochs=0"), "--epochs=0"),
-        (("--checkpoint=./x", "--data=folder:{data}", "--output={}/o"), "There is no folder './x'"),
+        (("--checkpoint=./x", "--data=folder:{data}", "--output={}/o"), "'./x' does not exist"),
         (("--checkpoint=./x", "--data=digits", "--data_dir={digits}", "--output={}/o",
           "--split=train[90%:]"),
          "--split=train[90%:] shares 144 of its 144 images with --train_split=train, which is"),

@@ -1,4 +1,4 @@
-"""Accelerators: what they compute, hold and send at most, and the TPU slices made of them."""
+"""Accelerators: their peak rates and memory, and the TPU slices made of them."""
 
 import dataclasses
 import os
@@ -14,11 +14,11 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, as JAX counts them, which of a TPU7x is half a chip.
+    """One device as JAX counts them; a TPU7x chip is two devices.
 
     Attributes:
       name: As in a topology; a GPU's is for readers only.
-      kind: How its `device_kind` begins.
+      kind: Beginning of its `device_kind`.
       flops: bfloat16 operations per second; a multiply-add is two.
       float32_flops: The same for float32 arrays at JAX's default precision.
       memory: Bytes that programs can use.
@@ -55,13 +55,13 @@ CHIPS = (
     Chip("H200", "NVIDIA H200", 989e12, 494e12, 141e9, 4.8e12, 450e9),
 )
 _TPUS = {chip.name: chip for chip in CHIPS if chip.num_axes}
-# What libtpu must be told of the chips that have two cores, which work as one device.
+# Options of libtpu for chips whose two cores work as one device.
 _MEGACORE: dict[str, Any] = dict(chip_config_name="megacore", num_slices=1, wrap=(False,) * 3)
 _HOST_SIDES = (2, 2, 1)  # chips of one host
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """Returns what is known of a device by JAX's name for it, or None."""
+    """Returns the chip with JAX's name of a device, or None."""
     found = [chip for chip in CHIPS if device_kind.startswith(chip.kind)]
     return max(found, key=lambda chip: len(chip.kind), default=None)
 
@@ -115,13 +115,13 @@ def open_topology(topology: str) -> list[Any]:
 def prepare_environment() -> None:
     """Has libtpu compile without a TPU, and without a search for one; before jax is imported.
 
-    Starts the command anew with as much stack as is allowed, if it has less.
+    Restarts the command with the largest stack allowed, if it has less.
     """
     _enlarge_stack()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    # Not of the slice to compile for, but otherwise libtpu complains that it cannot find them out.
+    # These do not describe the slice to compile for; they only keep libtpu from complaining.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
@@ -129,17 +129,17 @@ def prepare_environment() -> None:
 def _enlarge_stack() -> None:
     """See `prepare_environment`.
 
-    libtpu recurses along a network, on ResNet-50 more deeply than the usual 8 MB hold, and dies of
-    a segmentation fault. A running process keeps the room for its stack that it was given.
+    libtpu recurses along a network, in ResNet-50 too deeply for the usual 8 MB, and then dies of a
+    segmentation fault. The stack of a running process cannot grow beyond its first limit.
     """
-    limit, most = resource.getrlimit(resource.RLIMIT_STACK)
-    if limit != most:
-        resource.setrlimit(resource.RLIMIT_STACK, (most, most))
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
         os.execv(sys.executable, sys.orig_argv)
 
 
 def exchange_secs(chip: Chip, sides: tuple[int, ...], collectives: list[dict[str, Any]]) -> float:
-    """Returns the seconds that exchanges take at least, when all links that serve are busy.
+    """Returns the least seconds that exchanges take, with all links busy.
 
     A ring of n devices sends and receives (n - 1) / n of an array once to gather or to scatter it,
     and twice to sum it: Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002.
@@ -164,7 +164,7 @@ def exchange_secs(chip: Chip, sides: tuple[int, ...], collectives: list[dict[str
 def step_figures(
     analysis: dict[str, Any], chip: Chip, sides: tuple[int, ...], *, dtype: str
 ) -> dict[str, float]:
-    """Returns what bounds a step's time from below: the roofline of Williams et al. 2009.
+    """Returns lower bounds of a step's time: the roofline of Williams et al. 2009.
 
     Returns:
       `flops`, `bytes_accessed` and `bytes_exchanged` of one device; the seconds that each takes at

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its text.
+"""The exchanges between devices in a compiled program, read from its text.
 
 The text is XLA's HLO after partitioning: shapes are those on one device.
 """
@@ -18,7 +18,7 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 def find_collectives(text: str, *, num_devices: int, num_passes: int) -> list[dict[str, Any]]:
-    """Returns what is sent in one execution, the same exchanges added up, largest first.
+    """Returns the exchanges of one execution, equal ones added up, largest first.
 
     Args:
       text: Text of the compiled program.
@@ -46,7 +46,7 @@ def find_collectives(text: str, *, num_devices: int, num_passes: int) -> list[di
             devices = _group_size(rest, num_devices)
             arrays = _arrays(shapes, kind, is_start=kind != opcode)
             whole = devices if kind == "reduce-scatter" else 1
-            if name.startswith("all-reduce-scatter"):  # how TPUs say it: a sum of which parts stay
+            if name.startswith("all-reduce-scatter"):  # its name on TPUs
                 kind = "reduce-scatter"
             for dtype, elements in arrays:
                 elements *= whole

@@ -1,4 +1,4 @@
-"""What a compiled step takes and does on each device, as its compiler says, and whether it fits."""
+"""Memory and work of a compiled step on each device, by its compiler, and whether it fits."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from vitcls.costs.collectives import find_collectives
 from vitcls.logs.parameters import bytes_per_device
 from vitcls.processes.memory import available_memory
 
-# Share of the free memory; the compiler does not count the rest: fragments, and the host.
+# Share of the free memory that a step may use; the compiler does not count fragments or the host.
 SHARE = 0.8
 # "Used 21.3G of 15.75G hbm", or "memory required for HLO temporaries (21.3G) exceeds"
 _NEEDED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)")
@@ -24,9 +24,9 @@ _NEEDED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)")
 def analyse(lowered: jax.stages.Lowered, *, num_devices: int, num_passes: int) -> dict[str, Any]:
     """Compiles a step and returns its figures, for one device and one step.
 
-    The compiler counts a loop's inside once. So its counts are multiplied by the number of passes,
-    except the reading and writing of arguments and results. On a TPU the bytes are those between
-    chip and memory, see `traffic`; the compiler's own count includes its fast memory.
+    The compiler counts a loop's body once. So its counts are multiplied by the number of passes,
+    except those of reading arguments and writing results. On a TPU the bytes are those between chip
+    and memory, see `traffic`; the compiler's own count includes its fast memory.
 
     Returns:
       `arguments`, `temporaries`, `results` (that reuse no argument's memory) and `program` in
@@ -66,7 +66,7 @@ def analyse(lowered: jax.stages.Lowered, *, num_devices: int, num_passes: int) -
 
 
 def memory_by_kind(program: Any, analysis: dict[str, Any]) -> dict[str, int]:
-    """Returns the bytes on each device while training, by what they are for.
+    """Returns the bytes on each device while training, by purpose.
 
     Args:
       program: A `program.Program`.
@@ -76,11 +76,10 @@ def memory_by_kind(program: Any, analysis: dict[str, Any]) -> dict[str, int]:
     batch = bytes_of(
         program.batch_shapes(program.mesh.size * program.num_passes * program.pass_size)
     )
-    kinds["batch"] = 2 * batch  # the next one is on its way during a step
+    kinds["batch"] = 2 * batch  # the next one arrives during a step
     if "refused" in analysis:
         return kinds
-    # Arrays are padded to the tiles that the device computes with; what the step has no use for is
-    # no argument.
+    # Arrays are padded to the tiles that the device computes with. Unused ones are not arguments.
     kinds["padding"] = max(analysis["arguments"] - (sum(kinds.values()) - batch), 0)
     kinds["activations and temporaries"] = analysis["temporaries"] + analysis["results"]
     kinds["program"] = analysis["program"]
@@ -102,7 +101,7 @@ def _state_by_kind(program: Any) -> dict[str, int]:
 
 
 def state_bytes(program: Any) -> int:
-    """Returns what a program's state takes on each device, however small a pass is."""
+    """Returns the bytes of a program's state on each device."""
     return sum(_state_by_kind(program).values())
 
 
@@ -114,7 +113,7 @@ def bytes_of(shapes: Any, shardings: Any = None) -> int:
 
 
 def bytes_needed(program: Any) -> float:
-    """Compiles a training step; returns its bytes on each device, infinite where it is refused."""
+    """Compiles a training step; returns its bytes on each device, infinite if it is refused."""
     analysis = analyse(
         program.lower(), num_devices=program.mesh.size, num_passes=program.num_passes
     )
@@ -126,37 +125,37 @@ def bytes_needed(program: Any) -> float:
 def largest_fitting(
     sizes: Sequence[int], needed: Callable[[int], float], *, fixed: float, available: float
 ) -> int | None:
-    """Returns the largest size that fits, or None; asks for the need of as few as it can.
+    """Returns the largest size that fits, or None; calls `needed` as rarely as it can.
 
     Args:
       sizes: To choose from, largest first.
-      needed: Bytes that a size needs; infinite where that is not known.
-      fixed: Bytes of it that do not depend on the size, or fewer; the others grow with it.
-      available: Bytes that there are.
+      needed: Bytes that a size needs; infinite if unknown.
+      fixed: A lower bound of the bytes that do not depend on the size; the others grow with it.
+      available: Bytes available.
     """
-    most = math.inf
+    max_size = math.inf
     for size in sizes:
-        if size > most:
+        if size > max_size:
             continue
         bytes_ = needed(size)
         if bytes_ <= available:
             return size
-        if fixed < bytes_ < math.inf:  # a larger one than this cannot fit either
-            most = size * (available - fixed) / (bytes_ - fixed)
+        if fixed < bytes_ < math.inf:  # no larger size can fit
+            max_size = size * (available - fixed) / (bytes_ - fixed)
     return None
 
 
 def on_cpu(mesh: Mesh) -> bool:
-    """Whether the devices are a processor's, which share its memory."""
+    """Whether the devices are CPUs, which share the machine's memory."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
 def available_bytes(mesh: Mesh) -> float:
-    """Returns the free memory of each device; of several processes, the least."""
+    """Returns the free memory of each device, the least over all processes."""
     if on_cpu(mesh):  # simulated devices share the machine's
         available = available_memory() / len(mesh.local_devices)
     else:
-        # None where the allocator keeps no count: everything then counts as fitting.
+        # Without the allocator's statistics (None), everything counts as fitting.
         stats = [device.memory_stats() or {} for device in mesh.local_devices]
         available = min(s.get("bytes_limit", math.inf) - s.get("bytes_in_use", 0) for s in stats)
     if jax.process_count() == 1:
@@ -170,10 +169,10 @@ def usable_bytes(mesh: Mesh) -> float:
 
 
 def planned_and_measured(program: Any, *, dtype: str, images_per_second: float) -> dict[str, Any]:
-    """Returns, after training, what a plan says of its step and what was measured.
+    """Returns, after training, the planned and the measured figures of its step.
 
-    The step is compiled already. Seconds are planned for devices that `chips.CHIPS` knows, memory
-    is measured where the device counts it; None elsewhere.
+    The step is compiled already. Seconds are planned for devices in `chips.CHIPS`; memory is
+    measured if the device counts it. Otherwise they are None.
     """
     devices = list(program.mesh.devices.flat)
     num_images = program.num_passes * program.pass_size * program.mesh.size

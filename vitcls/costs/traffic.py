@@ -1,4 +1,4 @@
-"""What a program compiled for a TPU moves between the chip and its memory, read from its text.
+"""Bytes that a program compiled for a TPU moves between chip and memory, read from its text.
 
 The compiler's own "bytes accessed" also counts what stays in the chip's fast memory (VMEM, 128 MiB
 on v5e). The text gives each array's location and its tiles; the rest of a tile is padding.
@@ -30,7 +30,7 @@ _SLICES = {"slice", "dynamic-slice"}
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one instruction moves.
+    """Bytes that one instruction moves.
 
     Attributes:
       name: JAX's name of the operation it computes.
@@ -59,14 +59,14 @@ class _Bytes:
 
 
 def is_tiled(text: str) -> bool:
-    """Whether a program says how its arrays lie in the memory, as those for TPUs do."""
+    """Whether a program gives the tiles of its arrays, as those for TPUs do."""
     return bool(_TILE.search(text))
 
 
 def find_traffic(text: str, *, num_passes: int = 1) -> list[Traffic]:
-    """Returns what each instruction moves, if it moves anything.
+    """Returns the traffic of each instruction that moves anything.
 
-    What an instruction only takes a slice of, or writes a slice to, counts as the slice.
+    If an instruction reads or writes only a slice of an array, the slice counts.
 
     Args:
       text: Text of the compiled program.
@@ -104,7 +104,7 @@ def find_traffic(text: str, *, num_passes: int = 1) -> list[Traffic]:
 def repeated_flops(text: str, *, num_passes: int = 1) -> int:
     """Returns the operations of products in loops that the compiler's count leaves out.
 
-    It counts a loop's inside once; that of loops over `num_passes` is left to the caller.
+    It counts a loop's body once. The caller accounts for loops over `num_passes`.
     """
     computations, entry = hlo.read_computations(text)
     times = hlo.executions(computations, entry, num_passes)
@@ -182,7 +182,7 @@ def _taken(body: list[Instruction], name: str, whole: _Bytes, computations: Comp
 
 
 def _stored(shapes: str, body: list[Instruction], computations: Computations) -> _Bytes:
-    """What a fusion writes: only the update, if it updates an array in place."""
+    """Bytes that a fusion writes: only the update, if it updates an array in place."""
     by_name = {one.name: one for one in body}
     root = next(one for one in body if one.is_root)
     results = [by_name[name] for name in root.operands()] if root.opcode == "tuple" else [root]

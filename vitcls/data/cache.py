@@ -35,13 +35,13 @@ from vitcls.processes.memory import available_memory
 
 log = logging.getLogger("vitcls")
 
-_VERSION = 2  # of the files, and of what `images.decode` makes of an image
-# A map needs an open file, of which a process may have 1024 for all its splits and all else.
+_VERSION = 2  # of the files and of the result of `images.decode`
+# A map needs an open file, and a process may have 1024 open files in all.
 _MAX_SHARDS = 64
 _MIN_IMAGES = 16  # of a shard
 _ROW_BYTES = 4 * 8
 _NUM_SAMPLED = 32
-_SPARE_MEMORY = 2**30  # bytes, for everything else that the run will need
+_SPARE_MEMORY = 2**30  # bytes left for the rest of the run
 _MEMORY_LOCK = threading.Lock()  # shared: a split with its own lock could not be pickled
 
 
@@ -49,7 +49,7 @@ def cached(split: Split, where: str) -> Split:
     """The same split with decoded images.
 
     Args:
-      split: The split; also its fingerprint and ids stay the same.
+      split: The split. Its fingerprint and ids stay the same.
       where: "ram", a folder, or "" for the split itself.
     """
     if not where:
@@ -60,7 +60,7 @@ def cached(split: Split, where: str) -> Split:
 
 
 class _Cached(Split):
-    """A split in all but how its images are decoded."""
+    """A split that differs from another one only in how images are decoded."""
 
     def __init__(self, split: Split):
         self.name = split.name
@@ -93,7 +93,7 @@ class _Cached(Split):
 
 
 class RamCache(_Cached):
-    """Keeps every image from its first use on, as long as all remaining ones would also fit."""
+    """Keeps every image after its first use, as long as all remaining images also fit."""
 
     def __init__(self, split: Split):
         super().__init__(split)
@@ -112,7 +112,7 @@ class RamCache(_Cached):
         return image, label
 
     def _has_room(self) -> bool:
-        """Whether all images that are not kept yet fit into memory; once no, always no."""
+        """Whether all images that are not kept yet fit into memory; once False, always False."""
         with _MEMORY_LOCK:  # one warning, however many threads
             if not self._is_filling:
                 return False
@@ -121,9 +121,9 @@ class RamCache(_Cached):
             if needed > available:
                 self._is_filling = False
                 log.warning(
-                    "data.cache='ram': %d images of split %r need about %s more, of which %s can "
-                    "be had; %d are kept, the others are decoded every time. Set data.cache to a "
-                    "folder on a local disk instead.",
+                    "data.cache='ram': %d images of split %r need about %s more, and %s are "
+                    "available; %d are kept, the others are decoded every time. Set data.cache to "
+                    "a folder on a local disk instead.",
                     len(self), self.name, _gigabytes(needed), _gigabytes(max(available, 0)),
                     len(self._images),
                 )  # fmt: skip
@@ -134,7 +134,7 @@ class DiskCache(_Cached):
     """Maps the images from files, which `fill_cache` writes."""
 
     def __init__(self, split: Split, folder: pathlib.Path):
-        """The files are in `folder/vitcls-cache/KEY`, where KEY stands for these very images."""
+        """The files are in `folder/vitcls-cache/KEY`, where KEY identifies these images."""
         super().__init__(split)
         key, self._mean_bytes = sample(split)
         self._folder = folder / "vitcls-cache" / key
@@ -149,7 +149,7 @@ class DiskCache(_Cached):
 
         Raises:
           ImageError: It cannot be decoded.
-          StorageError: Its file is not there or damaged.
+          StorageError: Its file is missing or damaged.
         """
         number, row = divmod(index, self._images_per_shard)
         try:
@@ -165,7 +165,7 @@ class DiskCache(_Cached):
         return _to_image((width, height), pixels[offset : offset + 3 * width * height]), label
 
     def fill_cache(self, *, num_threads: int) -> None:
-        """Writes the files that are missing or damaged; several processes at a time do it once.
+        """Writes the files that are missing or damaged; of several processes, only one does.
 
         Raises:
           StorageError: The folder cannot be written or has too little room, or an original cannot
@@ -176,13 +176,13 @@ class DiskCache(_Cached):
                 return
             with lock.waiting(self._folder / "lock") as (_, is_alone):
                 if is_alone:
-                    for unfinished in self._folder.glob("unfinished-*"):  # by processes that died
+                    for unfinished in self._folder.glob("unfinished-*"):  # of killed processes
                         shutil.rmtree(unfinished)
                 missing = self._missing()
                 if missing:  # still, after others may have had the lock
                     self._check_room(missing)
                     self._write(missing, num_threads)
-        except BrokenPipeError:  # of our own messages, not of the folder
+        except BrokenPipeError:  # from writing our own messages
             raise
         except OSError as error:
             raise StorageError(
@@ -206,7 +206,7 @@ class DiskCache(_Cached):
         )  # fmt: skip
 
     def _missing(self) -> list[int]:
-        """Numbers of the shards that are not there or damaged; maps the others."""
+        """Numbers of the shards that are missing or damaged; maps the others."""
         missing = []
         for number in range(math.ceil(len(self) / self._images_per_shard)):
             try:
@@ -252,7 +252,7 @@ class DiskCache(_Cached):
                 end += file.write(image.tobytes())
             file.write(np.array(rows, "<i8").tobytes())
             file.flush()
-            os.fsync(file.fileno())  # a file of the right size holds its pixels, come what may
+            os.fsync(file.fileno())  # so a file of the right size holds its pixels after a crash
         os.replace(aside, path)
 
     def _path(self, number: int) -> pathlib.Path:
@@ -281,13 +281,13 @@ class DiskCache(_Cached):
 
 
 def _to_image(size: tuple[int, int], pixels: bytes | memoryview) -> Image.Image:
-    # A copy: Pillow has RGB at 4 bytes per pixel. Kept so, it would save the copy, which is a small
-    # part of a crop's time, and take a third more room.
+    # This copies, as Pillow keeps RGB in 4 bytes per pixel. Keeping 4 bytes would save the copy, a
+    # small part of a crop's time, but take a third more room.
     return Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1)
 
 
 def sample(split: Split) -> tuple[str, float]:
-    """A hash that stands for the split's images, and their mean number of bytes when decoded.
+    """A hash that identifies the split's images, and their mean number of bytes when decoded.
 
     Both come from a few images. The fingerprint alone is not enough: for folders it covers names
     and sizes of files, and uncompressed images of one size are all equally long.
@@ -296,7 +296,7 @@ def sample(split: Split) -> tuple[str, float]:
     sizes = []
     indices = np.linspace(0, len(split) - 1, min(len(split), _NUM_SAMPLED), dtype=np.int64)
     for index in indices.tolist():
-        with contextlib.suppress(UserError):  # raised when it is used
+        with contextlib.suppress(UserError):  # raised again when the image is used
             data, _ = split.read(index)
             digest.update(hashlib.sha256(data).digest())
             sizes.append(_decoded_bytes(data))
@@ -304,7 +304,7 @@ def sample(split: Split) -> tuple[str, float]:
 
 
 def _decoded_bytes(data: bytes) -> int:
-    """What the image takes when decoded, from its header; 0 if that cannot be read."""
+    """Bytes of the decoded image, from its header; 0 if that cannot be read."""
     try:
         image = images.stored(data)
     except images.ImageError:

@@ -1,7 +1,7 @@
-"""Metadata of image files: the orientation, and how to leave out the rest.
+"""Metadata of image files: reads the orientation and leaves out the rest.
 
-Pillow refuses a file for a damaged date, comment or colour profile, on which no pixel depends.
-`without_metadata` makes a file of the same pixels without them.
+Pillow refuses a file for a damaged date, comment or colour profile, although no pixel depends on
+them. `without_metadata` makes a file with the same pixels and without these.
 """
 
 import re
@@ -30,7 +30,7 @@ _PNG_METADATA = {
     b"acTL", b"bKGD", b"cHRM", b"cICP", b"cLLI", b"eXIf", b"fcTL", b"fdAT", b"gAMA", b"hIST",
     b"iCCP", b"iTXt", b"mDCV", b"pHYs", b"sBIT", b"sPLT", b"sRGB", b"tEXt", b"tIME", b"zTXt",
 }  # fmt: skip
-# What is left out is never one of these with a damaged name.
+# Chunks that make pixels are never left out, even with a damaged name.
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _WEBP_PIXELS = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"}
 _MAX_TEXT = 2**24  # bytes of a decompressed text: a small file could fill the memory
@@ -42,7 +42,7 @@ _TIFF_METADATA = {
 
 
 def turn(info: dict[str, Any]) -> Image.Transpose | None:
-    """How the pixels become upright; None: they are. As `PIL.ImageOps.exif_transpose` decides.
+    """How the pixels become upright, as `PIL.ImageOps.exif_transpose` decides; None: they are.
 
     Args:
       info: A Pillow image's `info`. Damaged entries after the orientation do not matter.
@@ -57,7 +57,7 @@ def turn(info: dict[str, Any]) -> Image.Transpose | None:
 
 
 def _raw_exif(text: Any) -> bytes:
-    """EXIF as ImageMagick writes it: three lines of something else, then hexadecimal digits."""
+    """EXIF as ImageMagick writes it: three other lines, then hexadecimal digits."""
     digits = "".join(str(text).split("\n")[3:])
     return bytes.fromhex(re.match("(?:[0-9a-fA-F]{2})*", digits)[0])
 
@@ -81,13 +81,13 @@ def _tags(tiff: bytes) -> list[tuple[int, int, int, str]]:
         for at in range(start + 2, start + 2 + 12 * count, 12):
             tag, kind, _, _ = struct.unpack_from(f"{order}HHLL", tiff, at)
             tags.append((tag, kind, at, order))
-    except struct.error:  # it ends before
+    except struct.error:  # the file is cut
         pass
     return tags if order else []
 
 
 def without_metadata(data: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Returns a file of the same pixels, and what is known of its orientation, for `turn`.
+    """Returns a file with the same pixels, and its orientation in the form that `turn` takes.
 
     Files of other formats come back unchanged.
     """
@@ -146,7 +146,7 @@ def _png(data: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def _is_png_metadata(kind: bytes, body: bytes, crc: bytes) -> bool:
-    """Whether a chunk surely is none that makes pixels, although its name may be damaged."""
+    """Whether a chunk surely does not make pixels, although its name may be damaged."""
     names = {kind, *_PNG_METADATA}
     return kind in _PNG_METADATA or crc in {
         struct.pack(">L", zlib.crc32(body, zlib.crc32(name))) for name in names
@@ -154,7 +154,7 @@ def _is_png_metadata(kind: bytes, body: bytes, crc: bytes) -> bool:
 
 
 def _png_text(kind: bytes, rest: bytes) -> bytes:
-    """The text of a chunk, from what follows its keyword; empty where it is damaged."""
+    """The text of a chunk, from the bytes after its keyword; empty if it is damaged."""
     is_compressed = kind == b"zTXt" or rest[:1] == b"\1"
     if kind == b"zTXt":
         rest = rest[1:]
@@ -184,5 +184,5 @@ def _tiff(data: bytes) -> bytes:
     tiff = bytearray(data)
     for tag, _, at, order in _tags(data):
         if tag in _TIFF_METADATA:
-            struct.pack_into(f"{order}H", tiff, at + 2, 0)  # no type, so that it is passed over
+            struct.pack_into(f"{order}H", tiff, at + 2, 0)  # readers pass over an unknown type
     return bytes(tiff)

@@ -39,7 +39,7 @@ try:  # an optional package
     HAS_HEIF = True
 except ImportError:
     HAS_HEIF = False
-# Formats that Pillow registers without being able to read pixels, or only by running a program.
+# Formats whose pixels Pillow cannot read, or only by running a program.
 WITHOUT_PIXELS = frozenset(("BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS", "IPTC"))
 HEIF_ADVICE = "pip install -r requirements-heif.txt"
 _HEIF = re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
@@ -67,8 +67,8 @@ def decode(data: bytes) -> Image.Image:
     Metadata may be damaged or large. The orientation counts as far as it can be read.
 
     Transparency is laid over white and CMYK is converted without a colour profile, both as in
-    `transformers.image_transforms.convert_to_rgb`. Of 16-bit grey the high byte is kept, which is
-    what Pillow keeps of 16-bit colour.
+    `transformers.image_transforms.convert_to_rgb`. 16-bit grey keeps its high byte, as Pillow
+    does with 16-bit colour.
 
     Raises:
       ImageError: Not an image, truncated or corrupt, more pixels than
@@ -78,7 +78,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def stored(data: bytes) -> Image.Image:
-    """Opens an image file without decoding it: size, mode and format are as they are stored.
+    """Opens an image file without decoding it, for its stored size, mode and format.
 
     Raises:
       ImageError: Its header cannot be read.
@@ -87,7 +87,7 @@ def stored(data: bytes) -> Image.Image:
 
 
 def _read(data: bytes, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """What `use` makes of the image in a file, or else of its pixels alone."""
+    """Applies `use` to the image in a file or, if that fails, to its pixels without metadata."""
     if not data:
         raise ImageError("The file is empty.")
     try:
@@ -104,7 +104,7 @@ def _read(data: bytes, use: Callable[[Image.Image], Image.Image]) -> Image.Image
         except ImageError:
             if is_heif(data) and isinstance(error.__cause__, UnidentifiedImageError):
                 error = ImageError(f"HEIC needs a package: {HEIF_ADVICE}.")
-            raise error from error.__cause__  # about the file as it is
+            raise error from error.__cause__  # the error of the original file
 
 
 def _open(data: bytes) -> Image.Image:
@@ -163,9 +163,9 @@ if MAX_PIXELS in os.environ:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns the image upright and in mode RGB, as `decode` does of a file.
+    """Returns an image of Pillow's upright and in mode RGB, as `decode` does with a file.
 
-    The image itself, which may be any of Pillow's, is returned where nothing is to be done.
+    An image that is so already is returned as it is.
 
     Raises:
       ImageError: See `decode`.

@@ -8,7 +8,7 @@ batch is a dict of
   mask     float32 (b,), 0 for rows that only fill up the batch, and for skipped images
   index    int32 (b,), position in the split; -1 for rows that only fill up the batch
 
-and a pure function of its number: Grain, which runs ahead in threads and processes, only decides
+and a pure function of its number. Grain, which runs ahead in threads and processes, only decides
 where and when it is made.
 """
 
@@ -36,7 +36,7 @@ from vitcls.processes.signals import STOPS
 
 Batch = dict[str, np.ndarray]
 
-# More only wait for Python's lock: on two processors 8 threads are a fifth slower than 4.
+# More threads only wait for Python's lock: on two processors 8 are a fifth slower than 4.
 _PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 _MAX_THREADS = 2 * len(_PROCESSORS)
 
@@ -58,8 +58,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """This process' rows of the batches of steps [start_step, total_steps).
 
-    Every epoch shows every example once, in an order of its own. Batches continue across its end.
-    With another `sampling`, examples are sampled by class instead, with replacement. Starting at
+    Every epoch shows every example once, in its own order. A batch may span two epochs. With
+    another `sampling`, examples are sampled by class instead, with replacement. Starting at
     a later step costs nothing and gives the same batches from there on.
 
     Args:
@@ -75,12 +75,12 @@ def train_batches(
       process_index: Which of the processes this one is.
       process_count: Processes that share the global batch, evenly.
       sampling: "uniform", or "sqrt" or "balanced", see `order.cumulative_weights`.
-      skipped: Takes note of images that cannot be decoded, whose rows are black and have mask 0;
-        all other rows stay what they are. None: such an image is an error.
+      skipped: List of images that cannot be decoded. Their rows are black with mask 0; all other
+        rows stay the same. None: such an image is an error.
 
     Raises:
-      UserError: The batch cannot be divided; while iterating: an image cannot be decoded, or most
-        of them cannot, or a label is not a class.
+      UserError: The batch cannot be divided; while iterating: an image, or more than half of those
+        that may be skipped, cannot be decoded, or a label is not a class.
     """
     source = _TrainSource(
         split,
@@ -295,14 +295,15 @@ def _iterate(
 ) -> Iterator[Batch]:
     """Batches in order, made ahead of time. Closing the iterator ends the workers."""
     num_threads = min(num_threads, _MAX_THREADS)
-    # Two more than are in the making, so that one slow batch does not stop the threads.
+    # Two more than the threads, so that one slow batch does not stop them.
     buffer_size = num_threads + 2 if num_threads else 0
     dataset = grain.MapDataset.source(source).to_iter_dataset(
         grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
     )
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # as a library, where no command has parsed absl's flags
-            flags.FLAGS.mark_as_parsed()  # Grain passes its own on to the workers
+        # In library use no command has parsed absl's flags. Grain passes its own to the workers.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_end_with_parent
         )
@@ -328,10 +329,10 @@ def _iterate(
 
 
 def _unlink(batch: Batch) -> None:
-    """Takes the names off the shared memory that a worker's arrays lie in.
+    """Unlinks the shared memory of a worker's arrays; it lasts as long as they do.
 
-    The memory lasts as long as the arrays. Grain would only unlink it when an array is deleted, in
-    another thread, for which a process that ends does not wait.
+    Grain would unlink it when an array is deleted, in another thread, for which a process that ends
+    does not wait.
     """
     for array in batch.values():
         if (memory := getattr(array, "shm", None)) is not None:

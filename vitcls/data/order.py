@@ -26,7 +26,7 @@ def bit_generator(seed: int, number: int, *, stream: int) -> np.random.Philox:
 
 
 def random_keys(hashes: np.ndarray, seed: int, *, stream: int) -> np.ndarray:
-    """A random number for each hash, uint64 like `hashes`; other ones for another seed or stream.
+    """A random number for each hash, seed and stream, uint64 like `hashes`.
 
     SplitMix64's mixing function (Steele et al. 2014), twice, with Philox's output for the seed.
     """
@@ -41,7 +41,7 @@ def _mix(bits: np.ndarray) -> np.ndarray:
 
 
 def sample_rng(seed: int, number: int) -> np.random.Generator:
-    """The generator of everything random that the host does to sample `number`."""
+    """The generator of all randomness on the host for sample `number`."""
     return np.random.Generator(bit_generator(seed, number, stream=AUGMENT))
 
 
@@ -68,8 +68,8 @@ def sample_numbers(
 def example_indices(numbers: np.ndarray, *, num_examples: int, seed: int) -> np.ndarray:
     """The example that each sample shows, int64 like `numbers`.
 
-    Numbers [e * N, (e + 1) * N) are epoch e: every one of the N examples once, in an order of its
-    own.
+    Numbers [e * N, (e + 1) * N) are epoch e, which shows each of the N examples once, in its own
+    order.
     """
     epochs, positions = np.divmod(numbers, num_examples)
     indices = np.empty_like(positions)
@@ -99,7 +99,7 @@ def sampled_indices(
 
     Args:
       numbers: Numbers of the samples, int64 (b,).
-      cumulative_weights: As the function of this name returns them.
+      cumulative_weights: From the function of this name.
       seed: Decides which examples.
     """
     bits = [bit_generator(seed, int(number), stream=SAMPLE).random_raw() for number in numbers]
@@ -107,7 +107,7 @@ def sampled_indices(
     return np.searchsorted(cumulative_weights, uniform * cumulative_weights[-1], side="right")
 
 
-# A run moves from one epoch to the next; more than two at once only occur when they are short.
+# A run moves from one epoch to the next. A batch spans more than two only if epochs are short.
 @functools.lru_cache(maxsize=2)
 def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     keys = bit_generator(seed, epoch, stream=SHUFFLE).random_raw(num_examples)

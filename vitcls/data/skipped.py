@@ -13,7 +13,7 @@ from vitcls.folders import lock
 log = logging.getLogger("vitcls")
 
 _NUM_LOGGED = 10  # of each split; the file has them all
-# A random sample of a split says early enough that more than half of it is bad.
+# Size of a random sample of a split from which on it shows that more than half is bad.
 _MIN_SAMPLED = 1000
 
 BadImage = tuple[str, str]  # the example's id, and why it cannot be used
@@ -55,11 +55,11 @@ class Skipped:
             )  # fmt: skip
 
     def add(self, split: Split, bad: tuple[BadImage, ...], *, num_sampled: int = 0) -> None:
-        """Adds what is not in the list yet.
+        """Adds the images that are not in the list yet.
 
         Args:
-          split: Where the images come from.
-          bad: What was found.
+          split: The images' split.
+          bad: Images that cannot be used.
           num_sampled: Size of the random sample that contained `bad`; 0: not a random sample.
 
         Raises:
@@ -102,7 +102,7 @@ class Skipped:
                     file.truncate(self._end)
                     break
                 self._end += len(line)
-                # Without locks, processes may have written over each other's lines.
+                # Without locks, processes may have overwritten each other's lines.
                 with contextlib.suppress(ValueError, KeyError):
                     entry = json.loads(line)
                     self._known.setdefault(entry["split"], set()).add(entry["id"])

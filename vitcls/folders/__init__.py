@@ -1,1 +1,1 @@
-"""Which command owns the files of a folder, and locks between processes."""
+"""Owners of files, locks between processes, and the user's folders."""

@@ -1,12 +1,12 @@
-"""File locks that one process at a time may hold: for workdirs, caches, data sets and lists.
+"""File locks, held by one process at a time: for workdirs, caches, data sets and lists.
 
-The operating system releases them when the process ends, even if it is killed. Where a file system
-has no locks, one warning says so, and work continues without. The file stays: deleting it would let
-two processes in.
+The operating system releases them when the process ends, even if it is killed. On a file system
+without locks, there is one warning and work continues without them. The file stays: deleting it
+would let two processes in.
 
-The library `filelock` does not suffice. Where locks are missing it fails (ENOLCK, ENOTSUP) or
-leaves a file behind when it is killed (ENOSYS). It hides the open file, through which a process
-that prepares data inherits the lock.
+The library `filelock` does not suffice. Without locks in the file system it fails (ENOLCK, ENOTSUP)
+or leaves a file behind when it is killed (ENOSYS). It also hides the open file, through which a
+process that prepares data inherits the lock.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from vitcls.logs.progress import doing
 
 log = logging.getLogger("vitcls")
 
-# A process loses its lock when it closes any descriptor of the file: so there is one of each.
+# A process loses its lock when it closes any descriptor of the file, so each file is opened once.
 _HELD: dict[Path, TextIO] = {}
 _MISSING = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _WARNED: set[int] = set()  # numbers of file systems
@@ -37,7 +37,7 @@ def take(path: Path, *, verb: str = "written to") -> None:
 
     Args:
       path: The file; its folder is what the message names.
-      verb: What another holder of the lock does with the folder, for the message.
+      verb: How another holder of the lock uses the folder, for the message.
 
     Raises:
       UserError: another process holds it.
@@ -86,7 +86,7 @@ def wait_for(file: IO, *, log_as: str = "") -> bool:
 
     Args:
       file: Open to write.
-      log_as: What the other process does meanwhile; "": nothing is said.
+      log_as: The other process' work, for the log; "": no message.
 
     Returns:
       Whether there are locks.
@@ -120,7 +120,7 @@ def _warn(folder: Path, error: OSError) -> None:
     if (device := folder.stat().st_dev) not in _WARNED:
         _WARNED.add(device)
         log.warning(
-            "%s is on a file system without locks (%s): see to it that no other job has the same "
+            "%s is on a file system without locks (%s): make sure that no other job has the same "
             "workdir. Several processes may prepare the same data or cache.",
             folder, error.strerror,
         )  # fmt: skip
@@ -139,5 +139,5 @@ def _holder(file: TextIO) -> str:
         holder = json.loads(file.read())
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
         return f"process {holder['pid']} on {holder['host']}, since {since}"
-    except (ValueError, KeyError, TypeError):  # it is just writing this down
+    except (ValueError, KeyError, TypeError):  # it has not written this yet
         return "another process"

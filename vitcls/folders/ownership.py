@@ -1,6 +1,6 @@
 """Checks that a command replaces only files that it has written itself.
 
-A command is recognised by the file that it writes first. So a killed one is also recognised.
+The file that a command writes first identifies it, so an interrupted command is also recognised.
 """
 
 import json
@@ -13,19 +13,19 @@ from vitcls.errors import UserError
 def check(
     flag: str, folder: Path, names: Sequence[str], *, is_own: Callable[[], bool] = lambda: False
 ) -> None:
-    """Raises `UserError` where a command would write over what it has not written.
+    """Raises `UserError` if a command would overwrite files that it has not written.
 
     Args:
       flag: The flag that names the folder, or a file in it.
       folder: Need not exist.
-      names: What the command writes there. Empty files and folders may be replaced.
-      is_own: Whether an earlier call of the command wrote them; asked only if one is there.
+      names: Files that the command writes there. Empty files and folders may be replaced.
+      is_own: Whether an earlier call of the command wrote them; called only if one exists.
     """
     found = [name for name in names if _holds_something(folder / name)]
     if found and not is_own():
         raise UserError(
             f"{flag}: {folder} holds {', '.join(found)}, which this command has not written and "
-            "would write over. Name another place, or move that away."
+            "would overwrite. Name another place, or move that away."
         )
 
 

@@ -8,12 +8,12 @@ from vitcls.errors import UserError
 
 def home() -> Path | None:
     """The user's home directory, or None."""
-    folder = os.path.expanduser("~")  # stays as it is where there is none
+    folder = os.path.expanduser("~")  # stays "~" without a home
     return Path(folder) if os.path.isabs(folder) else None
 
 
 def cache() -> Path | None:
-    """Where vitcls keeps what may be deleted at any time; None: nowhere.
+    """The folder of files that may be deleted at any time; None: there is none.
 
     It is `$XDG_CACHE_HOME/vitcls`, by default `~/.cache/vitcls`.
     """
@@ -24,10 +24,10 @@ def cache() -> Path | None:
 
 
 def check_home(what: str, *instead: str, settings: str = "") -> None:
-    """Raises `UserError` where something has no folder to be kept in.
+    """Raises `UserError` if something needs a folder and there is none.
 
     Args:
-      what: What is kept in the home directory; the message begins with it.
+      what: What is kept in the home directory; begins the message.
       *instead: Environment variables that name another folder.
       settings: Flags and fields that name another folder, as the message shows them.
     """

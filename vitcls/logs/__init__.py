@@ -1,1 +1,1 @@
-"""What a run says while it runs: metrics, progress, parameters."""
+"""What a run reports: metrics, progress, parameters."""

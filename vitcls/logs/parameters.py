@@ -1,4 +1,4 @@
-"""Facts about parameters: their table, their memory, their digest."""
+"""The table, the memory and the digest of parameters."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ from vitcls.step.train_step import TrainState
 
 
 def parameter_table(params: Any, frozen: Any, batch_stats: Any) -> str:
-    """Returns a table of all parameters, one row for those that differ only by a number.
+    """Returns a table of all parameters; names that differ only by a number share a row.
 
     Args:
       params: The trained parameters.
@@ -55,7 +55,7 @@ def memory_line(state: TrainState) -> str:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of all arrays of `tree` on one device: a shard's of those that are split."""
+    """Bytes of all arrays of `tree` on one device; an array that is split counts as its shard."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -63,7 +63,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def sha256(variables: Any) -> str:
-    """Returns the hexadecimal digest of names, shapes and values, independent of the file."""
+    """Returns the hexadecimal digest of names, shapes and values, however they are stored."""
     digest = hashlib.sha256()
     for name, leaf in sorted(traverse_util.flatten_dict(variables, sep="/").items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())

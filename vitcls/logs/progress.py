@@ -1,7 +1,7 @@
-"""How far a run is: a bar on a terminal, plain lines otherwise, and the speed behind both.
+"""Progress of a run: a bar on a terminal, plain lines otherwise, and the speed.
 
-A log that falls silent looks like a job that is stuck. Where there is no terminal, a thread says
-what is being done whenever the log has had no line for `LINE_SECS`.
+A silent log looks like a job that is stuck. Without a terminal, a thread therefore logs the current
+work whenever the log has had no line for `LINE_SECS`.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ log.addFilter(_note_line)
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal: only then bars are shown."""
+    """Whether stderr is a terminal. Bars are shown only there."""
     return sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def doing(what: str | Callable[[], str]) -> Iterator[None]:
-    """Encloses work that may take long: `what` is logged while nothing else is.
+    """Encloses work that may take long: `what` is logged as long as nothing else is.
 
     Args:
-      what: Text, to which the time since the start is added; or a function that makes a whole line,
-        called in another thread.
+      what: Text, which is logged with the time since the start; or a function that returns a whole
+        line and is called in another thread.
     """
     global _last_line
     start = time.monotonic()
@@ -55,7 +55,7 @@ def doing(what: str | Callable[[], str]) -> Iterator[None]:
     if on_terminal():
         yield
         return
-    if silence() >= LINE_SECS:  # silence of earlier work does not count
+    if silence() >= LINE_SECS:  # the silence of earlier work does not count
         _last_line = start
     _DOING.append(describe)
     _start_talking()
@@ -82,13 +82,13 @@ def _talk() -> None:
 
 
 def say_if_silent() -> None:
-    """Logs what is being done if there is something, and no line for `LINE_SECS`."""
+    """Logs the current work, if any, after `LINE_SECS` without a line."""
     if silence() >= LINE_SECS and (innermost := _DOING[-1:]):
         log.info("%s", innermost[0]())
 
 
 def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
-    """Iterates with a bar that disappears at the end, or see `doing` where there is no terminal."""
+    """Iterates with a bar that disappears at the end; without a terminal see `doing`."""
     if on_terminal():
         yield from tqdm(items, description, total, leave=False)
         return
@@ -109,7 +109,7 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
 
 
 class Progress:
-    """Counts steps, the seconds they took and the seconds spent waiting for data."""
+    """Counts steps, their seconds and the seconds spent waiting for data."""
 
     def __init__(self, start_step: int, total_steps: int, *, global_batch_size: int):
         self._batch_size = global_batch_size
@@ -138,14 +138,14 @@ class Progress:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside counts as waiting for data."""
+        """Time inside counts as waiting for data."""
         start = time.monotonic()
         yield
         self._window_waited += time.monotonic() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside (compilation, evaluation, saving) does not count as training."""
+        """Time inside (compilation, evaluation, saving) does not count as training."""
         start = time.monotonic()
         yield
         self._last += time.monotonic() - start
@@ -164,13 +164,13 @@ class Progress:
         self._last = now
 
     def images_per_second(self) -> float | None:
-        """Mean over the whole process; None before two steps are done."""
+        """Mean since this process started; None before two steps are done."""
         return self._steps * self._batch_size / self._seconds if self._seconds else None
 
     def report(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Shows `metrics` (train/loss, train/lr) and returns the speed since the last report.
 
-        Nothing is returned where the only step since then is the first, which compiles.
+        The first step, which compiles, does not count; the result is empty if it is the only one.
         """
         shown, left, measured = f"loss {metrics['train/loss']:.4f}", "", {}
         if self._window_steps:

@@ -1,7 +1,7 @@
 """Weights & Biases, from a process of its own: its failures do not stop training.
 
-Its client waits for networks at its start and its end, and waits forever for a stuck helper. A
-process of its own can be left behind.
+Its client waits for the network at its start and at its end, and forever for a stuck helper. A
+separate process can be left behind.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ from vitcls.errors import UserError
 from vitcls.files import written_aside
 from vitcls.processes.signals import STOPS
 
-_INIT_SECS, _FINISH_SECS = 60, 15  # that it waits for the network
-_GRACE_SECS = 5  # to end after that
+_INIT_SECS, _FINISH_SECS = 60, 15  # how long it waits for the network
+_GRACE_SECS = 5  # until it has ended after that
 
 log = logging.getLogger("vitcls")
 
@@ -39,16 +39,16 @@ def check(project: str) -> None:
 class WandbSender:
     """Shows scalars in a run of Weights & Biases, the same one after every restart.
 
-    Once open it raises nothing. It waits only at its end, for seconds.
+    After `__init__` it raises nothing. Only its end waits, for seconds.
     """
 
     def __init__(self, workdir: Path, *, project: str, config: dict[str, Any]):
         """Starts the process.
 
         Args:
-          workdir: The run's folder; its file `wandb_id` keeps the id of the run there.
-          project: The project there.
-          config: The run's config, to be shown there.
+          workdir: The run's folder; its file `wandb_id` keeps the id of the W&B run.
+          project: The W&B project.
+          config: The run's config, for display.
         """
         kept = workdir / "wandb_id"
         key = kept.read_text() if kept.exists() else ""
@@ -57,7 +57,7 @@ class WandbSender:
             with written_aside(kept) as aside:
                 aside.write_text(key)
         path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # Its own session keeps Ctrl-C from it: the run receives that, and then ends this process.
+        # In a session of its own it does not receive Ctrl-C: the run does, and then ends it.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vitcls.logs.wandb_sender"],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
@@ -104,15 +104,15 @@ class WandbSender:
 
 
 def _send() -> None:
-    """The process: reads what to open, then lines of scalars, and at last how the run ended."""
+    """The process: reads the run's description, then lines of scalars, and last the exit code."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    # Reads continuously, as the run does not wait for this process.
+    # It reads continuously, as the run does not wait for this process.
     def read() -> None:
         for line in sys.stdin:
             if line.endswith("\n"):  # a kill may cut the last one
                 lines.put(line)
-        lines.put('{"exit_code": 1}')  # if nothing was said before, the run was killed
+        lines.put('{"exit_code": 1}')  # counts only if the run was killed and sent no exit code
 
     for number in STOPS:
         # Clusters signal all processes; the run itself ends this one.

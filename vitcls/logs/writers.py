@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl` for programs, TensorBoard and Weights & Biases for people."""
+"""Sinks of metrics: `metrics.jsonl` for programs, TensorBoard and Weights & Biases for people."""
 
 import contextlib
 import json
@@ -16,7 +16,8 @@ from vitcls.files import written_aside
 from vitcls.logs.progress import Progress
 from vitcls.logs.wandb_sender import WandbSender
 
-# tensorboardX imports torch where it is installed, for seconds and gigabytes; None stops that.
+# tensorboardX would import torch if it is installed, which costs seconds and gigabytes. None in
+# its place prevents that.
 _torch = sys.modules.setdefault("torch", None)
 from tensorboardX import proto, summary  # noqa: E402
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
@@ -50,7 +51,8 @@ class EventFiles:
     """TensorBoard's event files, which record restarts."""
 
     def __init__(self, workdir: Path, *, start_step: int):
-        # Not its SummaryWriter: a full disk ends its thread, and then writing never returns.
+        # tensorboardX' SummaryWriter does not do: a full disk ends its thread, and then writing
+        # never returns.
         self._events = EventsWriter(str(workdir / "events"))
         restart = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
         self._add(start_step + 1, session_log=restart)
@@ -90,8 +92,8 @@ class MetricWriter:
           start_step: The last step that counts; later lines are dropped.
           again: Splits that will be evaluated again at `start_step`.
           is_main: Whether this process writes at all.
-          wandb_project: Project that also shows them; "": none.
-          config: The run's config, to be shown there.
+          wandb_project: Project of Weights & Biases; "": none.
+          config: The run's config, for display there.
         """
         self._skipped_path = workdir / "nonfinite.jsonl"
         self._closing = contextlib.ExitStack()
@@ -108,8 +110,8 @@ class MetricWriter:
         self._sinks.append(self._closing.enter_context(sink))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        # Each line is flushed, for readers that follow the file and in case of a kill. What a full
-        # disk refuses is kept and written with the next line, or at the end.
+        # Each line is flushed, for readers that follow the file and against kills. On a full disk a
+        # line is kept and written with the next one, or at the end.
         for sink in self._sinks:
             try:
                 sink.write(step, scalars)
@@ -117,7 +119,7 @@ class MetricWriter:
                 log.error("Metrics of step %d are kept in memory: %s.", step, error)
 
     def write_skipped(self, step: int, metrics: dict[str, Any], ids: list[str]) -> None:
-        """Notes in `nonfinite.jsonl` a step that was skipped, and the images it was to learn."""
+        """Adds a skipped step and the ids of its images to `nonfinite.jsonl`."""
         if not self._sinks:
             return
         line = {"step": step, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"])}
@@ -132,11 +134,11 @@ class MetricWriter:
 
 
 class LateMetrics:
-    """Reads a step's metrics after the next one has been sent off, and writes their means.
+    """Reads a step's metrics once the next step has been dispatched, and writes their means.
 
     Attributes:
-      window: Metrics of the steps since the last line that changed something; part of what a
-        checkpoint keeps, so that a continued run writes the same means.
+      window: Metrics since the last line, of the steps that changed something. Checkpoints keep
+        them, so a continued run writes the same means.
     """
 
     def __init__(
@@ -156,8 +158,8 @@ class LateMetrics:
           progress: Shows them.
           every_steps: Steps between lines.
           window: What a checkpoint kept.
-          max_nonfinite: The run stops when so many steps in a row were skipped.
-          ids: Step, from 1 on -> ids of its images.
+          max_nonfinite: Number of skipped steps in a row that stops the run.
+          ids: Step, counted from 1 -> ids of its images.
         """
         self._writer, self._progress = writer, progress
         self._every_steps, self._max_nonfinite, self._ids = every_steps, max_nonfinite, ids
@@ -170,14 +172,14 @@ class LateMetrics:
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Waits for the last step; raises `NonFiniteLoss` if it is one too many to be skipped."""
+        """Waits for the last step; raises `NonFiniteLoss` after too many skipped ones in a row."""
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
         metrics = jax.tree.map(lambda value: value.item(), jax.device_get(metrics))
         skips = metrics.pop("skips")
-        # The loss of no image is 0, and would lower the mean.
+        # Without images the loss is 0, which would lower the mean.
         if metrics.pop("is_empty", False):
             log.warning("Step %d changes nothing: no image of its batch counts.", step)
         elif skips["in_row"]:
@@ -220,7 +222,7 @@ def _drop_lines(path: Path, step: int, again: Sequence[str] = ()) -> None:
     for line in path.read_text().splitlines(keepends=True):
         try:
             written = json.loads(line)
-        except ValueError:  # cut by a kill, or blank after a power loss, as is what follows
+        except ValueError:  # cut by a kill, or blank after a power loss: so are all lines after it
             break
         if not line.endswith("\n"):
             break

@@ -15,7 +15,7 @@ from vitcls.pretrained.files.json_fields import JsonFields
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # of image-text models that transformers 5 wrote
-_LFS_POINTER = b"version https://git-lfs.github.com/"  # opens what Git leaves in place of a file
+_LFS_POINTER = b"version https://git-lfs.github.com/"  # begins a file that Git has not fetched
 
 
 class _Incomplete(UserError):
@@ -29,7 +29,7 @@ class Files:
     directory: Path
     source: str  # what the user named: a folder, or a hub id with its revision
     revision: str | None = None  # commit of the hub's repository; None for a folder
-    allow_pickle: bool = False  # read torch's pickles where there is nothing else
+    allow_pickle: bool = False  # read torch's pickles if there is nothing else
 
     def sha256(self) -> dict[str, str]:
         """Hexadecimal digest of every file that is read, by name."""
@@ -59,11 +59,11 @@ def find(checkpoint: str | Path, *, allow_pickle: bool = False) -> Files:
     Args:
       checkpoint: A folder in Hugging Face's or timm's format, or a hub id: `OWNER/NAME` or
         `OWNER/NAME@REVISION`, the revision a branch, a tag or a commit. A folder comes first.
-      allow_pickle: Whether to read torch's pickles (pytorch_model.bin) where there is nothing else;
+      allow_pickle: Whether to read torch's pickles (pytorch_model.bin) if there is nothing else.
         torch's restricted unpickler keeps them from running code.
 
     Raises:
-      UserError: nothing there, or nothing there that can be read; says which.
+      UserError: the checkpoint is missing or cannot be read.
     """
     source = str(checkpoint)
     folder = Path(source).expanduser()
@@ -77,19 +77,19 @@ def find(checkpoint: str | Path, *, allow_pickle: bool = False) -> Files:
         files.patterns()
         return files
     if isinstance(checkpoint, Path) or source.startswith(("/", ".", "~")):
-        raise UserError(f"There is no folder {source!r}.")
+        raise UserError(f"The folder {source!r} does not exist.")
     return _from_hub(source, allow_pickle)
 
 
 def _patterns(
     source: str, names: Iterable[str], *, config: Callable[[], Path], allow_pickle: bool
 ) -> list[str]:
-    """Globs of the files to read among these names of a folder's or repository's files.
+    """Globs of the files to read, among the names of all files of a folder or repository.
 
-    `config` gets the config.json, which is asked for only where the preprocessing may stand in it.
+    `config` gets the config.json; it is called only if the preprocessing may be in it.
 
     Raises:
-      UserError: they make no checkpoint that we read.
+      UserError: they do not make a checkpoint that can be read.
     """
     names = set(names)
     if CONFIG not in names:
@@ -118,7 +118,7 @@ def _patterns(
 
 
 def _check_whole(source: str, directory: Path, patterns: list[str]) -> None:
-    """Raises `UserError` if a file of weights is not there, or only what stands for it."""
+    """Raises `UserError` if a file of weights is missing or only a pointer to it."""
     for name in patterns:
         if name.endswith(".index.json"):
             missing = [path.name for path in formats.shards(directory / name) if not path.exists()]
@@ -137,7 +137,7 @@ def _check_whole(source: str, directory: Path, patterns: list[str]) -> None:
 
 
 def _from_hub(source: str, allow_pickle: bool) -> Files:
-    # Imported here: half a second that a folder's users need not wait.
+    # Imported here: it takes half a second, which a folder does not need.
     from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
     from huggingface_hub.utils import validate_repo_id
 
@@ -153,7 +153,7 @@ def _from_hub(source: str, allow_pickle: bool) -> Files:
         "Models of the Hugging Face hub", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"
     )
     try:
-        # The commit first: what is downloaded is then one state of the repository.
+        # The commit first, so that all files are of one state of the repository.
         info = HfApi().model_info(repo_id, revision=revision or None)
         patterns = _patterns(
             source,
@@ -172,8 +172,8 @@ def _from_hub(source: str, allow_pickle: bool) -> Files:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"There is no folder and no hub model {repo_id!r}; check the spelling, or log in with "
-            "`hf auth login` if it is private."
+            f"{repo_id!r} is neither a folder nor a model of the hub; check the spelling, or log "
+            "in with `hf auth login` if it is private."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"The hub model {repo_id!r} has no revision {revision!r}.") from error
@@ -187,7 +187,7 @@ def _from_hub(source: str, allow_pickle: bool) -> Files:
 def _from_cache(
     source: str, repo_id: str, revision: str, allow_pickle: bool, *, cause: Exception
 ) -> Files:
-    """The copy that an earlier download left; `cause` says why there is none today."""
+    """The copy that an earlier download left; `cause` says why the hub cannot be asked."""
     from huggingface_hub import errors, snapshot_download
 
     reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__

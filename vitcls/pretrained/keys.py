@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vitcls.errors import UserError
-from vitcls.models.vit_config import ViTConfig
+from vitcls.models.vit_config import HEADS, ViTConfig
 from vitcls.pretrained import values
 from vitcls.pretrained.files.flax_file import FlaxWeights
 from vitcls.pretrained.files.formats import Weights
@@ -33,7 +33,7 @@ class Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One variable, and the tensors it is made of."""
+    """One variable, and the tensors that make it."""
 
     ours: str  # "/" between the names of modules
     theirs: tuple[str, ...]
@@ -47,8 +47,8 @@ class Key:
 
 
 SAME = Transform(join=lambda tensors: tensors[0], split=lambda param, _: [param])
-# torch keeps a Linear's weight (out, in), we keep kernels (in, out). Several tensors are products
-# that we fuse into one, side by side.
+# torch keeps a Linear's weight (out, in), we keep kernels (in, out). Several tensors become one
+# fused kernel, side by side.
 LINEAR = Transform(
     join=lambda tensors: np.concatenate(tensors).T,
     split=lambda param, count: np.split(param.T, count),
@@ -59,7 +59,7 @@ CONV = Transform(
     split=lambda param, _: [param.transpose(3, 2, 0, 1)],
 )
 BIAS = Transform(join=np.concatenate, split=np.split)
-# What torch keeps without the leading axes of ours: (D,) for (1, 1, D), and (N, D) for (1, N, D).
+# torch keeps these without our leading axes: (D,) for (1, 1, D), and (N, D) for (1, N, D).
 ROW = Transform(join=lambda tensors: tensors[0][None, None], split=lambda param, _: [param[0, 0]])
 TABLE = Transform(join=lambda tensors: tensors[0][None], split=lambda param, _: [param[0]])
 
@@ -101,10 +101,15 @@ def batch_norm(ours: str, theirs: str) -> list[Key]:
 
 
 def dense(ours: str, *theirs: str, bias: bool = True) -> list[Key]:
-    """Keys of a product, which may be several of theirs side by side."""
+    """Keys of a dense layer, which may be several of theirs side by side."""
     table = [Key(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), LINEAR)]
     biases = Key(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), BIAS)
     return [*table, biases] if bias else table
+
+
+def heads(*theirs: str) -> list[Key]:
+    """Keys of the head, and with two names also of the distillation token's head."""
+    return [key for ours, name in zip(HEADS, theirs, strict=False) for key in dense(ours, name)]
 
 
 def load(
@@ -121,7 +126,7 @@ def load(
       weights: The checkpoint's tensors.
       table: Its family's keys, one for each variable.
       shapes: The network's variables as nested dicts of things with a `shape`.
-      ignored: Names of tensors that may be there and are of no use.
+      ignored: Names of tensors that may be there and are not used.
       source: The checkpoint, as messages name it.
 
     Returns:

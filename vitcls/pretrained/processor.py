@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from vitcls.augment import prepare
-from vitcls.data import images as pixels_of
+from vitcls.data.images import RESAMPLING, resize_and_crop, squash, to_rgb
 from vitcls.errors import UserError, unknown
 from vitcls.pretrained.files.json_fields import JsonFields
 
 _MAX_PIXELS = 8192  # longest side that a checkpoint can ask for
-_RESAMPLE = {int(filter_): name for name, filter_ in pixels_of.RESAMPLING.items()}
+_RESAMPLE = {int(filter_): name for name, filter_ in RESAMPLING.items()}
 _RESAMPLE_CODE = {name: code for code, name in _RESAMPLE.items()}
 
 _HALF = (0.5,) * 3
@@ -24,7 +24,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """What one of Hugging Face's processors does where its file says nothing."""
+    """The defaults of one of Hugging Face's processors, for fields that its file lacks."""
 
     size: int | tuple[int, int]  # the shorter side, or (height, width)
     resample: str = "bicubic"
@@ -47,7 +47,7 @@ _KINDS: Mapping[str, _Kind] = {
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Pixels as a network wants them; its fields are plain values, also for use on the device."""
+    """How pixels are prepared for a network. All fields are plain values, also for the device."""
 
     size: tuple[int, int]  # (height, width) that the network sees
     # None: squash to `size`. Else first the shorter side, or (height, width), then a central crop.
@@ -76,18 +76,18 @@ class Processor:
         Raises:
           UserError: Another type or shape, or an image that `images.decode` refuses.
         """
-        image = pixels_of.to_rgb(_as_pil(image))
+        image = to_rgb(_as_pil(image))
         if self.resize is None:
-            return pixels_of.squash(image, size=self.size, resample=self.resample)
-        return pixels_of.resize_and_crop(
-            image, resize=self.resize, crop=self.size, resample=self.resample
-        )
+            return squash(image, size=self.size, resample=self.resample)
+        return resize_and_crop(image, resize=self.resize, crop=self.size, resample=self.resample)
 
     def __call__(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
         """Images as `pixels` takes them -> float32 (B, height, width, 3), normalised."""
-        # Its rows would pass for grey images.
+        # The rows of a single image would pass for grey images.
         if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:
-            raise UserError("The processor takes a list of images; put the one into brackets.")
+            raise UserError(
+                "The processor takes a list of images; put a single image into brackets."
+            )
         pixels = np.stack([self.pixels(image) for image in images]).astype(np.float32)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return (pixels * np.float32(self.rescale) - mean) / std
@@ -97,7 +97,7 @@ class Processor:
         return prepare.normalise(pixels, rescale=self.rescale, mean=self.mean, std=self.std)
 
     def resized(self, size: tuple[int, int]) -> "Processor":
-        """The same for another (height, width); what is cropped away keeps its proportion."""
+        """The same for another (height, width); the share that is cropped away stays."""
         resize = self.resize
         if isinstance(resize, int):
             resize = round(resize * min(size) / min(self.size))
@@ -208,13 +208,14 @@ def _convnext_sizes(fields: JsonFields, kind: _Kind) -> tuple[tuple[int, int], i
 def _size(
     fields: JsonFields, name: str, default: int | tuple[int, int] | None, *, is_square: bool
 ) -> int | tuple[int, int] | None:
-    """(height, width), or the shorter side alone where that is what the file gives.
+    """(height, width), or only the shorter side if the file gives only that.
 
     Args:
       fields: The file.
       name: Name of the field.
       default: What an absent field means.
-      is_square: What an integer means, as all files had before 2022: both sides, or the shorter.
+      is_square: Whether an integer, as in all files before 2022, means both sides; otherwise it
+        means the shorter one.
     """
     value = fields.any(name)
     if value is None:

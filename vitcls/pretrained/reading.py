@@ -52,14 +52,14 @@ _PROBLEM_TYPES = (_SINGLE_LABEL, "multi_label_classification", "regression")
 
 
 def read_config(files: Files, *, new_head: bool = False) -> tuple[Config, Processor]:
-    """Reads what network a checkpoint holds and how images are prepared for it.
+    """Reads which network a checkpoint holds and how images are prepared for it.
 
     Reads the JSON files and the names of the tensors, not their data where they are in
     safetensors. A checkpoint without a head gives `num_classes=0` and no class names.
 
     Args:
       files: The checkpoint.
-      new_head: The checkpoint's head and class names are of no use, and so not read.
+      new_head: Whether to leave out the checkpoint's head and class names.
 
     Raises:
       UserError: an unsupported family, or a field with an unsupported value.
@@ -69,7 +69,7 @@ def read_config(files: Files, *, new_head: bool = False) -> tuple[Config, Proces
 
 
 def _open_weights(files: Files, *, new_head: bool) -> Weights | FlaxWeights | TorchWeights:
-    """The weights of a folder; flax's, which are read at once, if their size fits the network."""
+    """The weights of a folder. Flax's are read at once, so their size must fit the network."""
     names = formats.readable(allow_pickle=files.allow_pickle)
     name = next((name for name in names if (files.directory / name).exists()), formats.SINGLE)
     path = files.directory / name
@@ -87,11 +87,11 @@ def _open_weights(files: Files, *, new_head: bool) -> Weights | FlaxWeights | To
         raise fields.error("layerscale_value", f"1 next to a {formats.FLAX}")
     num_values = sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)))
     # float32; twice, as a bare network has a pooler.
-    most = 2 * 4 * num_values + stored.family.spare_bytes
-    if path.stat().st_size > most:
+    max_bytes = 2 * 4 * num_values + stored.family.spare_bytes
+    if path.stat().st_size > max_bytes:
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, and the network that the config describes "
-            f"needs {most} at most; get both again."
+            f"needs {max_bytes} at most; get both again."
         )
     return FlaxWeights(path)
 
@@ -137,13 +137,13 @@ def _read_stored(directory: Path, *, tensors: set[str] | None, new_head: bool) -
     if not family.has_image_size:
         config = dataclasses.replace(config, image_size=prepared.size)
     if not family.takes_any_size:
-        # The two files rarely differ; the network takes one size only, so that one is meant.
+        # The two files rarely differ. The network takes one size only, so this one counts.
         prepared = prepared.resized(config.image_size)
     return _Stored(family, config, prepared)
 
 
 def _preprocessing(directory: Path) -> JsonFields:
-    """How images are prepared; without a file of its own, as part of an image-text model's."""
+    """How images are prepared: from a file of its own, or from an image-text model's."""
     if (directory / PROCESSOR).exists() and not (directory / PREPROCESSOR).exists():
         return JsonFields.read(directory / PROCESSOR).group("image_processor")
     return JsonFields.read(directory / PREPROCESSOR)
@@ -173,7 +173,7 @@ def _class_names(fields: JsonFields) -> dict[int, str]:
         )  # fmt: skip
     named = fields.any("id2label")
     if named is None:
-        return label_names(fields.integer("num_labels", 2, most=MAX_CLASSES))
+        return label_names(fields.integer("num_labels", 2, at_most=MAX_CLASSES))
     if not isinstance(named, dict) or not 1 <= len(named) <= MAX_CLASSES:
         raise fields.error("id2label", "an object of class names")
     first = 0 if "0" in named else 1
@@ -247,8 +247,8 @@ def read_variables(files: Files, config: Config, *, new_head: bool = False) -> d
       files: The checkpoint.
       config: What `read_config` gives, perhaps with another `num_classes` (then the head is new,
         and zero) or another `image_size` (then the position embeddings are resized).
-      new_head: A new head even where the checkpoint has one of the right width; what the checkpoint
-        has may then be of any shape.
+      new_head: Makes a new head even if the checkpoint has one of the right width; the
+        checkpoint's head may then have any shape.
 
     Returns:
       Nested dicts of float32 numpy arrays: "params", and "batch_stats" with BatchNorm.
@@ -344,8 +344,10 @@ def load(
     Args:
       checkpoint: A folder in Hugging Face's or timm's format, a hub id with optional `@revision`,
         or the workdir of a run with optional `@best`, `@last` or `@STEP`.
-      num_classes: Width of the head; another than the checkpoint's gives a new zero head, 0 none.
-      image_size: (height, width); another than the checkpoint's resizes position embeddings.
+      num_classes: Width of the head. One that differs from the checkpoint's gives a new zero head,
+        0 gives none.
+      image_size: (height, width). One that differs from the checkpoint's resizes position
+        embeddings.
       dtype: Type of the computation; parameters are float32.
       allow_pickle: See `find`.
 
@@ -355,7 +357,7 @@ def load(
       `model.apply(variables, processor(images), train=False)` gives float32 (B, K) logits.
 
     Raises:
-      UserError: nothing there, or nothing that can be read as it stands.
+      UserError: the checkpoint is missing or cannot be read.
     """
     run = find_run(checkpoint)
     new_head = False

@@ -24,7 +24,7 @@ class Run:
     """One checkpoint of a run."""
 
     directory: Path
-    which: str | None  # "best", "last" or a step; None: best if there is one, else last
+    which: str | None  # "best", "last" or a step; None: the best if there is one, else the last
 
     @property
     def model(self) -> Path:
@@ -32,7 +32,7 @@ class Run:
         return self.directory / "model"
 
     def step(self) -> int:
-        """The training step it was saved after. Raises as `read_variables`."""
+        """The training step after which it was saved. Raises what `read_variables` does."""
         with self._open() as checkpoints:
             return self._step(checkpoints)
 
@@ -45,7 +45,7 @@ class Run:
     def read_variables(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables as float32 numpy arrays: the averaged ones if there are any.
 
-        What LoRA adds to kernels is folded into them.
+        LoRA's additions are folded into the kernels.
 
         Args:
           shapes: The network's variables as nested dicts of `jax.ShapeDtypeStruct`.

@@ -34,8 +34,8 @@ def save(
       model: The network; its `config` says what is written.
       variables: `{"params": ...}`, and "batch_stats" with BatchNorm, of float32 arrays.
       processor: Its `id2label` names the classes.
-      dtype: Type to store the weights in, such as `np.float16`; None: as they are. Readers convert
-        to float32, so that half precision saves space and costs a relative 5e-4 once.
+      dtype: Type to store the weights in, such as `np.float16`; None keeps theirs. Readers convert
+        to float32, so half precision only costs a relative rounding error of 5e-4, once.
 
     Raises:
       UserError: the folder is not empty, the format cannot describe the network, or a tensor is not
@@ -48,7 +48,7 @@ def save(
     if dtype is not None:
         with np.errstate(over="ignore"):  # refused below, by name
             tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
-    # Without them `transformers` reports tensors as missing, and makes them up.
+    # Without them `transformers` reports tensors as missing and initialises them at random.
     tensors |= {prefix + name: tensor for name, tensor in family.unused(model.config).items()}
     with folder_aside(directory, flag="") as aside:
         write_config(aside, model.config, processor)
@@ -56,11 +56,10 @@ def save(
 
 
 def write_config(directory: str | Path, config: Config, processor: Processor) -> None:
-    """Writes the two JSON files only, each aside first; makes the folder if need be.
+    """Writes only the two JSON files, each aside first; makes the folder if it is missing.
 
     Raises:
-      UserError: the format cannot describe the network, or the class names are not as many as the
-        classes.
+      UserError: the format cannot describe the network, or there is not one name per class.
     """
     directory = Path(directory)
     if len(processor.id2label) != config.num_classes:
@@ -87,7 +86,7 @@ def check_format(config: Config) -> None:
 
 
 def config_to_json(config: Config) -> dict[str, Any]:
-    """The content of a config.json, all but the class names.
+    """The content of a config.json except the class names.
 
     Raises:
       UserError: the family's format cannot describe the network.

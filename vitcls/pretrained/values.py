@@ -12,7 +12,7 @@ _VARIANCES = ("running_var", "/var")
 
 
 def flaw(name: str, values: np.ndarray) -> str:
-    """Returns what is wrong with the values of a tensor, opening with its name, or ""."""
+    """Returns what is wrong with a tensor's values, beginning with its name, or ""."""
     num_bad = values.size - np.count_nonzero(np.isfinite(values))
     if num_bad:
         return f"{name} ({num_bad} of {values.size} not finite in {values.dtype})"
@@ -26,7 +26,7 @@ def refuse(flaws: Sequence[str], *, source: str, advice: str) -> None:
 
     Args:
       flaws: What `flaw` returned for the tensors; empty texts do not count.
-      source: Where they are, as it opens the message.
+      source: Where they are; begins the message.
       advice: What to do about it, a sentence.
     """
     flaws = list(filter(None, flaws))

@@ -242,7 +242,7 @@ def test_a_column_of_splits_is_used(monkeypatch):
     assert len(open_hf("x?split=")) + len(open_hf("x?split=", "test")) == 9
     gaps = (["train", None, "test"] * 3, datasets.Value("string"))
     in_memory(monkeypatch, train=make_table(9, split=gaps))
-    with pytest.raises(UserError, match="Row 1 has nothing in column 'split', which tells the spl"):
+    with pytest.raises(UserError, match="Row 1 has nothing in column 'split', which names the spl"):
         open_hf("x")
     in_memory(monkeypatch, train=make_table(9, fold=folds))
     with pytest.raises(UserError, match="Unknown column of hf:x 'flod'. Did you mean 'fold'"):

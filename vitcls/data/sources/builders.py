@@ -76,10 +76,10 @@ def reading_prepared(source: str) -> Iterator[None]:
     except (json.JSONDecodeError, json_format.ParseError) as error:
         raise UserError(
             f"The prepared data of {source} cannot be read ({error}). Remove their folder, below "
-            "data.data_dir or --data_dir, else ~/tensorflow_datasets: they are prepared again."
+            "data.data_dir or --data_dir, else ~/tensorflow_datasets; then they are prepared again."
         ) from error
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    """Whether the data lie on disk, complete: tfds renames the folder once it is."""
+    """Whether the data are complete on disk: only then tfds renames their folder."""
     return pathlib.Path(builder.data_path).exists()

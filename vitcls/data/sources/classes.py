@@ -1,4 +1,4 @@
-"""Classes by their names: in which order they stand, and where those of one place are in another.
+"""Classes by their names: their order, and their positions among other classes.
 
 K classes.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 from vitcls.data.sources.split import Split
 from vitcls.errors import UserError
 
-# Texts that stand for a missing label, as pandas reads them, and a number that does.
+# Texts and numbers that stand for a missing label, mostly those of pandas.
 MISSING = frozenset(
     (
         "#N/A", "#N/A N/A", "#NA", "-1", "-1.0", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
@@ -30,7 +30,7 @@ _MAX_SHOWN = 5
 
 
 def whole_number(name: str) -> int | None:
-    """The number that a name is, as in "7", "07" and "7.0"; None: it is a text."""
+    """The number that a name stands for, as in "7", "07" and "7.0"; None: it is a text."""
     match = _NUMBER.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -44,7 +44,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def match(class_names: Sequence[str], model_names: Sequence[str], *, by: str) -> np.ndarray:
-    """Returns where each class of the data is among those of the model, integers.
+    """Returns the position of each of the data's classes among the model's, integers.
 
     Args:
       class_names: The data's.
@@ -53,7 +53,7 @@ def match(class_names: Sequence[str], model_names: Sequence[str], *, by: str) ->
         whole numbers below its number of classes are positions.
 
     Raises:
-      UserError: they do not match; shows both.
+      UserError: they do not match; it shows both.
     """
     if by == "index":
         return _match_by_index(tuple(class_names), tuple(model_names))
@@ -105,7 +105,7 @@ def _match_by_index(class_names: tuple[str, ...], model_names: tuple[str, ...]) 
 
 
 def find_moved(class_names: Sequence[str], model_names: Sequence[str]) -> list[str]:
-    """Names that both have, but in different places: matching by position would confuse them."""
+    """Names that both have, but at different positions, which `by="index"` would confuse."""
     known = set(model_names)
     return [
         name
@@ -180,7 +180,7 @@ def align(train: Split, other: Split) -> Split:
     """Returns `other` with labels that mean the same as those of `train`.
 
     Raises:
-      UserError: it has classes that `train` has not.
+      UserError: it has classes that `train` lacks.
     """
     if other.class_names == train.class_names:
         return other
@@ -201,10 +201,10 @@ def align(train: Split, other: Split) -> Split:
 
 
 class Relabelled(Split):
-    """A split whose labels count the classes of another one."""
+    """A split whose labels are positions among the classes of another one."""
 
     def __init__(self, parent: Split, class_names: Sequence[str]):
-        """Takes a split and the names to count, among which are all of its own."""
+        """Takes a split and the other class names, which include all of its own."""
         self.name, self.class_names = parent.name, tuple(class_names)
         self.fingerprint = parent.fingerprint
         self._parent = parent
@@ -224,7 +224,7 @@ class Relabelled(Split):
         return image, self._label(label)
 
     def _label(self, label: int) -> int:
-        # A label that is not a class stays one: its user raises the error.
+        # A label that is not a class becomes -1: the loader raises the error.
         return int(self._positions[label]) if 0 <= label < len(self._positions) else -1
 
     def id(self, index: int) -> str:

@@ -1,10 +1,10 @@
 """Images listed in a CSV file: `csv:PATH`, or `csv:PATH?image=COLUMN&label=COLUMN&split=COLUMN`.
 
-The first line has the names of the columns, in any case; those that are not given in the source are
-found by the names in `COLUMNS`, and the column of splits also by its values. `split=` with nothing
-behind it divides the images anew. Paths are relative to the file's folder. Labels are names of
-classes, ordered as text; or, if all are whole numbers, numbers of classes from 0 on. Within a class
-images are ordered by path, as in a folder: the order of the lines means nothing.
+The first line has the names of the columns, in any case. Columns that the source does not name are
+found by the names in `COLUMNS`, and the column of splits also by its values. An empty `split=`
+divides the images anew. Paths are relative to the file's folder. Labels are names of classes,
+ordered as text, or numbers from 0 on if all are whole numbers. Within a class images are ordered by
+path, as in a folder: the order of the lines means nothing.
 """
 
 import collections
@@ -32,7 +32,7 @@ COLUMNS = {
     "label": ("label", "labels", "class", "class_name", "category", "target"),
 }  # fmt: skip
 _ROLES = (*COLUMNS, "split")
-# A column with more different values does not tell splits.
+# A column with more different values does not name splits.
 _MAX_SPLITS = 20
 _DELIMITERS = ",;\t"
 
@@ -53,13 +53,13 @@ class _Table(NamedTuple):
 
 
 class CsvSplit(FilesSplit):
-    """The images of one split, or of all."""
+    """The images of one split, or all images."""
 
     def __init__(self, path: str, name: str, *, rows: list[_Row], class_names: tuple[str, ...]):
-        """Asks the file system for the size of every image, and so whether it is there.
+        """Reads the size of every image from the file system.
 
         Raises:
-          UserError: Some are not.
+          UserError: Images are missing.
         """
         root = os.path.dirname(path)
         with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -67,7 +67,7 @@ class CsvSplit(FilesSplit):
         missing = [row for row, size in zip(rows, sizes, strict=True) if size is None]
         if missing:
             raise UserError(
-                f"{path}, line {missing[0].line}: there is no image {missing[0].path!r} in {root}; "
+                f"{path}, line {missing[0].line}: {missing[0].path!r} is not a file in {root}; "
                 f"{len(missing)} of {len(rows)} images are missing. Paths are relative to the CSV "
                 "file's folder."
             )
@@ -76,7 +76,7 @@ class CsvSplit(FilesSplit):
             listings[row.label].append((row.path, size))
         listings = [sorted(listing) for listing in listings.values()]
         super().__init__(root, name, class_names=class_names, listings=listings)
-        # Here paths do not tell the labels.
+        # Unlike in folders, paths do not tell the labels.
         digest = hashlib.sha256(self.fingerprint.encode() + self._labels.astype("<i4").tobytes())
         self.fingerprint = digest.hexdigest()
 
@@ -84,8 +84,8 @@ class CsvSplit(FilesSplit):
 def open_csv(source: str, split: str) -> Split:
     """Opens a split of the images listed in a CSV file.
 
-    With a column of splits, these are the splits. Without, there are `train` and `test`: of every
-    class a fifth, always the same, is the test split.
+    A column of splits names the splits. Without it, there are `train` and `test`: the test split is
+    a fifth of every class, always the same.
 
     Args:
       source: PATH, optionally with `?image=COLUMN&label=COLUMN&split=COLUMN` or some of these.
@@ -106,7 +106,7 @@ def open_csv(source: str, split: str) -> Split:
     elif split not in ("train", "test"):
         raise UserError(
             f"{path} has no column of splits, and so is divided into 'train' and 'test'; there is "
-            f"no {split!r}. Add a column called 'split'."
+            f"no {split!r}. Add a column named 'split'."
         )
     else:
         opened = divide(CsvSplit(path, "all", rows=rows, class_names=class_names), split)
@@ -128,7 +128,7 @@ def _split_names(rows: list[_Row]) -> list[str]:
 
 
 def _read(source: str) -> _Table:
-    """The file's lines, of which no two name the same image."""
+    """The file's lines; each names another image."""
     path, _, query = source.partition("?")
     if not path:
         raise UserError("data.source='csv:' names no file; csv:PATH, for example.")
@@ -164,7 +164,7 @@ def _read_rows(path: str, file, query: str) -> tuple[list[_Row], str]:
     lines = []
     reader = csv.reader(file, delimiter=delimiter)
     for cells in reader:
-        line = reader.line_num + 1  # the header was read apart
+        line = reader.line_num + 1  # the header was read before
         if not cells:
             continue
         if len(cells) != len(names):
@@ -210,15 +210,15 @@ def _make_row(
             )
     if values["label"] in classes.MISSING:
         raise UserError(
-            f"{path}, line {line}: label {values['label']!r} stands for a missing one. Take out "
-            "such lines; or, if it is a class, give it another name."
+            f"{path}, line {line}: label {values['label']!r} stands for a missing one. Remove such "
+            "lines; or, if it is a class, give it another name."
         )
     image = os.path.normpath(values["image"])
     return _Row(line, image, values["label"], values.get("split", ""))
 
 
 def _with_splits(path: str, column: str, rows: list[_Row]) -> tuple[list[_Row], str]:
-    """The rows with the names of their splits, and a text that says which there are."""
+    """The rows with the names of their splits, and a text that lists these."""
     values = dict.fromkeys(row.split for row in rows)
     if role := split_roles.flag_role(column, values):
         rows = [row._replace(split=split_roles.flag_split(role, row.split)) for row in rows]
@@ -265,7 +265,7 @@ def _find_columns(path: str, names: list[str], chosen: dict[str, str]) -> dict[s
 
 
 def parse_columns(source: str, query: str, roles: Collection[str]) -> dict[str, str]:
-    """Reads what follows the "?" of a source, `role=COLUMN&role=COLUMN`."""
+    """Reads the part of a source after "?", `role=COLUMN&role=COLUMN`."""
     chosen = {}
     for item in filter(None, query.split("&")):
         role, _, column = item.partition("=")
@@ -276,14 +276,14 @@ def parse_columns(source: str, query: str, roles: Collection[str]) -> dict[str, 
 
 
 def _find_classes(path: str, rows: list[_Row]) -> dict[str, str]:
-    """The class of each label, in the classes' order; "07", "7" and "7.0" are the same number."""
+    """The class of each label, in order of the classes; "07", "7" and "7.0" are one number."""
     first_lines: dict[str, int] = {}
     for row in rows:
         first_lines.setdefault(row.label, row.line)
     numbers = {label: classes.whole_number(label) for label in classes.ordered(first_lines)}
     if None not in numbers.values():
         class_of = {label: str(number) for label, number in numbers.items()}
-        # A class that nothing shows could not be learned, and a stray number would be one.
+        # A stray number would add classes without images, which cannot be learned.
         label_of = {name: label for label, name in class_of.items()}
         for expected, (name, label) in enumerate(label_of.items()):
             if name != str(expected):
@@ -303,7 +303,7 @@ def _size(path: str) -> int | None:
     try:
         status = os.stat(path)
         return status.st_size if stat.S_ISREG(status.st_mode) else None
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no name of a file
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not a file name
         return None
     except OSError as error:
         raise StorageError(f"Cannot find {path}: {error.strerror}.") from error

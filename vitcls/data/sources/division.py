@@ -14,8 +14,8 @@ from vitcls.data import order
 from vitcls.data.sources.split import Split, Subset, hash_ids
 from vitcls.errors import UserError
 
-# How examples get their random order: by a "hash" of their ids; or by their "position" in the
-# split, which one more file changes for all that follow. Runs that began so continue so.
+# How examples get their random order: by a "hash" of their ids, or by their "position",
+# which one more file changes for all after it. Runs of earlier versions continue by position.
 DIVISIONS = ("hash", "position")
 
 
@@ -60,18 +60,18 @@ def hold_out(
 
 
 def hold_out_of_each(split: Split, fraction: float, *, seed: int) -> tuple[Subset, Subset]:
-    """As `hold_out`, but how many a class gives depends on no other class."""
+    """As `hold_out`, but the number from each class depends on no other class."""
     counts = split.class_counts()
     ends = np.minimum(_even(counts, fraction), np.maximum(counts - 1, 0))
     return _set_apart(split, _first(split, ends, seed=seed, stream=order.HOLD_OUT))
 
 
 def _shares(split: Split, fraction: float, total: int, *, seed: int) -> np.ndarray:
-    """How many each class gives, int64 (K,): `total` of all, unless a class would give its last."""
+    """The number from each class, int64 (K,): `total` in all, but never a class' last example."""
     counts = split.class_counts()
     exact = np.round(fraction * counts, 9)  # whole numbers are to be whole
     shares = np.floor(exact).astype(np.int64)
-    # The seed samples the classes that give one more, rather those that miss a larger part of it.
+    # The seed samples the classes that give one more, preferring those that miss more of it.
     bits = order.random_keys(hash_ids(split.class_names), seed, stream=order.HOLD_OUT)
     scores = exact - shares + (bits >> np.uint64(11)) * 2.0**-53
     scores[exact == shares] -= 2
@@ -125,7 +125,7 @@ def take_fold(
 def _even(counts: np.ndarray, fraction: float) -> np.ndarray:
     """That share of each class, int64 (K,), rounded up or down evenly over the classes.
 
-    Each is rounded by itself: of classes of one size the sum is nevertheless the share of all
+    Each is rounded by itself. For classes of one size the sum is nevertheless the share of all
     (Hermite's identity).
     """
     offsets = (np.arange(len(counts)) + 0.5) / len(counts)
@@ -161,13 +161,13 @@ def take_per_class(split: Split, num: int, *, seed: int, division: str = "hash")
 def take_long_tail(split: Split, ratio: float, *, seed: int, division: str = "hash") -> Subset:
     """Random examples whose numbers fall off exponentially from the first class to the last.
 
-    Of K classes, class k keeps n * ratio^(-k / (K - 1)) examples, rounded down, with the largest n
-    for which every class has enough: all of the first class where classes are of one size. Then a
-    larger ratio also takes some of what a smaller one with the same seed does. Cui et al. 2019
+    Class k of K keeps n * ratio^(-k / (K - 1)) examples, rounded down, with the largest n for which
+    every class has enough. With classes of one size, that is all of the first class; then a larger
+    ratio takes some of the examples of a smaller one with the same seed. Cui et al. 2019
     (arXiv:1901.05555), section 5.1.
 
     Args:
-      split: Where they come from; its order is kept.
+      split: Their split, whose order is kept.
       ratio: Examples of the first class for each one of the last; 1 or more.
       seed: Which examples.
       division: One of `DIVISIONS`.

@@ -88,7 +88,7 @@ class FilesSplit(Split):
 
 
 class DividedSplit(Subset):
-    """The "train" or the "test" part of data that have no splits."""
+    """The "train" or the "test" part of data without splits."""
 
     def __init__(self, name: str, whole: Split, *, indices: np.ndarray, division: str):
         """As `Subset`; `division` is one of `vitcls.data.sources.division.DIVISIONS`."""
@@ -102,7 +102,7 @@ class DividedSplit(Subset):
         return part
 
     def origin(self) -> dict[str, Any]:
-        """As for the whole, and how it was divided."""
+        """The whole's, and how it was divided."""
         fractions = {"train": 1 - TEST_FRACTION, "test": TEST_FRACTION}
         divided = {"fractions": fractions, "seed": _DIVISION_SEED, "by": self._division}
         return super().origin() | {"divided": divided}

@@ -1,8 +1,8 @@
 """Images in folders: `PATH/split/class/image`, or `PATH/class/image`, which is divided.
 
 Classes are the names of the folders: in the order of their numbers if all are whole numbers,
-otherwise as text. An image's id is its path below PATH. What is listed once is what a run trains
-on: files that come later do not, and a run continues only with the same listing.
+otherwise as text. An image's id is its path below PATH. A run trains on the files listed at its
+start, without later ones, and continues only with the same listing.
 """
 
 import collections
@@ -42,8 +42,8 @@ class FolderSplit(FilesSplit):
           order: Sorts the class names.
 
         Raises:
-          UserError: No such folder, no classes or only one, a class without images, or what
-            cannot be listed. A split that only measures may lack images of some classes.
+          UserError: No such folder, no classes or only one, a class without images, or a folder
+            that cannot be listed. A split that only measures may lack images of some classes.
         """
         root = os.path.abspath(os.path.expanduser(root))
         path = os.path.join(root, folder) if folder else root
@@ -73,11 +73,11 @@ def open_folder(
 ) -> Split:
     """Opens a split of a folder of images.
 
-    With split folders, they are the splits. Without, there are `train` and `test`: of every class
-    a fifth, always the same, is the test split.
+    Split folders are the splits. Without them, there are `train` and `test`: the test split is a
+    fifth of every class, always the same.
 
     Raises:
-      UserError: What `FolderSplit` raises, or there is no such split.
+      UserError: What `FolderSplit` raises, or an unknown split.
     """
     path, names = _look_into(root)
     if names:
@@ -90,7 +90,7 @@ def open_folder(
     if split not in ("train", "test"):
         raise UserError(
             f"{path} has no split folders, and so is divided into 'train' and 'test'; there is no "
-            f"{split!r}. Images for it belong into {os.path.join(path, 'SPLIT', 'CLASS')}."
+            f"{split!r}. Put images for it into {os.path.join(path, 'SPLIT', 'CLASS')}."
         )
     whole = FolderSplit(path, order=order)
     part = divide(whole, split)
@@ -105,7 +105,7 @@ def folder_split_names(root: str) -> list[str]:
 
 
 def _look_into(root: str) -> tuple[str, list[str]]:
-    """The full path, and its folders that are splits, none if they are classes.
+    """The full path and its split folders; none if the folders are classes.
 
     Raises:
       UserError: They look like splits, but cannot be used as such.
@@ -128,17 +128,17 @@ def _look_into(root: str) -> tuple[str, list[str]]:
     suspects = split_roles.find_suspects(names)
     if suspects and (len(suspects) > 1 or len(suspects) == len(names)):
         raise UserError(
-            f"{path}: {show(suspects)} look like splits, but it is not clear which is which. Call "
+            f"{path}: {show(suspects)} look like splits, but it is not clear which is which. Name "
             "them 'train', 'val' and 'test', with one folder per class in each; or, if they are "
-            "classes, call them otherwise."
+            "classes, rename them."
         )
     return path, []
 
 
 def _check_others(path: str, names: list[str], roles: dict[str, str]) -> list[str]:
-    """The folders that are splits, of which one at least is recognised as such.
+    """The split folders, at least one of which is recognised by its name.
 
-    Others are splits of their own names if they have folders.
+    Others count as splits if they have folders.
     """
     others = [name for name in names if name not in roles]
     flat = [name for name in others if not subfolders(os.path.join(path, name))]
@@ -209,7 +209,7 @@ def _check_classes(folder: str, found: dict[str, list], *, is_strict: bool) -> N
 
 
 def _check_nested(path: str, folder: str, found: dict[str, list]) -> None:
-    """Raises `UserError` where classes are divided into splits, and not splits into classes."""
+    """Raises `UserError` if classes contain splits instead of splits classes."""
     depth = len(folder.split(os.sep)) + 1 if folder else 1
     inside = {
         parts[depth]
@@ -228,7 +228,7 @@ def _check_nested(path: str, folder: str, found: dict[str, list]) -> None:
 def _describe(
     path: str, class_names: Sequence[str], listings: Sequence[image_files.Listing]
 ) -> str:
-    """What was found in a split's folder and what is not used, in one line."""
+    """Used and unused files of a split's folder, in one line."""
     num_images = sum(len(one.images) for one in listings)
     empty = [name for name, one in zip(class_names, listings, strict=True) if not one.images]
     num_classes = len(class_names) - len(empty)

@@ -32,7 +32,7 @@ from vitcls.logs.progress import on_terminal
 log = logging.getLogger("vitcls")
 
 _LABEL_NAMES = ("label", "labels", "class", "target")  # of columns without names of classes
-_MAX_SPLITS = 20  # a column with more different values does not tell splits
+_MAX_SPLITS = 20  # a column with more different values does not name splits
 _NUM_SAMPLED = 32
 _BATCH = 1000
 
@@ -49,12 +49,12 @@ class HfSplit(Split):
         class_names: Sequence[str],
         class_of: dict[Any, str],
     ):
-        """Reads all labels and the sizes of all images, and a few of these.
+        """Reads all labels, the sizes of all images, and a few images.
 
         Args:
-          name: The split's.
+          name: Name of the split.
           table: A `datasets.Dataset`.
-          columns: Names of those of the "image" and the "label".
+          columns: Names of the columns of "image" and "label".
           class_names: In the order of the labels.
           class_of: The class of each value of the label column.
 
@@ -76,7 +76,7 @@ class HfSplit(Split):
             raise UserError(
                 f"Row {self._labels.argmin()} of split {name!r} has no label; choose another split."
             )
-        # Without decoding, rows have the files' bytes, or the path of a file.
+        # Without decoding, a row has the bytes of a file or its path.
         self._table = table.select_columns([self._image]).cast_column(
             self._image, datasets.Image(decode=False)
         )
@@ -134,14 +134,14 @@ class HfSplit(Split):
 
 
 def open_hf(source: str, split: str) -> Split:
-    """Opens a split of a data set on the hub, which is downloaded first, or of a local one.
+    """Opens a split of a data set, local or downloaded from the hub.
 
     Args:
       source: ID_OR_PATH[:CONFIG][?image=COLUMN&label=COLUMN].
       split: Its name.
 
     Raises:
-      UserError: `datasets` is not installed, or there is no such data set, split or column.
+      UserError: `datasets` is not installed, or the data set, split or column is unknown.
       StorageError: The data cannot be written or read.
     """
     path, _, query = source.partition("?")
@@ -206,7 +206,7 @@ def _has_names(table: Any, label: str) -> bool:
 
 
 def _find_split_column(path: str, tables: dict[str, Any], chosen: dict[str, str]) -> str:
-    """The column that tells the splits of a single table; "": none does, or there are several."""
+    """The column that names the splits of a single table; "": none, or several tables."""
     if not _is_divided(tables):
         if "split" in chosen:
             raise UserError(
@@ -242,14 +242,14 @@ def _few_values(table: Any, column: str) -> set[str]:
 
 
 def _column_splits(table: Any, column: str) -> tuple[list[str], str]:
-    """The split of every row by a column, and a text that says which there are."""
+    """The split of every row by a column, and a text that lists the splits."""
     values = table.select_columns([column])[:][column]
     for row, value in enumerate(values):
-        # Such a row would be in no split, and nothing would say so.
+        # Otherwise the row would silently be in no split.
         if value is None or value == "":
             raise UserError(
-                f"Row {row} has nothing in column {column!r}, which tells the splits. Fill it, or "
-                "say ?split= to divide the rows anew."
+                f"Row {row} has nothing in column {column!r}, which names the splits. Fill it, or "
+                "write ?split= to divide the rows anew."
             )
     names = getattr(table.features[column], "names", None)
     values = [str(names[value] if names else value) for value in values]
@@ -259,7 +259,7 @@ def _column_splits(table: Any, column: str) -> tuple[list[str], str]:
     return values, f"Splits by column {column!r}: {', '.join(splits)}."
 
 
-# A run opens several splits of one data set; what is kept are maps of files.
+# A run opens several splits of one data set. The tables only map files, so they cost no memory.
 @functools.lru_cache(maxsize=1)
 def _load(source: str) -> dict[str, Any]:
     """The tables of all splits, `datasets.Dataset` by name."""
@@ -299,7 +299,7 @@ def _load(source: str) -> dict[str, Any]:
 
 
 def _has_configs(path: str) -> bool:
-    """Whether the folder's README.md says itself which files belong to which split."""
+    """Whether the folder's README.md assigns files to splits."""
     try:
         text = pathlib.Path(path, "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -308,7 +308,7 @@ def _has_configs(path: str) -> bool:
 
 
 def _check_all_used(path: str, data_files: dict[str, list[str]] | None) -> None:
-    """Raises `UserError` where `datasets` would leave out files of a folder.
+    """Raises `UserError` if `datasets` would leave out files of a folder.
 
     It finds splits by words such as "train" anywhere in names of files and folders, and then takes
     only files that have one.

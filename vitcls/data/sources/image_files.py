@@ -1,7 +1,7 @@
-"""Image files below a folder, and what else lies there.
+"""Lists the image files below a folder, and counts the other ones.
 
-Every command that is given a folder lists it here, so that all of them use the same files. A suffix
-decides; where it is missing or unknown, the first bytes of the file do.
+All commands list folders here, so they use the same files. The suffix decides what is an image; if
+it is missing or unknown, the first bytes of the file do.
 """
 
 import collections
@@ -19,8 +19,8 @@ from PIL import Image
 from vitcls.data import images
 from vitcls.errors import StorageError, UserError
 
-# Suffixes that are known not to be images: their files are not opened to find out. Raw files of
-# cameras look like TIFF, but Pillow would read their thumbnails.
+# Suffixes of files that are not images; such files are not opened. Raw files of cameras look like
+# TIFF, but Pillow would read their thumbnails.
 OTHER_SUFFIXES = frozenset(
     (
         ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml", ".yml", ".py",
@@ -58,7 +58,7 @@ class Listing(NamedTuple):
 
 
 def suffixes() -> list[str]:
-    """Suffixes of files that count as images unread; other files are looked into."""
+    """Suffixes of files that count as images without being opened."""
     registered = Image.registered_extensions().items()
     return sorted(
         suffix
@@ -68,7 +68,7 @@ def suffixes() -> list[str]:
 
 
 def why_unused(path: str) -> str:
-    """Why a file is not taken for an image, to follow a number of files; "": it is an image.
+    """Why a file is not an image, as text after a number of files; "": it is one.
 
     Raises:
       UserError: The file may not be read.
@@ -122,7 +122,7 @@ def list_images(root: str, folder: str = "", *, is_strict: bool = True) -> Listi
         path = os.path.join(root, folder) if folder else root
         status = _stat(path)
         own = (status.st_dev, status.st_ino)
-        # A link to a folder above would be followed for ever, and what is there is listed anyway.
+        # A link to a folder above would be followed for ever, and that folder is listed anyway.
         if own in parents or (parents and _leads_up(path)):
             if is_strict:
                 raise UserError(f"{path} is a symbolic link to a folder that it is in; remove it.")

@@ -32,7 +32,7 @@ def cached_labels(fingerprint: str, read: Callable[[], Sequence[int]]) -> np.nda
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             np.save(pathlib.Path(folder) / path.name, labels)
             sync(pathlib.Path(folder) / path.name)
-            os.replace(pathlib.Path(folder) / path.name, path)  # all of it or nothing
+            os.replace(pathlib.Path(folder) / path.name, path)  # the whole file or nothing
     except OSError:
-        pass  # a cache that cannot be written only costs the next run the reading
+        pass  # without the cache the next run only reads the labels again
     return labels

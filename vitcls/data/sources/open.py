@@ -32,7 +32,7 @@ _OPENERS = {"folder": open_folder, "csv": open_csv, "hf": open_hf}
 def open_split(
     source: str, split: str, *, data_dir: str | None = None, division: str = "hash"
 ) -> Split:
-    """Opens one split of a data set, which is prepared first where it is not.
+    """Opens one split of a data set, after preparing it if necessary.
 
     Sources with the same images in the same order under the same class names give the same batches.
     Files are ordered by class and path; records keep the order that they are stored in.
@@ -53,7 +53,7 @@ def open_split(
     if scheme == "hf":
         _check_hub_folder(rest)
     if scheme in _OPENERS:
-        # Runs that were begun before classes had the order of their numbers continue without it.
+        # Before data.division existed, classes were not ordered by number: such runs stay so.
         order = {"order": sorted} if division != "hash" and scheme == "folder" else {}
         opened = _OPENERS[scheme](rest, split, **order)
         if division != "hash" and isinstance(opened, DividedSplit):
@@ -65,14 +65,14 @@ def open_split(
             f"Splits: {', '.join(builder.info.splits)}. {len(opened)} images of "
             f"{len(opened.class_names)} classes in {builder.info.full_name}."
         )
-    # Something that is not used is more than news.
+    # Unused files may be a mistake of the user.
     level = logging.WARNING if "Not used: " in opened.found else logging.INFO
     log.log(level, "%s: %s", split, opened.found)
     return opened
 
 
 def home(source: str) -> str:
-    """What the ids of a source are unique in: the folder that they are paths in, or a data set.
+    """Where a source's ids are unique: the folder that their paths start from, or a data set.
 
     Ids of two sources with one home can be compared.
     """
@@ -88,7 +88,7 @@ def home(source: str) -> str:
 
 
 def split_names(source: str, *, data_dir: str | None = None) -> list[str]:
-    """Names of the splits of a data set, which is prepared first where it is not.
+    """Names of the splits of a data set, after preparing it if necessary.
 
     Args and Raises: as for `open_split`.
     """

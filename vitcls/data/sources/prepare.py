@@ -28,7 +28,7 @@ _TAIL = 2000  # characters of a failed preparation's output that its error shows
 
 
 def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
-    """Prepares a data set unless it is; several processes at a time do it once.
+    """Prepares a data set unless it is prepared; of several processes, only one does.
 
     Args:
       source: `digits`, `glyphs` or `tfds:NAME[/CONFIG][:VERSION]`.
@@ -53,7 +53,7 @@ def prepare_once(source: str, *, data_dir: str | None = None) -> tfds.core.Datas
                     except (UserError, StorageError):
                         if is_alone or not builders.is_prepared(builder):  # by another process
                             raise
-        except BrokenPipeError:  # of our own messages, not of the folder
+        except BrokenPipeError:  # from writing our own messages
             raise
         except OSError as error:
             raise StorageError(f"Cannot prepare {source} in {folder}: {error}") from error
@@ -86,8 +86,8 @@ def _run(source: str, data_dir: str | None, lock: TextIO) -> None:
     if user_folders.home() is None:  # TensorFlow would make a folder that is called ~
         environment["KERAS_HOME"] = os.path.join(tempfile.gettempdir(), "keras")
     print(f"Preparing {source}: once, in a separate process.", flush=True)
-    # Progress bars go to the terminal; only what explains a failure is kept. The process may
-    # outlive this one: with the open lock file it inherits the lock.
+    # Progress bars go to the terminal; only standard output, which explains a failure, is kept. The
+    # process may outlive this one: with the open lock file it inherits the lock.
     with doing(f"Preparing {source}"):
         done = subprocess.run(
             command,

@@ -24,7 +24,7 @@ class Split(abc.ABC):
       name: Its name, such as "test".
       class_names: One per class, in the order of the labels.
       fingerprint: Hash of all that defines content and order; the location of the data does not.
-      found: What there is and what is not used, in one line.
+      found: What was found and what is not used, in one line.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Split(abc.ABC):
 
     @abc.abstractmethod
     def id(self, index: int) -> str:
-        """A name that stays with the example wherever the data lie and however they are split."""
+        """A name of the example that does not depend on the data's place or division."""
 
     def hashes(self) -> np.ndarray:
         """`hash_ids` of all ids, uint64 (N,), by which examples are ranked and recognised."""
@@ -81,7 +81,7 @@ class Split(abc.ABC):
         del num_threads
 
     def origin(self) -> dict[str, Any]:
-        """What a run's manifest says of the split besides size and fingerprint, for JSON."""
+        """Entries of a run's manifest besides size and fingerprint, for JSON."""
         return {}
 
 
@@ -149,10 +149,10 @@ def num_shared(one: Split, other: Split) -> int:
 
 
 def check_no_class_is_empty(split: Split, *, without: Iterable[str] = ()) -> None:
-    """Raises `UserError` unless there is something to learn every class from.
+    """Raises `UserError` unless every class has an image to learn from.
 
     Args:
-      split: What is trained on.
+      split: The training split.
       without: Ids of images that cannot be used.
     """
     is_used = ~np.isin(split.hashes(), hash_ids(without)) if without else slice(None)

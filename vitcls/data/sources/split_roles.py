@@ -1,7 +1,7 @@
-"""How splits are called: names of folders, of splits, and columns that tell them.
+"""Names of splits, of their folders and of the columns that name them.
 
-What is common is recognised. What looks like splits and is not recognised is refused: dividing such
-data anew would put test images into training.
+Common names are recognised. Other names that look like splits are refused: dividing such data anew
+would put test images into training.
 """
 
 import collections
@@ -24,9 +24,9 @@ FILLERS = frozenset(
         "photo", "photos", "picture", "pictures", "pics", "folder", "dir", "files", "samples",
     )
 )  # fmt: skip
-# Columns that tell the splits, without regard to case, spaces, hyphens and underscores.
+# Columns that name the splits, without regard to case, spaces, hyphens and underscores.
 COLUMNS = ("split", "splits", "subset", "partition", "set", "dataset", "phase", "usage", "fold")
-# Those of them whose values may be any names.
+# Columns among them whose values may be any names.
 _FREE_COLUMNS = ("split", "splits", "subset", "partition")
 # Columns of yes and no, such as is_valid, and the roles of their rows.
 FLAG_COLUMNS = {
@@ -39,7 +39,7 @@ _YES, _NO = frozenset(("1", "true", "yes", "y", "t")), frozenset(("0", "false", 
 
 
 def role_of(name: str) -> str:
-    """The role of a name such as "Training", "test_images" or "valset"; "": none that is sure."""
+    """The role of a name such as "Training", "test_images" or "valset"; "": not certain."""
     role, rest = _parse(name)
     return role if not rest else ""
 
@@ -60,7 +60,7 @@ def _parse(name: str) -> tuple[str, str]:
 
 
 def find_roles(names: Iterable[str]) -> dict[str, str]:
-    """Returns those of `names` that stand for splits, with their roles.
+    """Returns the `names` that stand for splits, with their roles.
 
     Besides single names, two or more that differ in the role only are recognised together, such as
     "seg_train" and "seg_test".
@@ -78,14 +78,14 @@ def find_roles(names: Iterable[str]) -> dict[str, str]:
 
 
 def find_suspects(names: Iterable[str]) -> list[str]:
-    """Returns those of `names` that contain the name of a split and are not recognised."""
+    """Returns the `names` that contain the name of a split and are not recognised."""
     names = list(names)
     found = find_roles(names)
     return [name for name in names if _parse(name)[0] and name not in found]
 
 
 def offered(names: Collection[str]) -> dict[str, str]:
-    """Returns what the splits called `names` are opened by: split -> its own name.
+    """Returns the name by which each split can be opened -> its own name, one of `names`.
 
     The only one for training is "train", and the only one for testing "test", however it is
     spelled. All others have their own names, and validation splits their usual spellings.
@@ -102,15 +102,15 @@ def offered(names: Collection[str]) -> dict[str, str]:
 
 
 def find(where: str, split: str, names: Collection[str]) -> str:
-    """Returns the one of `names` that `split` asks for, by itself or by its role.
+    """Returns the one of `names` that `split` means, by itself or by its role.
 
     Args:
-      where: Stands in the message, such as "split of PATH".
-      split: What is asked for, in any spelling of its role.
-      names: What there is.
+      where: Begins the message, such as "split of PATH".
+      split: A name, or any spelling of a role.
+      names: The known names.
 
     Raises:
-      UserError: None or several of them could be meant.
+      UserError: It could mean none or several of them.
     """
     splits = offered(names)
     if split in names or split in splits:
@@ -127,7 +127,7 @@ def find(where: str, split: str, names: Collection[str]) -> str:
 
 
 def flag_role(column: str, values: Collection[str]) -> str:
-    """The role of rows that say yes in a column such as "is_valid"; "": it is another column."""
+    """The role of rows with "yes" in a column such as "is_valid"; "": another kind of column."""
     lower = {value.strip().lower() for value in values}
     role = FLAG_COLUMNS.get(_normal(column)) or role_of(column)
     return role if role and lower <= _YES | _NO and lower & _YES and lower & _NO else ""
@@ -141,15 +141,15 @@ def flag_split(role: str, value: str) -> str:
 
 
 def find_column(where: str, how: str, columns: Mapping[str, Collection[str]]) -> str:
-    """Returns the column that tells the splits; "": there is none.
+    """Returns the column that names the splits, or "".
 
     Args:
-      where: Stands at the beginning of a message.
+      where: Begins the message.
       how: How the source names a column, such as "csv:PATH?split=".
       columns: Different values of each column that is not used otherwise; empty: more than a few.
 
     Raises:
-      UserError: Several columns could tell them, or one looks so and its values say nothing.
+      UserError: Several columns could name them, or one looks so without values of splits.
     """
     found = [name for name, values in columns.items() if _tells_splits(name, values)]
     if len(found) > 1:

@@ -47,7 +47,7 @@ class TfdsSplit(Split):
         self._file_names = [os.path.basename(file.filename) for file in files]
         self._skips = [file.skip for file in files]
         self._ends = list(itertools.accumulate(file.take for file in files))
-        # The other features, such as masks, would be decoded for nothing.
+        # Without the other features, such as masks, which would be decoded in vain.
         self._features = tfds.features.FeaturesDict(
             {key: builder.info.features[key] for key in (self._image_key, self._label_key)}
         )

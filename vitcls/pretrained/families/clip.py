@@ -23,7 +23,7 @@ def _vision_fields(fields: JsonFields) -> tuple[JsonFields, int]:
     """The vision tower's fields, and the width of its MLPs."""
     if fields.any("model_type") in ("clip", "siglip"):
         fields = fields.group("vision_config")
-    return fields, fields.integer("intermediate_size", 3072, most=vit_fields.MAX_WIDTH)
+    return fields, fields.integer("intermediate_size", 3072, at_most=vit_fields.MAX_WIDTH)
 
 
 def _read_clip(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> ViTConfig:
@@ -101,7 +101,7 @@ def _key_table(config: ViTConfig, prefix: str) -> list[Key]:
             *keys.dense(f"{ours}/mlp/output", f"{theirs}.mlp.fc2"),
         ]
     if config.num_classes:
-        table += keys.dense("classifier", "classifier")
+        table += keys.heads("classifier")
     return table
 
 

@@ -37,7 +37,7 @@ def _read(fields: JsonFields, num_classes: int, family: str) -> ViTConfig:
         mlp_dim = (int(mlp_dim * 2 / 3) + 7) // 8 * 8
     prefix_tokens = ("cls",)
     if family == _REGISTERS:
-        count = fields.integer("num_register_tokens", 4, most=_MAX_REGISTERS)
+        count = fields.integer("num_register_tokens", 4, at_most=_MAX_REGISTERS)
         prefix_tokens += (f"reg{count}",)
     return ViTConfig(
         family=family,
@@ -146,7 +146,7 @@ def _key_table(config: ViTConfig, prefix: str, *, names: _Names) -> list[Key]:
             Key(f"{ours}/layer_scale_mlp", (f"{theirs}.layer_scale2.lambda1",), keys.ROW),
         ]
     if config.num_classes:
-        table += keys.dense("classifier", "classifier")
+        table += keys.heads("classifier")
     return table
 
 

@@ -1,4 +1,4 @@
-"""What one family of checkpoints says, and where: its config, its tensors, its preprocessing."""
+"""A family of checkpoints: how its config, its tensors and its preprocessing are stored."""
 
 import dataclasses
 import re
@@ -24,34 +24,33 @@ def label_names(num_classes: int) -> dict[int, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """Checkpoints that are stored alike; reading and writing need nothing else to tell them apart.
+    """Checkpoints that are stored alike: all that reading and writing them needs.
 
     Attributes:
       read_config: `(config.json, num_classes, names of the tensors or None if there are none yet)
         -> config`; raises `UserError` for values that are not supported.
-      write_config: `config -> content of a config.json`, all but the class names; None for formats
+      write_config: `config -> content of a config.json` except the class names; None for formats
         that are only read.
       key_table: `(config, prefix) -> keys`, one for every variable of the network, by the names
         that `save_pretrained` writes; so do we.
       key_table_in_memory: The same by the names that modules of transformers 5 have, where they are
-        others: `state_dict()`, accelerate's `save_model` and `save_original_format=False` give
-        these.
+        others, as in files of `state_dict()`, accelerate's `save_model` and
+        `save_original_format=False`.
       prefix: Begins the names of the backbone's tensors if there is a head. Without a head they
         have none when we write, and may have it when we read.
       heads: Tensors that show that there is a head.
-      ignored: Matches the names of tensors that may be there and that classification does not use,
-        without the prefix.
+      ignored: Matches the names, without the prefix, of tensors that classification does not use.
       unused: `config -> tensors` (without the prefix) that torch's network has and ours does not.
       read_class_names: Class names by index, from config.json; None: as Hugging Face has them.
-      read_processor: How images are prepared, from config.json and the class names; None: it stands
-        in a preprocessor_config.json.
+      read_processor: How images are prepared, from config.json and the class names; None: from a
+        preprocessor_config.json.
       processor_type: What a preprocessor_config.json without a type means.
-      has_image_size: Whether a config.json has one; else it is what the preprocessing makes.
+      has_image_size: Whether a config.json has one; otherwise the preprocessing's size counts.
       takes_any_size: Whether the network resizes its position embeddings to what it is given: the
         preprocessing then says for what size, and config.json for what size they are stored.
       antialias: Whether it does so with antialiasing.
-      spare_bytes: Limit on what a file of flax's holds besides twice the network: names, a small
-        network's pooler; a text tower.
+      spare_bytes: What a flax file may hold besides twice the network: names, a small network's
+        pooler, a text tower.
     """
 
     read_config: Callable[[JsonFields, int, set[str] | None], Config]
@@ -83,7 +82,7 @@ class Family:
         return self.prefix if any(name.startswith(self.prefix) for name in tensors) else ""
 
     def head_tensors(self, config: Config, tensors: set[str]) -> set[str]:
-        """Those of these tensors that lie in the modules of a head, of any kind."""
+        """The tensors among these that belong to a head of any kind."""
         prefix = self.prefix_of(tensors)
 
         def module(name: str) -> str:

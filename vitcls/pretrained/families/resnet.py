@@ -22,18 +22,18 @@ def _read(fields: JsonFields, num_classes: int, tensors: set[str] | None) -> Res
     The image size is to be replaced by what the preprocessing makes.
     """
     del tensors
-    if fields.integer("num_channels", 3, most=_MAX_WIDTH) != 3:
+    if fields.integer("num_channels", 3, at_most=_MAX_WIDTH) != 3:
         raise fields.error("num_channels", "3")
-    stages = dict(longest=_MAX_STAGES)
-    depths = fields.integers("depths", (3, 4, 6, 3), most=_MAX_DEPTH, **stages)
+    stages = dict(max_length=_MAX_STAGES)
+    depths = fields.integers("depths", (3, 4, 6, 3), at_most=_MAX_DEPTH, **stages)
     if sum(depths) > _MAX_DEPTH:
         raise fields.error("depths", f"at most {_MAX_DEPTH} layers in all")
     return ResNetConfig(
         family="resnet",
         image_size=(224, 224),
-        embedding_size=fields.integer("embedding_size", 64, most=_MAX_WIDTH),
+        embedding_size=fields.integer("embedding_size", 64, at_most=_MAX_WIDTH),
         hidden_sizes=fields.integers(
-            "hidden_sizes", (256, 512, 1024, 2048), most=_MAX_WIDTH, **stages
+            "hidden_sizes", (256, 512, 1024, 2048), at_most=_MAX_WIDTH, **stages
         ),
         depths=depths,
         layer_type=fields.choice("layer_type", "bottleneck", {name: name for name in LAYER_TYPES}),
@@ -74,7 +74,7 @@ def _key_table(config: ResNetConfig, prefix: str) -> list[Key]:
                 table += _conv_layer(f"{ours}/conv_layer_{number}", f"{theirs}.layer.{number}")
         channels = width
     if config.num_classes:
-        table += keys.dense("classifier", "classifier.1")
+        table += keys.heads("classifier.1")
     return table
 
 

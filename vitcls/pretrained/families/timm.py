@@ -67,7 +67,7 @@ def _pretrained_cfg(fields: JsonFields) -> JsonFields:
 
 def _image_size(cfg: JsonFields) -> tuple[int, int]:
     """(height, width). `test_input_size` is not used, nor is it in timm unless asked for."""
-    size = cfg.integers("input_size", (3, 224, 224), most=_MAX_PIXELS, longest=3)
+    size = cfg.integers("input_size", (3, 224, 224), at_most=_MAX_PIXELS, max_length=3)
     if len(size) != 3 or size[0] != 3:
         raise cfg.error("input_size", "[3, height, width]")
     return size[1:]
@@ -91,8 +91,8 @@ def _check_arguments(fields: JsonFields, image_size: tuple[int, int], *, pool: s
 def _class_names(fields: JsonFields) -> dict[int, str]:
     """Descriptions of the classes if there are any, or else their names, or else numbers."""
     cfg = _pretrained_cfg(fields)
-    known = cfg.integer("num_classes", 1000, least=0, most=MAX_CLASSES)
-    num_classes = fields.integer("num_classes", known, most=MAX_CLASSES)
+    known = cfg.integer("num_classes", 1000, at_least=0, at_most=MAX_CLASSES)
+    num_classes = fields.integer("num_classes", known, at_most=MAX_CLASSES)
     if cfg.any("label_offset"):  # leaves out the first rows of the stored head
         raise cfg.error("label_offset", "0")
     names = fields.any("label_names", cfg.any("label_names"))
@@ -163,9 +163,8 @@ def _vit_table(config: ViTConfig, prefix: str) -> list[Key]:
             *keys.dense(f"{ours}/mlp/output", f"{theirs}.mlp.fc2"),
         ]
     if config.num_classes:
-        table += keys.dense("classifier", f"{prefix}head")
-        if config.pool == "cls_dist":
-            table += keys.dense("distillation_classifier", f"{prefix}head_dist")
+        names = (f"{prefix}head", f"{prefix}head_dist")
+        table += keys.heads(*names[: 2 if config.pool == "cls_dist" else 1])
     return table
 
 
@@ -181,7 +180,7 @@ def _resnet_table(config: ResNetConfig, prefix: str) -> list[Key]:
             for n in range(2 if config.layer_type == "basic" else 3):
                 names = f"{theirs}.conv{n + 1}", f"{theirs}.bn{n + 1}"
                 table += _conv_layer(f"{ours}/conv_layer_{n}", *names)
-    return table + (keys.dense("classifier", f"{prefix}fc") if config.num_classes else [])
+    return table + (keys.heads(f"{prefix}fc") if config.num_classes else [])
 
 
 def _conv_layer(ours: str, convolution: str, batch_norm: str) -> list[Key]:

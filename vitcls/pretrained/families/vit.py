@@ -26,7 +26,7 @@ def _read(fields: JsonFields, num_classes: int, **values: Any) -> ViTConfig:
     """What a file leaves out is as in `transformers.ViTConfig`, which DeiT's equals."""
     return ViTConfig(
         num_classes=num_classes,
-        mlp_dim=fields.integer("intermediate_size", 3072, most=vit_fields.MAX_WIDTH),
+        mlp_dim=fields.integer("intermediate_size", 3072, at_most=vit_fields.MAX_WIDTH),
         qkv_bias=fields.boolean("qkv_bias", True),
         **vit_fields.read(fields, epsilon=1e-12),
         **values,
@@ -109,10 +109,9 @@ def _key_table(config: ViTConfig, prefix: str, *, names: _Names) -> list[Key]:
             *keys.dense(f"{ours}/mlp/output", f"{theirs}.{names.mlp_out}"),
         ]
     if config.num_classes and config.pool == "cls_dist":
-        table += keys.dense("classifier", "cls_classifier")
-        table += keys.dense("distillation_classifier", "distillation_classifier")
+        table += keys.heads("cls_classifier", "distillation_classifier")
     elif config.num_classes:
-        table += keys.dense("classifier", "classifier")
+        table += keys.heads("classifier")
     return table
 
 

@@ -28,14 +28,14 @@ def read(
     Raises:
       UserError: a value is not supported.
     """
-    if fields.integer("num_channels", 3, most=MAX_WIDTH) != 3:
+    if fields.integer("num_channels", 3, at_most=MAX_WIDTH) != 3:
         raise fields.error("num_channels", "3")
     return dict(
-        image_size=fields.pair("image_size", 224, most=MAX_PIXELS),
-        patch_size=fields.pair("patch_size", patch_size, most=MAX_PIXELS),
-        width=fields.integer("hidden_size", 768, most=MAX_WIDTH),
-        depth=fields.integer("num_hidden_layers", 12, most=MAX_DEPTH),
-        num_heads=fields.integer("num_attention_heads", 12, most=MAX_WIDTH),
+        image_size=fields.pair("image_size", 224, at_most=MAX_PIXELS),
+        patch_size=fields.pair("patch_size", patch_size, at_most=MAX_PIXELS),
+        width=fields.integer("hidden_size", 768, at_most=MAX_WIDTH),
+        depth=fields.integer("num_hidden_layers", 12, at_most=MAX_DEPTH),
+        num_heads=fields.integer("num_attention_heads", 12, at_most=MAX_WIDTH),
         activation=fields.choice("hidden_act", activation, ACTIVATIONS),
         epsilon=fields.number("layer_norm_eps", epsilon),
     )

@@ -65,26 +65,26 @@ class JsonFields:
             raise self.error(name, f"a string of up to {_MAX_SHOWN} characters")
         return value
 
-    def integer(self, name: str, default: int, *, most: int, least: int = 1) -> int:
-        return self._checked_integer(name, self.any(name, default), least, most)
+    def integer(self, name: str, default: int, *, at_most: int, at_least: int = 1) -> int:
+        return self._checked_integer(name, self.any(name, default), at_least, at_most)
 
-    def pair(self, name: str, default: int, *, most: int) -> tuple[int, int]:
+    def pair(self, name: str, default: int, *, at_most: int) -> tuple[int, int]:
         """(height, width), from an integer for both or a list of the two."""
         value = self.any(name, default)
         if not isinstance(value, list):
             value = [value, value]
         if len(value) != 2:
             raise self.error(name, "one integer, or [height, width]")
-        return tuple(self._checked_integer(name, side, 1, most) for side in value)
+        return tuple(self._checked_integer(name, side, 1, at_most) for side in value)
 
     def integers(
-        self, name: str, default: tuple[int, ...], *, most: int, longest: int
+        self, name: str, default: tuple[int, ...], *, at_most: int, max_length: int
     ) -> tuple[int, ...]:
-        """1 to `longest` integers from 1 to `most`."""
+        """1 to `max_length` integers from 1 to `at_most`."""
         value = self.any(name, list(default))
-        if not isinstance(value, list) or not 1 <= len(value) <= longest:
-            raise self.error(name, f"a list of 1 to {longest} integers")
-        return tuple(self._checked_integer(name, item, 1, most) for item in value)
+        if not isinstance(value, list) or not 1 <= len(value) <= max_length:
+            raise self.error(name, f"a list of 1 to {max_length} integers")
+        return tuple(self._checked_integer(name, item, 1, at_most) for item in value)
 
     def number(self, name: str, default: float) -> float:
         """A finite, non-negative number."""
@@ -122,9 +122,9 @@ class JsonFields:
         value = value if len(value) < _MAX_SHOWN else value[:_MAX_SHOWN] + "..."
         return UserError(f"{self.path}: {name}={value} is not supported; it must be {allowed}.")
 
-    def _checked_integer(self, name: str, value: Any, least: int, most: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.error(name, f"an integer from {least} to {most}")
+    def _checked_integer(self, name: str, value: Any, low: int, high: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(name, f"an integer from {low} to {high}")
         return value
 
 
