@@ -19,6 +19,7 @@ from markupsafe import Markup
 from vitcls.analysis import classification, costs, figures, gallery, weighted
 from vitcls.analysis.predictions import Predictions
 from vitcls.analysis.run import Run, changed_fields
+from vitcls.decision.rule import fit_temperature
 from vitcls.errors import UserError
 
 _HERE = Path(__file__).parent
@@ -242,7 +243,8 @@ def _confidence(run: Run, split: str, unknown: np.ndarray | None) -> dict[str, A
         "unknown": None,
     }
     if shown["is_scaled"]:
-        shown["temperature"] = classification.fit_temperature(run.splits[select])
+        chosen = run.splits[select]
+        shown["temperature"] = fit_temperature(chosen.labels, chosen.logits)
         if shown["temperature"] is not None:
             scaled = classification.at_temperature(found, shown["temperature"])
             shown["scaled"] = classification.summarise(scaled, num_resamples=0)
