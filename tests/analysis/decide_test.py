@@ -1,12 +1,14 @@
 """A finished run gets its decision afterwards, by the score that suits unknown images."""
 
 import json
-from types import SimpleNamespace
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vitcls.analysis import decide
+from vitcls.analysis import deciding
 from vitcls.decision import kept
 from vitcls.errors import UserError
 from vitcls.predict.rows import write_rows
@@ -28,25 +30,18 @@ def finished(tmp_path):
     return run
 
 
-def run_with(*directories, precision=0.0, coverage=0.0, unknown="") -> None:
-    """The command with these flags, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, flag, value in (
-            ("_PRECISION", "target_precision", precision),
-            ("_COVERAGE", "target_coverage", coverage),
-            ("_UNKNOWN", "unknown", str(unknown)),
-        ):
-            patch.setattr(decide, name, SimpleNamespace(name=flag, value=value))
-        decide.main([str(directory) for directory in directories])
+def run_with(*directories, unknown="", **targets) -> list[str]:
+    targets = {f"target_{name}": value for name, value in targets.items()}
+    return list(deciding.decide(list(map(str, directories)), targets=targets, unknown=str(unknown)))
 
 
-def test_the_file_is_that_of_a_run_with_a_target(finished, capsys):
-    run_with(finished, precision=0.95)
+def test_the_file_is_that_of_a_run_with_a_target(finished):
+    lines = run_with(finished, precision=0.95)
     path = finished / "model/decision.json"
     content = json.loads(path.read_text())
     assert (content["step"], content["split"], content["tta"]) == (6, "holdout", "none")
     assert content["target_precision"] == 0.95 and content["score"] == "probability"
-    assert capsys.readouterr().out == f"{kept.describe(content)} -> {path}\n"
+    assert lines == [f"{kept.describe(content)} -> {path}"]
     run_with(finished, coverage=0.5)
     assert json.loads(path.read_text())["coverage"]["value"] == pytest.approx(0.5, abs=0.01)
 
@@ -72,9 +67,12 @@ def test_the_score_that_tells_unknown_images_apart_is_kept(finished, tmp_path, b
 
 
 def test_mistakes_have_their_messages(finished, tmp_path):
-    for values in ({}, {"precision": 0.9, "coverage": 0.9}, {"precision": 1.0}):
-        with pytest.raises(UserError, match="exactly one of --target_precision and --target_co"):
-            run_with(finished, **values)
+    result = subprocess.run(
+        [sys.executable, "-m", "vitcls.analysis.decide", str(finished), "--target_precision=1"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "Give exactly one of --target_precision and --target_coverage, above 0" in result.stderr
     with pytest.raises(UserError, match=r"results.json cannot be read .*: name the workdir of a f"):
         run_with(tmp_path, precision=0.9)
     (finished / "config.json").write_text('{"eval": {"select_split": ""}}')

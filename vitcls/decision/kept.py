@@ -111,19 +111,25 @@ def find(checkpoint: str | Path) -> dict[str, Any] | None:
     path = (Path(checkpoint).expanduser() if run is None else run.model) / NAME
     if not path.is_file():
         return None
-    remedy = "choose it again with vitcls.analysis.decide, or remove it to do without"
-    content = read_json(path, remedy=remedy)
-    try:
-        rule_of(content)
-        describe(content)
-    except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{path} cannot be used ({error}): {remedy}.") from error
+    content = read(path)
     if run is not None and content.get("step") != (step := run.step()):
         log.warning(
             "%s was chosen for step %s, and %s is step %d: it is not used.",
             path, content.get("step"), checkpoint, step,
         )  # fmt: skip
         return None
+    return content
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Returns the content of a `decision.json`; raises `UserError` if it is damaged."""
+    remedy = "choose it again with vitcls.analysis.decide, or remove it to do without"
+    content = read_json(path, remedy=remedy)
+    try:
+        rule_of(content)
+        describe(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be used ({error}): {remedy}.") from error
     return content
 
 
