@@ -57,6 +57,8 @@ def test_what_cannot_be_promised_rejects_every_image():
     assert measured["coverage"]["value"] == 0 and measured["precision"]["value"] is None
     highest = rule.highest_target(labels, logits, found)
     assert fit_rule(labels, logits, target_precision=highest).threshold is not None
+    assert fit_rule(labels, logits, target_precision=highest + 0.01).threshold is None
+    assert rule.highest_target(1 - logits.argmax(axis=1), logits, found) == 0  # all are wrong
 
 
 def test_few_images_all_right_promise_what_their_number_allows():

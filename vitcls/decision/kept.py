@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def decide(
     content = origin | targets | dataclasses.asdict(rule) | rule.measure(labels, logits)
     log.info("With --reject %s", describe(content))
     if rule.threshold is None:
-        highest = math.floor(100 * highest_target(labels, logits, rule)) / 100
+        highest = highest_target(labels, logits, rule)
         log.warning(
             "No threshold promises a precision of %g on the %d images of %s: --reject rejects "
             "every image. The highest target that they can promise is %g. Hold out more images "

@@ -118,17 +118,14 @@ def fit_rule(
     """
     # Without a mistake no temperature can be fitted, and the network's own probabilities stay.
     rule = Rule(fit_temperature(labels, logits) or 1.0, score)
-    scores, is_right = rule.scores(logits), logits.argmax(axis=1) == labels
-    order = np.argsort(-scores, kind="stable")
-    ranked, num = scores[order], len(scores)
-    # Equal scores are answered together: the number of scores at least as high, for each rank.
-    counts = np.searchsorted(-ranked, -ranked, side="right")
+    ranked, counts, num_right = _rank(rule, labels, logits)
+    num = len(ranked)
     if target_coverage:
         # A new image scores as high as the k-th of N with probability k / (N + 1), as in split
         # conformal prediction.
         num_answered = counts[min(num, math.ceil(target_coverage * (num + 1))) - 1]
     else:
-        num_answered = _num_for_precision(counts, np.cumsum(is_right[order]), target_precision)
+        num_answered = _num_for_precision(counts, num_right, target_precision)
     if not num_answered:
         return rule
     lowest = ranked[num_answered - 1]
@@ -151,29 +148,42 @@ def _num_for_precision(counts: np.ndarray, num_right: np.ndarray, target: float)
       target: The precision.
     """
     num = len(counts)
-    starts = _starts(num)
+    starts = np.unique(np.ceil(num * np.arange(1, _NUM_STARTS + 1) / _NUM_STARTS).astype(int))
     # A start that cannot pass even without a mistake is not a test; this looks at no prediction.
     starts = starts[lower_bound(starts, starts, error=_ERROR / _NUM_STARTS) >= target]
     starts = starts if starts.size else np.array([num])
-    bounds = lower_bound(num_right[counts - 1], counts, error=_ERROR / len(starts))
-    passes, num_answered = bounds >= target, 0
-    for rank in (starts - 1).tolist():
-        while rank < num and passes[rank]:
-            num_answered = max(num_answered, int(counts[rank]))
-            rank += 1
+    error, num_answered = _ERROR / len(starts), 0
+    for start in starts.tolist():
+        # An earlier sequence that came past this start has tested the rest.
+        rank = max(start - 1, num_answered)
+        while rank < num:
+            answered = int(counts[rank])
+            if lower_bound(num_right[answered - 1], answered, error=error) < target:
+                break
+            num_answered = rank = answered
     return num_answered
 
 
-def _starts(num: int) -> np.ndarray:
-    return np.unique(np.ceil(num * np.arange(1, _NUM_STARTS + 1) / _NUM_STARTS).astype(int))
-
-
 def highest_target(labels: np.ndarray, logits: np.ndarray, rule: Rule) -> float:
-    """Returns the highest `target_precision` that a rule with this score surely reaches."""
-    order = np.argsort(-rule.scores(logits), kind="stable")
-    starts = _starts(len(labels))
-    num_right = np.cumsum((logits.argmax(axis=1) == labels)[order])[starts - 1]
-    return float(lower_bound(num_right, starts, error=_ERROR / _NUM_STARTS).max())
+    """Returns the highest `target_precision`, in hundredths, that a rule with this score reaches.
+
+    0 if it reaches none.
+    """
+    _, counts, num_right = _rank(rule, labels, logits)
+    targets = (hundredths / 100 for hundredths in range(99, 0, -1))
+    return next((one for one in targets if _num_for_precision(counts, num_right, one)), 0.0)
+
+
+def _rank(
+    rule: Rule, labels: np.ndarray, logits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The scores, highest first; for each the number at least as high; and how many are right."""
+    scores, is_right = rule.scores(logits), logits.argmax(axis=1) == labels
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    # Equal scores are answered together.
+    counts = np.searchsorted(-ranked, -ranked, side="right")
+    return ranked, counts, np.cumsum(is_right[order])
 
 
 def lower_bound(num_right: Any, num: Any, *, error: float = _ERROR) -> np.ndarray:
