@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from vitcls.checkpoints import manager
 from vitcls.checkpoints.state import eval_variables_at, restore_state, state_items
 from vitcls.data.skipped import Skipped
-from vitcls.decision import kept
 from vitcls.errors import Interrupted
 from vitcls.evaluate.run_evaluator import RunEvaluator
 from vitcls.folders.workdir import Workdir
@@ -213,6 +212,8 @@ def _stop(
 
 def _finish(results: dict[str, Any], workdir: Workdir, config: ConfigDict) -> dict[str, Any]:
     if jax.process_index() == 0:
+        from vitcls.decision import kept  # imports scipy, which the start should not wait for
+
         kept.write_at_end(workdir, config, results)
         workdir.finish(results)
         print(last_line(results, workdir.path, splits=config.data.eval_splits))

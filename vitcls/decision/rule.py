@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy import optimize
 from scipy.special import betaincinv, log_softmax, logsumexp, softmax
 
 from vitcls.errors import UserError, unknown
@@ -86,6 +85,9 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float | None:
     that selected the checkpoint, never on the reported one. The loss is convex in 1 / temperature.
     None if every image is right: the loss would fall with the temperature without end.
     """
+    # Importing this takes a quarter of a second, which training should not wait for.
+    from scipy import optimize
+
     if (logits.argmax(1) == labels).all():
         return None
     logits, rows = logits.astype(np.float64), np.arange(len(labels))
