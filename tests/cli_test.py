@@ -23,8 +23,11 @@ def run(*args: str, module: str = "vitcls.main") -> subprocess.CompletedProcess:
     ("module", "flags"),
     [
         ("vitcls.main", "config workdir profile coordinator_address num_processes process_id"),
-        ("vitcls.evaluate", "checkpoint data data_dir split labels batch_size tta on_error output"),
-        ("vitcls.predict", "checkpoint images output top_k batch_size"),
+        (
+            "vitcls.evaluate",
+            "checkpoint data data_dir split labels batch_size tta reject on_error output",
+        ),
+        ("vitcls.predict", "checkpoint images output top_k reject batch_size"),
         (
             "vitcls.probe",
             "checkpoint data data_dir split train_split holdout per_class seed epochs batch_size "
@@ -46,6 +49,7 @@ def run(*args: str, module: str = "vitcls.main") -> subprocess.CompletedProcess:
             "vitcls.analysis.select",
             "candidates data data_dir train_split holdout per_class seed epochs batch_size output",
         ),
+        ("vitcls.analysis.decide", "target_precision target_coverage unknown"),
         ("launch.sweep", "config sweep workdir on jobs metrics dry_run"),
     ],
 )

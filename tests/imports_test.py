@@ -21,7 +21,7 @@ FLOORS = [
     {"folders"},
     {"cli", "checkpoints", "costs", "data"},
     {"pretrained"},
-    {"inference"},
+    {"decision", "inference"},
     {"run"},
     {"provenance"},
     {"evaluate", "export", "predict"},
@@ -30,7 +30,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Modules of vitcls/analysis that are commands.
-ANALYSES = {"report", "compare", "explain", "select", "reproduce", "results"}
+ANALYSES = {"report", "compare", "decide", "explain", "select", "reproduce", "results"}
 # What a machine without the data stack can import.
 LIGHT = {"augment", "models", "step"}
 LIGHT_PACKAGES = {"jax", "flax", "optax", "numpy", "vitcls"} | sys.stdlib_module_names

@@ -100,6 +100,7 @@ def test_a_run_leaves_what_the_contract_says(config, tmp_path, capsys):
     assert manifest["devices"]["count"] == 8 and manifest["pretrained"] is None
     assert json.loads((run / "model/config.json").read_text())["model_type"] == "vit"
     assert (run / "model/preprocessor_config.json").exists()
+    assert not (run / "model/decision.json").exists()
 
     lines = metric_lines(run)
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8]
@@ -111,6 +112,7 @@ def test_a_run_leaves_what_the_contract_says(config, tmp_path, capsys):
 
 
 def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, monkeypatch):
+    config.eval.target_coverage = 0.8
     whole = train.train_and_evaluate(config, tmp_path / "whole")
     for step in (3, 4):  # between evaluations, and at one
         with monkeypatch.context() as patch:
@@ -123,7 +125,13 @@ def test_a_run_stopped_and_continued_is_bit_for_bit_the_same(config, tmp_path, m
         patch.setattr(metrics, "add_sums", lambda *sums: kill() or add_sums(*sums))
         with pytest.raises(Interrupted, match="SIGUSR1: an evaluation stopped"):
             train.train_and_evaluate(config, tmp_path / "parts")
+    decisions = [tmp_path / name / "model/decision.json" for name in ("whole", "parts")]
+    assert not decisions[1].exists()
     parts = train.train_and_evaluate(config, tmp_path / "parts")
+    assert decisions[0].read_bytes() == decisions[1].read_bytes()
+    decision = json.loads(decisions[0].read_text())
+    assert decision["step"] == whole["selected_step"] and decision["split"] == "holdout"
+    assert decision["coverage"]["value"] == pytest.approx(0.8, abs=0.02)
     jax.tree.map(
         np.testing.assert_array_equal,
         final_items(tmp_path / "whole", 8),

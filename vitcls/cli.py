@@ -258,6 +258,15 @@ def define_batch_size() -> flags.FlagHolder:
     )  # fmt: skip
 
 
+def define_reject() -> flags.FlagHolder:
+    """Defines --reject, for `decision.kept.require`."""
+    return flags.DEFINE_bool(
+        "reject", False,
+        "Do not answer images below the threshold of the checkpoint's decision.json "
+        "(docs/decision.md).",
+    )  # fmt: skip
+
+
 def define_new_folder() -> flags.FlagHolder:
     """Defines --output, for `files.folder_aside`."""
     return flags.DEFINE(PATH, "output", None, "Folder to make; if it exists, it must be empty.")

@@ -214,6 +214,9 @@ def _stop(
 
 def _finish(results: dict[str, Any], workdir: Workdir, config: ConfigDict) -> dict[str, Any]:
     if jax.process_index() == 0:
+        from vitcls.decision import kept  # imports scipy, which the start should not wait for
+
+        kept.write_at_end(workdir, config, results)
         workdir.finish(results)
         print(last_line(results, workdir.path, splits=config.data.eval_splits))
     # The coordinator waits only a short while for the others.

@@ -9,6 +9,7 @@ from sklearn import metrics as sk
 
 from vitcls.analysis import classification, weighted
 from vitcls.analysis.predictions import Predictions
+from vitcls.decision.rule import fit_temperature
 
 
 def make(labels, logits) -> Predictions:
@@ -223,7 +224,7 @@ def test_temperature_is_where_torch_finds_the_least_loss():
     import torch
 
     found = make(CASES["random"].labels, 3 * CASES["random"].logits)
-    temperature = classification.fit_temperature(found)
+    temperature = fit_temperature(found.labels, found.logits)
     logits, labels = torch.tensor(found.logits).double(), torch.tensor(found.labels).long()
     inverse = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([inverse], max_iter=100, line_search_fn="strong_wolfe")
@@ -246,7 +247,7 @@ def test_temperature_is_where_torch_finds_the_least_loss():
 
 @pytest.mark.parametrize("name", ["no mistake", "all wrong", "one class at all", "all tied"])
 def test_temperature_stays_in_its_bounds(name):
-    temperature = classification.fit_temperature(CASES[name])
+    temperature = fit_temperature(CASES[name].labels, CASES[name].logits)
     assert temperature is None or 0.05 <= temperature <= 20.01
 
 
@@ -255,9 +256,9 @@ def test_no_temperature_is_fitted_where_all_are_right():
     logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 2]]
     labels, ids = np.array([0, 1, 2, 2]), np.arange(4).astype(str)
     found = Predictions(labels=labels, logits=logits, ids=ids)
-    assert classification.fit_temperature(found) is None
+    assert fit_temperature(found.labels, found.logits) is None
     wrong = Predictions(labels=labels[::-1], logits=logits, ids=ids)
-    assert classification.fit_temperature(wrong) is not None
+    assert fit_temperature(wrong.labels, wrong.logits) is not None
 
 
 def test_unknown_images_are_told_apart_as_scikit_learns_area_says():

@@ -17,6 +17,7 @@ from tests import forked
 from vitcls import cli, errors, pretrained
 from vitcls.analysis import explaining, gallery, page, predictions, report, run
 from vitcls.config.fields import default_config
+from vitcls.decision import kept
 from vitcls.models.vit_config import vit_config
 
 ROOT = Path(__file__).parents[2]
@@ -275,6 +276,26 @@ def test_images_of_data_that_changed_are_not_shown(with_images):
     assert images == [None] and "the data have changed" in note
 
 
+def test_what_a_threshold_promised_and_keeps_is_shown(tmp_path):
+    workdir = make_run(tmp_path / "run")
+    results = json.loads((workdir / "results.json").read_text())
+    write(workdir / "results.json", results | {"selected_step": 4})
+    hold_out = predictions.read_predictions(workdir, "holdout")
+    origin = {"step": 4, "split": "holdout", "tta": "none"}
+    targets = {"target_coverage": 0.8}
+    decision = kept.decide(hold_out.labels, hold_out.logits, origin=origin, targets=targets)
+    write(workdir / "model/decision.json", decision)
+    text = check_page(page.render(run.read_run(workdir))).text
+    assert f"Promised: {kept.describe(decision)} Found: " in text and "60 images of test." in text
+    write(workdir / "model/decision.json", decision | {"threshold": None})
+    assert "images below any score" in check_page(page.render(run.read_run(workdir))).text
+    write(workdir / "model/decision.json", decision | {"step": 2})  # of other weights
+    assert run.read_run(workdir).decision == {}
+    write(workdir / "model/decision.json", {"coverage": "all"})
+    read = run.read_run(workdir)
+    assert read.decision == {} and "decision.json cannot be used" in " ".join(read.problems)
+
+
 def command(*args, **env) -> subprocess.CompletedProcess:
     return forked.run("vitcls.analysis.report", *map(str, args), **env)
 
@@ -286,7 +307,8 @@ def test_command_writes_the_page(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{workdir}: 0.") and result.stdout.endswith("report.html\n")
     found = check_page((workdir / "report.html").read_text())
-    assert "confidence tells 9 of them" in found.text and "over 1000 resamples" in found.text
+    assert "confidence tells 9 of them" in found.text and "and the energy with 1.0000" in found.text
+    assert "With --reject" not in found.text and "over 1000 resamples" in found.text
     assert not (workdir / "report.html.tmp").exists()
     assert command(workdir, "--noexplain").returncode == 0
 

@@ -62,6 +62,8 @@ def test_valid_config_passes_as_it_is():
         ("optim.restarts", (0,), "optim.restarts=(0,) must be steps above 0: (1000,)."),
         ("optim.restarts", (2.5,), "optim.restarts=(2.5,) must be steps above 0: (1000,)."),
         ("eval.select_metric", "acuracy", "Did you mean 'accuracy'?"),
+        ("eval.target_precision", 1.0, "eval.target_precision=1.0 is out of range: it must be at "),
+        ("eval.target_coverage", -0.1, "eval.target_coverage=-0.1 is out of range"),
         ("eval.tta", "flips", "Did you mean 'flip'?"),
         ("augment.policy", "randaugmnt", "Did you mean 'randaugment'?"),
         (
@@ -141,6 +143,24 @@ UNUSED = [
     ("eval.batch_size", 8, {"eval.select_split": "", "data.eval_splits": ()}, "data.eval_splits a"),
     ("eval.tta", "flip", {"eval.select_split": "", "data.eval_splits": ()}, "data.eval_splits and"),
     ("stall.eval_secs", 9.0, {"eval.select_split": "", "data.eval_splits": ()}, "data.eval_splits"),
+    (
+        "eval.target_coverage",
+        0.9,
+        {"eval.select_split": ""},
+        "it needs eval.select_split, and that",
+    ),
+    (
+        "eval.target_precision",
+        0.9,
+        {"eval.select_split": ""},
+        "it needs eval.select_split, and tha",
+    ),
+    (
+        "eval.target_coverage",
+        0.9,
+        {"eval.target_precision": 0.95},
+        "it needs eval.target_precision=0, and that is 0.95. Set it, or leave eval.target_coverage",
+    ),
     (
         "eval.every_steps",
         5,

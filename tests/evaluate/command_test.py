@@ -1,8 +1,10 @@
 """Any checkpoint on any split: torch's and scikit-learn's numbers, in the checkpoint's classes."""
 
+import dataclasses
 import functools
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from PIL import Image
 from tests import forked
 from vitcls.data import sources
 from vitcls.data.skipped import Skipped
+from vitcls.decision.kept import describe
+from vitcls.decision.rule import Rule
 from vitcls.errors import UserError
 from vitcls.evaluate import exact
 
@@ -166,8 +170,20 @@ def test_the_command_leaves_what_the_trainer_leaves(checkpoint, data, tmp_path):
     np.testing.assert_allclose(saved["logits"], logits, atol=1e-4)
     assert Skipped(output / "skipped.jsonl").count("test") == 1
     (output / "results.json").unlink()  # as if it had been killed: the list is its own, too
-    again = run(f"--checkpoint={checkpoint}", f"--data=folder:{data}", f"--output={output}")
+    # The same again, with half of the images rejected.
+    kept = shutil.copytree(checkpoint, tmp_path / "kept")
+    rule = Rule(threshold=float(np.median(Rule().scores(logits))))
+    decision = dataclasses.asdict(rule) | rule.measure(labels, logits) | {"split": "holdout"}
+    (kept / "decision.json").write_text(json.dumps(decision))
+    again = run(f"--checkpoint={kept}", f"--data=folder:{data}", f"--output={output}", "--reject")
     assert again.returncode == 0 and not (output / "skipped.jsonl").exists(), again.stderr
+    rejected = json.loads((output / "results.json").read_text())
+    assert rejected["accuracy"] == results["accuracy"] and "rejection" not in results
+    assert rejected["rejection"] == rule.measure(labels, logits)
+    assert rejected["rejection"]["num_answered"] == 15
+    *_, promised, found, _ = again.stdout.splitlines()
+    assert promised == f"promised {describe(decision)}"
+    assert found == promised.replace("promised", "found").replace("holdout", "test")
 
 
 def test_a_checkpoint_without_classes_is_refused(split, tmp_path):

@@ -70,6 +70,7 @@ def checkpoints(tmp_path_factory) -> Path:
     config.model.pretrained = str(root / "vit")
     config.optim.update(name="sgd", lr=1e-2)  # compiles faster than adamw
     config.train.update(total_steps=2, global_batch_size=8)
+    config.eval.target_coverage = 0.8
     train.train_and_evaluate(config, root / "run", devices=jax.devices()[:1])
     return root
 
@@ -103,9 +104,14 @@ def test_transformers_answers_as_the_original(name, checkpoints, images, tmp_pat
     assert record["largest_difference"] <= record["tolerance"]
     assert record["checked_with"] == ["transformers", "torch"]
     assert record["checkpoint"] == str(checkpoints / name) + ("@2" if name == "run" else "")
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.iterdir()} - {"decision.json"} == {
         "README.md", "config.json", "export.json", "model.safetensors", "preprocessor_config.json",
     }  # fmt: skip
+    assert (out / "decision.json").exists() == (name == "run")
+    if name == "run":
+        decision = (checkpoints / name / "model/decision.json").read_bytes()
+        assert (out / "decision.json").read_bytes() == decision
+        assert "### When it should not answer" in (out / "README.md").read_text()
     assert [path.name for path in tmp_path.rglob("*") if path.is_dir()] == ["deep", "out"]
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests import forked
+from vitcls.decision.rule import Rule
 from vitcls.errors import UserError
 from vitcls.predict import rows as prediction
 
@@ -140,7 +142,7 @@ def test_no_images(source, message, tmp_path):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("preds.txt", "--output=preds.txt must end in .csv or .jsonl, or be -"),
+        ("preds.txt", "--output=preds.txt must end in .csv, .jsonl or .npz, or be -"),
         ("gone/preds.csv", "--output=gone/preds.csv is a folder, or its folder does not exist"),
         ("folder.csv", "--output=folder.csv is a folder"),
     ],
@@ -171,11 +173,11 @@ def write(path, rows, **kwargs):
 def test_csv_and_json_lines_hold_the_same(tmp_path, capsys, caplog):
     caplog.set_level(logging.ERROR, "vitcls")  # pytest-xdist cannot send the bad name in a report
     odd = BAD | {"image": "caf\udce9.png"}  # a name that is no UTF-8
-    assert write(tmp_path / "p.jsonl", [GOOD, odd]) == 1
+    assert write(tmp_path / "p.jsonl", [GOOD, odd]) == (1, 0)
     lines = (tmp_path / "p.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [GOOD, odd]
 
-    assert write(tmp_path / "p.csv", [GOOD, odd]) == 1
+    assert write(tmp_path / "p.csv", [GOOD, odd]) == (1, 0)
     text = (tmp_path / "p.csv").read_text(encoding="utf-8", errors="surrogateescape")
     first, second = csv.DictReader(io.StringIO(text))
     assert list(first) == [
@@ -188,6 +190,48 @@ def test_csv_and_json_lines_hold_the_same(tmp_path, capsys, caplog):
     write("-", [one], top_k=1)
     assert capsys.readouterr().out == (
         'image,label,probability,error\n"a,b.png","the ""dog""",0.75,\n'
+    )
+
+
+def test_a_rejected_image_has_no_label_in_csv_and_says_so_in_json_lines(tmp_path):
+    rows = [GOOD | {"rejected": True}, GOOD | {"rejected": False}, BAD]
+    assert write(tmp_path / "p.csv", rows) == (1, 1)
+    rejected, answered, _ = csv.DictReader((tmp_path / "p.csv").open())
+    assert list(rejected.values()) == ["a,b.png", "", "0.75", "", "0.1", ""]
+    assert list(answered.values()) == ["a,b.png", 'the "dog"', "0.75", "ant", "0.1", ""]
+    assert write(tmp_path / "p.jsonl", rows) == (1, 1)
+    assert [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()] == rows
+
+
+def test_npz_has_the_logits_of_what_can_be_read(tmp_path):
+    odd = GOOD | {"image": "caf\udce9.png", "logits": np.float32([1, 2, 3])}
+    assert write(tmp_path / "p.npz", [odd, BAD, GOOD | {"logits": np.zeros(3)}]) == (1, 0)
+    with np.load(tmp_path / "p.npz") as arrays:
+        np.testing.assert_array_equal(arrays["logits"], np.float32([[1, 2, 3], [0, 0, 0]]))
+        assert arrays["logits"].dtype == np.float32
+        assert arrays["ids"].tolist() == ["caf?.png", "a,b.png"]
+    prediction.check_output(str(tmp_path / "p.npz"))  # which may be written again
+
+
+def test_a_rule_calibrates_and_rejects_and_logits_are_the_networks(checkpoint, photos):
+    paths = [str(photos / name) for name in ALL]
+    plain = list(prediction.predict_files(checkpoint, paths, top_k=6))
+    kept = list(prediction.predict_files(checkpoint, paths, top_k=6, keep_logits=True))
+    for one, other in zip(plain, kept, strict=True):
+        assert [x["label"] for x in one["predictions"]] == [
+            x["label"] for x in other["predictions"]
+        ]
+        assert [x["probability"] for x in other["predictions"]] == pytest.approx(
+            [x["probability"] for x in one["predictions"]], abs=1e-6
+        )
+    logits = np.stack([row["logits"] for row in kept])
+    surest = np.sort(Rule(temperature=3.0).scores(logits))
+    rule = Rule(temperature=3.0, threshold=float(surest[2:4].mean()))
+    rows = list(prediction.predict_files(checkpoint, paths, rule=rule))
+    assert [row["rejected"] for row in rows] == (~rule.is_answered(logits)).tolist()
+    assert sum(row["rejected"] for row in rows) == 3
+    assert [row["predictions"][0]["probability"] for row in rows] == pytest.approx(
+        rule.probabilities(logits).max(axis=1), abs=1e-6
     )
 
 
@@ -248,6 +292,22 @@ def test_the_command_reports_unreadable_images_and_goes_on(checkpoint, photos, t
     assert good["label"] in NAMES and good["error"] == ""
     assert cut["label"] == "" and "Not a readable image" in cut["error"]
     assert gone["error"] == "Cannot be read: No such file or directory."
+
+
+def test_reject_applies_the_decision_of_the_checkpoint(checkpoint, photos, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "kept")
+    args = f"--checkpoint={folder}", f"--images={photos}/grey.jpg", "--reject"
+    everything = {"value": 0.0, "low": 0.0, "high": 0.1}
+    decision = {"temperature": 2.0, "score": "energy", "threshold": None, "split": "holdout"}
+    decision |= {"num_images": 40, "coverage": everything, "precision": everything}
+    (folder / "decision.json").write_text(json.dumps(decision))
+    result = run(*args)
+    assert result.returncode == 0, result.stderr
+    header, row = csv.reader(io.StringIO(result.stdout))
+    assert header == ["image", "label", "probability", "error"]
+    assert row[1] == "" and 0 < float(row[2]) < 1 and row[3] == ""
+    assert "every image is rejected" in result.stderr
+    assert "1 images, 1 rejected" in result.stderr
 
 
 def test_rows_on_a_terminal_of_any_encoding_are_those_of_a_file(checkpoint, photos, tmp_path):

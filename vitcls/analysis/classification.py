@@ -7,11 +7,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy import optimize, stats
-from scipy.special import log_softmax
 
 from vitcls.analysis import weighted
 from vitcls.analysis.predictions import Predictions
+from vitcls.decision import rule
 
 NUM_RESAMPLES = 1000
 _LEVEL = 0.95
@@ -20,7 +19,6 @@ _MAX_PROBABILITIES = 1_000_000_000
 # With fewer resamples an interval would say little.
 _MIN_RESAMPLES = 200
 _CHUNK = 4_000_000  # weights in memory at once
-_TEMPERATURES = (0.05, 20.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +103,7 @@ def surely_above(num_right: int, num: int) -> float:
     The exact one-sided binomial bound (Clopper and Pearson 1934). A bootstrap interval says nothing
     about data without a mistake: its resamples have none either.
     """
-    test = stats.binomtest(num_right, num, alternative="greater")
-    return float(test.proportion_ci(_LEVEL, method="exact").low)
+    return float(rule.lower_bound(num_right, num))
 
 
 def confusion(found: Predictions) -> np.ndarray:
@@ -169,26 +166,6 @@ def reliability(found: Predictions) -> dict[str, np.ndarray]:
         "confidence": np.bincount(bins, confidence, weighted.NUM_BINS)[kept] / images[kept],
         "accuracy": np.bincount(bins, is_right, weighted.NUM_BINS)[kept] / images[kept],
     }
-
-
-def fit_temperature(found: Predictions) -> float | None:
-    """Returns the temperature, from 0.05 to 20, with the lowest log-loss on these predictions.
-
-    Guo et al. 2017 (arXiv:1706.04599), section 4.2; logits are divided by it. Fit it on the split
-    that selected the checkpoint, never on the reported one. The loss is convex in 1 / temperature.
-    None if every image is right: the loss would fall with the temperature without end.
-    """
-    if (found.logits.argmax(1) == found.labels).all():
-        return None
-    logits, rows = found.logits.astype(np.float64), np.arange(len(found.labels))
-
-    def loss(inverse: float) -> float:
-        return -log_softmax(logits * inverse, axis=1)[rows, found.labels].mean()
-
-    low, high = _TEMPERATURES
-    fitted = optimize.minimize_scalar(loss, bounds=(1 / high, 1 / low), method="bounded",
-                                      options={"xatol": 1e-6})  # fmt: skip
-    return float(1 / fitted.x)
 
 
 def at_temperature(found: Predictions, temperature: float) -> Predictions:

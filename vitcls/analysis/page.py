@@ -19,6 +19,8 @@ from markupsafe import Markup
 from vitcls.analysis import classification, costs, figures, gallery, weighted
 from vitcls.analysis.predictions import Predictions
 from vitcls.analysis.run import Run, changed_fields
+from vitcls.decision import kept
+from vitcls.decision.rule import Rule, fit_temperature
 from vitcls.errors import UserError
 
 _HERE = Path(__file__).parent
@@ -56,6 +58,7 @@ def render(
     *,
     split: str = "",
     unknown: np.ndarray | None = None,
+    unknown_logits: np.ndarray | None = None,
     explain: gallery.Explain | None = None,
 ) -> str:
     """Returns the page.
@@ -64,6 +67,7 @@ def render(
       run: The run to report.
       split: The split to show in detail; empty: the first one.
       unknown: Confidence for images of unknown classes, float64 (M,).
+      unknown_logits: Their logits, float32 (M, K), if they are known.
       explain: Makes the pictures of each image in the galleries; None: the image itself.
 
     Raises:
@@ -94,7 +98,7 @@ def render(
     ).decode()
     if split:
         context |= _details(run, run.splits[split], split, explain=explain)
-        context |= _confidence(run, split, unknown)
+        context |= _confidence(run, split, unknown, unknown_logits)
     context["augmented"], context["augmented_note"] = gallery.augmented_tiles(run)
     return environment().get_template("report.html.jinja").render(context)
 
@@ -219,7 +223,9 @@ def _details(
     }
 
 
-def _confidence(run: Run, split: str, unknown: np.ndarray | None) -> dict[str, Any]:
+def _confidence(
+    run: Run, split: str, unknown: np.ndarray | None, unknown_logits: np.ndarray | None
+) -> dict[str, Any]:
     """The template's values for how far the probabilities can be trusted."""
     found = run.splits[split]
     probabilities = found.probabilities
@@ -240,13 +246,32 @@ def _confidence(run: Run, split: str, unknown: np.ndarray | None) -> dict[str, A
         ],
         "is_scaled": select in run.splits and select != split,
         "unknown": None,
+        "energy": None,
     }
     if shown["is_scaled"]:
-        shown["temperature"] = classification.fit_temperature(run.splits[select])
+        chosen = run.splits[select]
+        shown["temperature"] = fit_temperature(chosen.labels, chosen.logits)
         if shown["temperature"] is not None:
             scaled = classification.at_temperature(found, shown["temperature"])
             shown["scaled"] = classification.summarise(scaled, num_resamples=0)
+    shown |= _rejection(run, split)
     if unknown is not None:
         shown["unknown"] = classification.unknown_auroc(probabilities.max(1), unknown)
         shown["num_unknown"] = len(unknown)
+    if unknown_logits is not None:
+        known, others = (Rule(score="energy").scores(x) for x in (found.logits, unknown_logits))
+        shown["energy"] = classification.unknown_auroc(known, others)
     return shown
+
+
+def _rejection(run: Run, split: str) -> dict[str, Any]:
+    """The template's values for what the run's rule promised, and keeps on one split."""
+    if not run.decision:
+        return {"decision": None}
+    rule, found = kept.rule_of(run.decision), run.splits[split]
+    measured = rule.measure(found.labels, found.logits) | {"split": split}
+    return {
+        "decision": run.decision,
+        "promised": kept.describe(run.decision),
+        "kept": kept.describe(measured) if split != run.decision["split"] else "",
+    }

@@ -97,6 +97,25 @@ def _check(path: Path, found: Predictions) -> None:
         )
 
 
+def read_logits(path: Path) -> np.ndarray:
+    """The logits in an npz file of `vitcls.predict`, float32 (N, K), without any labels.
+
+    Raises:
+      UserError: The file is not such a file, or has no images.
+    """
+    remedy = "make it with vitcls.predict --output=FILE.npz"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            logits = arrays["logits"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; {remedy}.") from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} has no logits that can be read ({error}); {remedy}.") from error
+    if logits.ndim != 2 or not logits.size or not np.isfinite(logits).all():
+        raise UserError(f"{path} must have finite logits (N, K), one image or more; {remedy}.")
+    return logits
+
+
 def read_confidence(path: Path) -> np.ndarray:
     """The largest probability for each image, float64 (N,); labels do not matter.
 

@@ -29,8 +29,8 @@ _SPLIT = flags.DEFINE_string(
 )
 _UNKNOWN = flags.DEFINE(
     cli.PATH, "unknown", "",
-    "Predictions for images of none of the classes, CSV of vitcls.predict or npz with logits: how "
-    "well confidence tells them apart; empty: it is not measured.",
+    "Predictions for images of none of the classes, CSV or npz of vitcls.predict: how well "
+    "confidence, and with npz the energy, tells them apart; empty: it is not measured.",
 )  # fmt: skip
 _EXPLAIN = flags.DEFINE_bool(
     "explain", True, "Maps of where the network looked, next to the images; needs the checkpoint."
@@ -64,11 +64,14 @@ def main(directories: list[str]) -> None:
         ) from error
 
     unknown = predictions.read_confidence(Path(_UNKNOWN.value)) if _UNKNOWN.value else None
+    has_logits = _UNKNOWN.value.endswith(".npz")
+    logits = predictions.read_logits(Path(_UNKNOWN.value)) if has_logits else None
     for workdir, output in zip(workdirs, outputs, strict=True):
         text = page.render(
             run.read_run(workdir),
             split=_SPLIT.value,
             unknown=unknown,
+            unknown_logits=logits,
             explain=explaining.for_gallery(workdir) if _EXPLAIN.value else None,
         )
         with written_aside(output) as aside:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vitcls.analysis import predictions
 from vitcls.config.fields import default_config
 from vitcls.config.parse import flatten
+from vitcls.decision import kept
 from vitcls.errors import UserError
 from vitcls.folders.workdir import Workdir
 from vitcls.provenance.saved_config import restore_config
@@ -26,6 +27,7 @@ class Run:
       results: `results.json`.
       history: The lines of `metrics.jsonl`, in file order.
       splits: Predictions by split name, those of `data.eval_splits` first.
+      decision: `model/decision.json`, if it is of the evaluated weights.
       class_names: The name of each class, in the order of the labels; empty if unknown.
       problems: What is missing or unreadable, a sentence each.
     """
@@ -38,6 +40,7 @@ class Run:
     splits: dict[str, predictions.Predictions]
     class_names: tuple[str, ...]
     problems: list[str]
+    decision: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def select_split(self) -> str:
@@ -89,7 +92,20 @@ def read_run(workdir: Path) -> Run:
         splits=found,
         class_names=names,
         problems=problems,
+        decision=_read_decision(workdir, results, problems),
     )
+
+
+def _read_decision(workdir: Path, results: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    path = Workdir(workdir).decision
+    if not path.is_file():
+        return {}
+    try:
+        content = kept.read(path)
+    except UserError as error:
+        problems.append(str(error))
+        return {}
+    return content if content.get("step") == results.get("selected_step") else {}
 
 
 def _group(content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import signal
 import textwrap
 
 from vitcls.config.checks import bounds
-from vitcls.config.field import Field
+from vitcls.config.field import SET, Field
 from vitcls.config.fields import FIELDS
 
 
@@ -23,7 +23,7 @@ def describe(name: str, field: Field) -> str:
     if field.at_least is not None:
         facts.append(f"Allowed: {bounds(field)}.")
     if field.needs:
-        needed = [f"{other}={value!r}" if value else other for other, value in field.needs.items()]
+        needed = [key if x is SET else f"{key}={x!r}" for key, x in field.needs.items()]
         facts.append(f"Needs {' and '.join(needed)}.")
     if field.may_change:
         facts.append("May change when a run is continued.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vitcls.config.field import Field
+from vitcls.config.field import SET, Field
 from vitcls.config.fields import FIELDS, default_config
 from vitcls.config.parse import flatten, parse_fold, read_class_weights
 from vitcls.errors import UserError, unknown
@@ -18,11 +18,7 @@ Flat = dict[str, Any]
 # (fields, whether they have no effect, and why): conditions that `Field.needs` cannot express. A
 # field that is 0 or "" is off and needs nothing.
 _UNUSED: tuple[tuple[tuple[str, ...], Callable[[Flat], bool], str], ...] = (
-    (
-        ("data.holdout",),
-        lambda flat: bool(flat["data.fold"]),
-        "data.fold says what is held out",
-    ),
+    (("data.holdout",), lambda flat: bool(flat["data.fold"]), "data.fold says what is held out"),
     (
         ("data.holdout",),
         lambda flat: "holdout" not in (flat["eval.select_split"], *flat["data.eval_splits"]),
@@ -130,8 +126,8 @@ def unused_fields(flat: Flat) -> dict[str, str]:
     unused = {}
     for name, field in FIELDS.items():
         for other, value in field.needs.items():
-            if not (flat[other] == value if value else flat[other]):
-                needed = f"{other}={value!r}" if value else other
+            if not (flat[other] if value is SET else flat[other] == value):
+                needed = other if value is SET else f"{other}={value!r}"
                 unused.setdefault(name, f"it needs {needed}, and that is {flat[other]!r}. Set it")
     for fields, is_unused, why in _UNUSED:
         if is_unused(flat):

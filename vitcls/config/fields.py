@@ -306,6 +306,11 @@ FIELDS: dict[str, Field] = {
         "Evaluations of eval.select_split in a row without a better score after which training "
         "ends early. 0: no limit. The learning rate still follows train.total_steps.",
         at_least=0, needs={"eval.select_split": SET}),
+    "eval.target_precision": Field(0.0,
+        "Share of right answers that vitcls.predict --reject promises. 0: no decision.json.",
+        at_least=0, below=1, needs={"eval.select_split": SET}, may_change=True),
+    "eval.target_coverage": Field(0.0, "Instead, share of images that --reject answers.", below=1,
+        at_least=0, may_change=True, needs={"eval.select_split": SET, "eval.target_precision": 0}),
     "eval.batch_size": Field(0,
         "Images per evaluation step over all devices. 0: train.global_batch_size.",
         at_least=0, may_change=True),

@@ -11,6 +11,9 @@ other names, such as ImageNet from tfds and from the hub.
 
 Data without splits are divided as the checkpoint's run divided them. A warning gives the number of
 images that the run was trained on, which is also trained_on in the results.
+
+--reject adds how many images are answered above the threshold of the checkpoint's decision.json,
+and how many of these rightly, as "rejection" in the results. docs/decision.md has more.
 """
 
 from pathlib import Path
@@ -33,6 +36,7 @@ _TTA = flags.DEFINE_enum(
     "tta", "none", ["none", "flip"],
     "Test-time augmentation: flip averages the logits of image and mirror image.",
 )  # fmt: skip
+_REJECT = cli.define_reject()
 _ON_ERROR = cli.define_on_error()
 _OUTPUT = flags.DEFINE(
     cli.PATH,
@@ -61,11 +65,13 @@ def main() -> None:
         )  # fmt: skip
     # These import jax, so they follow the checks of the flags.
     from vitcls.data.skipped import Skipped
+    from vitcls.decision import kept
     from vitcls.evaluate import exact
     from vitcls.provenance import records, seen
     from vitcls.provenance.results import count_images
 
     cli.prepare_jax()
+    rule, promised = kept.require(checkpoint, tta=_TTA.value) if _REJECT.value else (None, None)
     split, known = seen.open_split(checkpoint, data, _SPLIT.value, data_dir=_DATA_DIR.value or None)
     trained_on = seen.count_and_warn(known, split, data)
     skipped = None
@@ -83,17 +89,22 @@ def main() -> None:
         skipped=skipped,
     )
     metrics["trained_on"] = trained_on
+    rejection = rule and rule.measure(predictions["labels"], predictions["logits"])
     if output is not None:
         # results.json comes first: it marks the folder as made by this command.
         origin = {"checkpoint": checkpoint, "data": data, "split": split.name}
         origin["fingerprint"] = split.fingerprint
-        write_json(output / "results.json", origin | metrics)
+        rejected = {"rejection": rejection} if rejection else {}
+        write_json(output / "results.json", origin | metrics | rejected)
         ids = [split.id(index) for index in predictions.pop("index").tolist()]
         records.save_predictions(
             output / "predictions" / f"{split.name}.npz", ids=ids, **predictions
         )
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    if rejection:
+        print(f"promised {kept.describe(promised)}")
+        print(f"found {kept.describe(rejection | {'split': split.name})}")
     print(f"{split.name} accuracy {metrics['accuracy']:.4f} ({count_images(metrics)})")
 
 

@@ -6,7 +6,8 @@
 --format=stablehlo: one program for CPU, CUDA and TPU and any batch size, from uint8 images to
 probabilities. It needs jax and safetensors only.
 
-docs/export.md describes both.
+docs/export.md describes both. A checkpoint's decision.json, which says when the network should not
+answer (docs/decision.md), is written too, and the card says how to apply it.
 
 The outputs of the exported network are compared with those of the original; export.json has the
 largest difference. The folder appears after this comparison. If anything fails, nothing is left.

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from vitcls import __version__, inference, pretrained
-from vitcls.export import model_card
+from vitcls.decision import kept
+from vitcls.export import model_card, rejection
 from vitcls.files import folder_aside, write_json
 from vitcls.pretrained.files import formats
 from vitcls.pretrained.run import find_run
@@ -89,6 +90,7 @@ class Source(NamedTuple):
     model: nn.Module
     variables: Mapping[str, Any]
     processor: pretrained.Processor
+    decision: dict[str, Any] | None  # content of its decision.json
 
     def card(self, name: str, *, library: str, usage: str) -> str:
         return model_card.make_card(
@@ -161,7 +163,7 @@ def _load(checkpoint: str) -> Source:
         origin, location = model_card.origin_of_files(files), files.directory
     model, variables, processor = pretrained.load(location)
     inference.check_has_head(checkpoint, processor)
-    return Source(origin, model, variables, processor)
+    return Source(origin, model, variables, processor, kept.find(location))
 
 
 def _random_images(size: tuple[int, int]) -> list[Image.Image]:
@@ -181,9 +183,10 @@ def write_huggingface(directory: Path, name: str, source: Source) -> Check:
       name: The name of the network in the card.
       source: The network.
     """
-    _, model, variables, processor = source
+    _, model, variables, processor, decision = source
     pretrained.save(directory, model, variables, processor)
-    card = source.card(name, library="transformers", usage=_HUGGINGFACE_USAGE)
+    usage = _HUGGINGFACE_USAGE + rejection.write(directory, decision, has_logits=True)
+    card = source.card(name, library="transformers", usage=usage)
     (directory / "README.md").write_text(card, encoding="utf-8")
     images = _random_images(processor.size)
     apply = jax.jit(functools.partial(model.apply, train=False))
@@ -227,7 +230,7 @@ def write_stablehlo(directory: Path, name: str, source: Source) -> Check:
       name: The name of the network in the card.
       source: The network.
     """
-    _, model, variables, processor = source
+    _, model, variables, processor, decision = source
     predict = make_predict_step(processor.normalise, model.apply)
 
     def program(weights, images):
@@ -249,6 +252,7 @@ def write_stablehlo(directory: Path, name: str, source: Source) -> Check:
     usage = _STABLEHLO_USAGE.format(
         loader=make_loader(processor), version=jax.__version__, platforms=", ".join(PLATFORMS)
     )
+    usage += rejection.write(directory, decision, has_logits=False)
     card = source.card(name, library="jax", usage=usage)
     (directory / "README.md").write_text(card, encoding="utf-8")
 

@@ -17,6 +17,7 @@ class Workdir:
       path: The folder itself.
       checkpoints: Folder of the saved steps.
       config: The config, as JSON.
+      decision: When the network answers, as JSON; a run with a target has it.
       manifest: What computed the run, from which data and weights, as JSON.
       metrics: Lines of metrics, as JSON.
       model: Folder with the network's config and processor.
@@ -36,6 +37,7 @@ class Workdir:
         self.manifest = self.path / "manifest.json"
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / "model"
+        self.decision = self.model / "decision.json"
         self.nonfinite = self.path / "nonfinite.jsonl"
         self.predictions = self.path / "predictions"
         self.profile = self.path / "profile"

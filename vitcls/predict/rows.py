@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ import numpy as np
 from vitcls import inference
 from vitcls.data import images
 from vitcls.data.sources import image_files
+from vitcls.decision.rule import Rule
 from vitcls.errors import UserError
 from vitcls.files import written_aside
 from vitcls.folders import ownership
@@ -31,7 +32,7 @@ from vitcls.step import eval_step, sharding
 log = logging.getLogger("vitcls")
 
 # {"image": path, "predictions": [{"label": ..., "probability": ...}, ...]}, likeliest first, or
-# {"image": path, "error": reason}.
+# {"image": path, "error": reason}. "rejected" is added with a rule, "logits" (K,) on demand.
 Row = dict[str, Any]
 
 _NUM_LOGGED = 10  # unreadable images; the output has them all
@@ -84,7 +85,13 @@ def _read_list(path: Path) -> list[str]:
 
 
 def predict_files(
-    checkpoint: str | Path, paths: list[str], *, top_k: int = 1, batch_size: int = 0
+    checkpoint: str | Path,
+    paths: list[str],
+    *,
+    top_k: int = 1,
+    batch_size: int = 0,
+    rule: Rule | None = None,
+    keep_logits: bool = False,
 ) -> Iterator[Row]:
     """Loads a checkpoint, compiles, and returns one row per path, in order.
 
@@ -93,6 +100,8 @@ def predict_files(
       paths: One image file or more. A file that cannot be read gives a row with its error.
       top_k: Number of classes in a row.
       batch_size: See `inference.compile_step`.
+      rule: Calibrates probabilities and says which images are rejected; None: neither.
+      keep_logits: Whether a row has the logits.
 
     Raises:
       UserError: The checkpoint is missing, has no classes, or has fewer than `top_k`. The iterator
@@ -105,11 +114,14 @@ def predict_files(
             f"--top_k={top_k} is out of range: the checkpoint has {len(names)} classes. Use 1 to "
             f"{len(names)}."
         )
+    answer = eval_step.make_predict_step(processor.normalise, model.apply)
+    if rule is not None or keep_logits:
+
+        def answer(variables, images):
+            return model.apply(variables, processor.normalise(images), train=False)
+
     step, batch_size = inference.compile_step(
-        jax.jit(
-            eval_step.make_predict_step(processor.normalise, model.apply),
-            out_shardings=sharding.batch_sharding(mesh),
-        ),
+        jax.jit(answer, out_shardings=sharding.batch_sharding(mesh)),
         variables,
         jax.ShapeDtypeStruct((*processor.size, 3), np.uint8),
         mesh=mesh,
@@ -132,11 +144,21 @@ def predict_files(
             answers = np.asarray(result)[: len(chunk)]
             shown = [row for row, (_, found) in enumerate(chunk) if not isinstance(found, str)]
             inference.check_answers(answers[shown], [chunk[row][0] for row in shown].__getitem__)
-            for (path, found), probabilities in zip(chunk, answers, strict=True):
+            for row, (path, found) in enumerate(chunk):
                 if isinstance(found, str):
                     yield {"image": path, "error": found}
                 else:
-                    yield {"image": path, "predictions": _top(probabilities, names, top_k)}
+                    yield {"image": path} | describe(answers[row])
+
+    def describe(answer: np.ndarray) -> Row:
+        if rule is None and not keep_logits:
+            return {"predictions": _top(answer, names, top_k)}
+        chosen, row = rule or Rule(), {"logits": answer} if keep_logits else {}
+        probabilities = chosen.probabilities(answer[None])[0].astype(np.float32)
+        row["predictions"] = _top(probabilities, names, top_k)
+        if rule is not None:
+            row["rejected"] = not rule.is_answered(answer[None])[0]
+        return row
 
     return rows()
 
@@ -180,33 +202,35 @@ def check_output(output: str) -> None:
     if output == "-":
         return
     path = Path(output)
-    if path.suffix not in (".csv", ".jsonl"):
-        raise UserError(f"--output={output} must end in .csv or .jsonl, or be - for CSV here.")
+    if path.suffix not in (".csv", ".jsonl", ".npz"):
+        raise UserError(
+            f"--output={output} must end in .csv, .jsonl or .npz, or be - for CSV here."
+        )
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(
             f"--output={output} is a folder, or its folder does not exist; name a file."
         )
-    ownership.check_file(
-        "--output", path,
-        is_own=lambda: ownership.has_keys(path, "image")
-        if path.suffix == ".jsonl"
-        else ownership.has_text(path, "image,label", at_start=True),
-    )  # fmt: skip
+    is_own = {
+        ".csv": lambda: ownership.has_text(path, "image,label", at_start=True),
+        ".jsonl": lambda: ownership.has_keys(path, "image"),
+        ".npz": lambda: ownership.has_text(path, "logits.npy"),
+    }[path.suffix]
+    ownership.check_file("--output", path, is_own=is_own)
 
 
-def write_rows(rows: Iterable[Row], output: str, *, top_k: int, num_rows: int) -> int:
-    """Writes CSV or JSON lines, by the suffix, and reports images that cannot be read.
+def write_rows(rows: Iterable[Row], output: str, *, top_k: int, num_rows: int) -> tuple[int, int]:
+    """Writes CSV, JSON lines or npz, by the suffix, and reports images that cannot be read.
 
     The file appears when it is complete.
 
     Args:
-      rows: From `predict_files`.
+      rows: From `predict_files`, with logits for npz.
       output: A path, or "-" for CSV to standard output.
       top_k: Number of classes in a row.
       num_rows: Number of rows.
 
     Returns:
-      The number of images that cannot be read.
+      The number of images that cannot be read, and the number of those that are rejected.
 
     Raises:
       UserError: No image can be read.
@@ -214,11 +238,15 @@ def write_rows(rows: Iterable[Row], output: str, *, top_k: int, num_rows: int) -
     # A progress bar would be drawn between rows that go to the same terminal.
     if output != "-":
         rows = progress.track(rows, "predict", total=num_rows)
-    num_bad = 0
-    with _whole_file(output) as file:
-        write = _jsonl_writer(file) if output.endswith(".jsonl") else _csv_writer(file, top_k)
+    num_bad = num_rejected = 0
+    with _whole_file(output) as file, contextlib.ExitStack() as at_end:
+        if output.endswith(".npz"):
+            write = at_end.enter_context(_npz_writer(file.buffer))
+        else:
+            write = _jsonl_writer(file) if output.endswith(".jsonl") else _csv_writer(file, top_k)
         for row in rows:
             write(row)
+            num_rejected += row.get("rejected", False)
             if "error" in row:
                 num_bad += 1
                 if num_bad <= _NUM_LOGGED:
@@ -227,7 +255,7 @@ def write_rows(rows: Iterable[Row], output: str, *, top_k: int, num_rows: int) -
             raise UserError(
                 f"None of the {num_rows} images can be read, such as {row['image']}: {row['error']}"
             )
-    return num_bad
+    return num_bad, num_rejected
 
 
 @contextlib.contextmanager
@@ -247,6 +275,16 @@ def _whole_file(output: str) -> Iterator[TextIO]:
         yield file
 
 
+@contextlib.contextmanager
+def _npz_writer(file: BinaryIO) -> Iterator[Callable[[Row], Any]]:
+    """Yields a function of rows; at the end writes `logits` float32 (N, K) and `ids` (N,)."""
+    rows = []
+    yield lambda row: rows.append(row) if "error" not in row else None
+    # The text would need the error handler of file names, which numpy lacks.
+    ids = np.array([row["image"].encode("utf-8", "replace").decode() for row in rows])
+    np.savez_compressed(file, logits=np.array([row["logits"] for row in rows], np.float32), ids=ids)
+
+
 def _jsonl_writer(file: TextIO) -> Callable[[Row], Any]:
     return lambda row: file.write(json.dumps(row) + "\n")
 
@@ -259,6 +297,9 @@ def _csv_writer(file: TextIO, top_k: int) -> Callable[[Row], Any]:
 
     def write(row: Row) -> None:
         found = row.get("predictions", [{}] * top_k)
+        # An empty label cannot be mistaken for a class, whose name may be "rejected".
+        if row.get("rejected"):
+            found = [{"probability": one["probability"]} for one in found]
         cells = [cell for one in found for cell in (one.get("label"), one.get("probability"))]
         writer.writerow([row["image"], *cells, row.get("error")])
 
