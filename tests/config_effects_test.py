@@ -94,6 +94,7 @@ LEFT = {
     "model.pretrained": "needs a checkpoint",
     "loss.teacher": "needs a checkpoint",
     "train.total_epochs": "becomes train.total_steps",
+    "eval.patience": "only scores that stop improving show it, see train_test",
 }
 BASES = {
     "vit": {},

@@ -149,7 +149,7 @@ def test_hostile_names_are_text(tmp_path):
 
 def test_a_thousand_classes(tmp_path):
     names = [f"class {k} of a thousand, with a name as long as ImageNet's are" for k in range(1000)]
-    workdir = make_run(tmp_path / "run", names, num=3000)
+    workdir = make_run(tmp_path / "run", names, num=1200)
     found = check_page(page.render(run.read_run(workdir)))
     assert all(name in found.text for name in names)
     assert [attrs["class"] for tag, attrs in found.tags if tag == "img"] == ["map"]

@@ -13,6 +13,7 @@ from vitcls.costs import footprint
 from vitcls.errors import UserError
 from vitcls.run import program
 from vitcls.run.network import open_model
+from vitcls.run.opened import Run
 from vitcls.step import sharding
 
 NUM_CLASSES = 10
@@ -30,10 +31,9 @@ def make(*, devices=8, arch="vit_mu4", **fields) -> program.Program:
     names = tuple(map(str, range(NUM_CLASSES)))
     _, network, processor = open_model(config, names)
     mesh = sharding.make_mesh(-1, config.mesh.fsdp, devices=jax.devices()[:devices])
-    return program.make_program(
-        config, network, processor, mesh,
-        class_names=names, class_counts=np.ones(NUM_CLASSES, int),
-    )  # fmt: skip
+    counts = np.ones(NUM_CLASSES, int)
+    train_split = SimpleNamespace(class_names=names, class_counts=lambda: counts)
+    return Run(config, train_split, {}, None, network, processor, mesh).make_program()
 
 
 def analyse(made: program.Program) -> dict:
