@@ -60,7 +60,7 @@ class Processor:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the logits; empty if there is no head."""
+        """In the order of the logits; empty without a head."""
         return tuple(self.id2label.values())
 
     def pixels(self, image: Image.Image | np.ndarray) -> np.ndarray:

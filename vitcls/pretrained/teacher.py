@@ -43,7 +43,7 @@ def open_teacher(
       checkpoint: As `pretrained.load` takes it.
       student: How the student's images are normalised, their size, and its classes, which the
         teacher must have by name, in any order, perhaps among others.
-      dtype: Of the teacher's computation.
+      dtype: Type of the teacher's computation.
 
     Raises:
       UserError: the checkpoint does not exist, or it lacks one of the classes.
