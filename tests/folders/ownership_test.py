@@ -2,13 +2,11 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from vitcls.errors import UserError
 from vitcls.folders import ownership
 from vitcls.folders.workdir import Workdir
@@ -80,13 +78,6 @@ def test_a_manifest_of_another_program_is_none(content, tmp_path):
         Workdir(tmp_path).check_own()
 
 
-def run(module: str, *args: str, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env=os.environ | variables, check=False,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("module", "names", "args"),
     [
@@ -129,7 +120,7 @@ def test_every_command_refuses_to_write_over_what_is_not_its_own(module, names, 
     for name in names:
         write(tmp_path / "there" / name, '{"theirs": 1}')
     before = files_below(tmp_path)
-    result = run(module, *(arg.replace("{}", f"{tmp_path}/there") for arg in args))
+    result = forked.run(module, *(arg.replace("{}", f"{tmp_path}/there") for arg in args))
     assert result.returncode == 2, result.stderr
     told = result.stderr
     assert "has not written and would overwrite" in told or "is not an empty folder" in told
@@ -144,7 +135,7 @@ def test_weights_are_not_written_over_by_the_run_that_starts_from_them(tmp_path)
         (weights / name).parent.mkdir(parents=True, exist_ok=True)
         (weights / name).write_bytes(content)
     config = f"--config={ROOT}/configs/quickstart.py"
-    result = run(
+    result = forked.run(
         "vitcls.main", config, f"--config.model.pretrained={weights}", f"--workdir={weights}"
     )
     assert result.returncode == 2 and "holds config.json" in result.stderr

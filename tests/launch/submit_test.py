@@ -16,6 +16,7 @@ import yaml
 
 from launch import kubernetes, slurm, tpu_vm
 from launch.resources import Resources, job_name
+from tests import forked
 from vitcls.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +56,7 @@ def programs(tmp_path, monkeypatch) -> Path:
 
 
 def submit(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "launch.submit", "--config=configs/quickstart.py", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return forked.run("launch.submit", "--config=configs/quickstart.py", *args)
 
 
 # SLURM

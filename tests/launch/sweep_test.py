@@ -15,6 +15,7 @@ from launch import array
 from launch import trials as trials_lib
 from launch.resources import Resources
 from launch.stopping import StopRequest
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 SWEEP = (
@@ -25,8 +26,7 @@ SWEEP = (
 
 
 def sweep(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "launch.sweep", "--config=configs/quickstart.py", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return forked.run("launch.sweep", "--config=configs/quickstart.py", *args, timeout=600)
 
 
 @pytest.mark.parametrize(
