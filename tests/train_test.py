@@ -419,7 +419,9 @@ def test_profile_leaves_a_trace(config, tmp_path, num_steps):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_run_without_better_scores_ends_early_also_after_a_signal(config, tmp_path, monkeypatch):
+def test_a_run_without_better_scores_ends_early_also_after_a_signal(
+    config, tmp_path, monkeypatch, caplog
+):
     """The second evaluation, after step 4, and the third, after step 6, are not better."""
     config.eval.update(every_steps=2, patience=2)
     monkeypatch.setattr(run_evaluator, "select_score", lambda summary, metric: 0.5)
@@ -431,8 +433,12 @@ def test_a_run_without_better_scores_ends_early_also_after_a_signal(config, tmp_
     results = train.train_and_evaluate(config, tmp_path)
     assert results["step"] == 6 and results["stopped_early"]
     before = (tmp_path / "metrics.jsonl").read_text()
-    assert train.train_and_evaluate(config, tmp_path) == results
+    monkeypatch.setattr(train.log, "propagate", True)
+    with caplog.at_level("INFO", logger="vitcls"):
+        assert train.train_and_evaluate(config, tmp_path) == results
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    # More steps would not continue it, and are not advised.
+    assert "finished; eval.patience ended it after step 6." in caplog.text
 
 
 def test_selection_never_looks_at_the_test_split(config, tmp_path, monkeypatch):

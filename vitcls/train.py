@@ -167,10 +167,13 @@ def train_and_evaluate(
 
 def _say_finished(results: dict[str, Any], workdir: Workdir, config: ConfigDict) -> dict[str, Any]:
     if jax.process_index() == 0:
-        log.info(
-            "This run is finished; raise train.total_steps or train.total_epochs to continue it "
-            "(optim.restarts sets how the learning rate continues)."
+        how = (
+            "raise train.total_steps or train.total_epochs to continue it (optim.restarts sets how "
+            "the learning rate continues)."
         )
+        if results.get("stopped_early"):
+            how = f"eval.patience ended it after step {results['step']}."
+        log.info("This run is finished; %s", how)
         print(last_line(results, workdir.path, splits=config.data.eval_splits))
     return results
 

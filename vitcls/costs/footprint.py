@@ -14,6 +14,7 @@ from vitcls.costs import chips, traffic
 from vitcls.costs.collectives import find_collectives
 from vitcls.logs.parameters import bytes_per_device
 from vitcls.processes.memory import available_memory
+from vitcls.step import sharding
 
 # Share of the free memory that a step may use; the compiler does not count fragments or the host.
 SHARE = 0.8
@@ -108,7 +109,7 @@ def state_bytes(program: Any) -> int:
 def bytes_of(shapes: Any, shardings: Any = None) -> int:
     """Bytes on one device of shapes that are placed as they say, or as `shardings` say."""
     if shardings is not None:
-        shapes = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
+        shapes = sharding.placed(shapes, shardings)
     return bytes_per_device(shapes)
 
 
